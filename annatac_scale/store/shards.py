@@ -1,0 +1,136 @@
+"""One shard of a sample's X: up to 16 encoded blocks and their index in one file, per Zarr's sharding codec.
+
+Blocks are written and read in encoded form, never as dense rows: a dense shard over all bins of hg38 is 2.6 GB.
+Specification: zarr-specs, "Sharding codec (version 1.0)", with inner codecs island codec, zstd, crc32c and index
+codecs bytes (little-endian), crc32c, the index at the file's end.
+"""
+
+import hashlib
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from numcodecs.zstd import Zstd
+from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
+
+from annatac_scale.errors import StoreError
+from annatac_scale.store.codec import IslandCodec, decode_block, encode_block
+from annatac_scale.store.open_islands import OpenIslands
+from annatac_scale.store.schema import BLOCK_CELLS, SHARD_BLOCKS, SHARD_CELLS, ZSTD_LEVEL
+
+_ABSENT = 2**64 - 1
+_INDEX_BYTES = SHARD_BLOCKS * 16 + 4
+_ZSTD = Zstd(level=ZSTD_LEVEL)
+
+
+def create_x(group: zarr.Group, n_cells: int, n_islands: int) -> None:
+    """Write the metadata of ``X``, uint8 [n_cells, n_islands]; the shards are written by ``write_shard``."""
+    sharding = ShardingCodec(
+        chunk_shape=(BLOCK_CELLS, n_islands),
+        codecs=[IslandCodec(), ZstdCodec(level=ZSTD_LEVEL, checksum=False), Crc32cCodec()],
+        index_codecs=[BytesCodec(endian="little"), Crc32cCodec()],
+        index_location="end",
+    )
+    options: dict[str, Any] = {"compressors": None, "filters": None, "fill_value": 0}
+    group.create_array(
+        "X",
+        shape=(n_cells, n_islands),
+        dtype="uint8",
+        chunks=(SHARD_CELLS, n_islands),
+        serializer=sharding,
+        attributes={"encoding-type": "array", "encoding-version": "0.2.0"},
+        dimension_names=("cell", "island"),
+        **options,
+    )
+
+
+def shard_path(x: Path, shard: int) -> Path:
+    """The file of shard ``shard`` below the array's folder ``x`` (default chunk key encoding)."""
+    return x / "c" / str(shard) / "0"
+
+
+def write_shard(x: Path, shard: int, rows: OpenIslands) -> str:
+    """Write the cells of one shard; returns the sha256 (hex) of their encoded blocks before compression.
+
+    The file appears whole or not at all. All-closed blocks are omitted, and so is an all-closed shard.
+    """
+    digest = hashlib.sha256()
+    body, index = bytearray(), np.full((SHARD_BLOCKS, 2), _ABSENT, np.uint64)
+    for block in range(-(-len(rows) // BLOCK_CELLS)):
+        part = rows[block * BLOCK_CELLS : (block + 1) * BLOCK_CELLS]
+        encoded = encode_block(part, BLOCK_CELLS)
+        digest.update(encoded)
+        if len(part.islands):
+            chunk = _with_crc(_ZSTD.encode(encoded))
+            index[block] = len(body), len(chunk)
+            body += chunk
+    if body:
+        body += _with_crc(index.astype("<u8").tobytes())
+        path = shard_path(x, shard)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name("0.partial")
+        aside.write_bytes(body)
+        os.replace(aside, path)
+    return digest.hexdigest()
+
+
+class ShardReader:
+    """Reads encoded blocks of one sample's X. The index of a shard is read once and kept (256 bytes)."""
+
+    def __init__(self, x: Path, n_cells: int, n_islands: int) -> None:
+        self.x = x
+        self.n_cells = n_cells
+        self.n_islands = n_islands
+        self._index: dict[int, np.ndarray | None] = {}
+
+    def read_block(self, block: int) -> OpenIslands:
+        """The cells of block ``block`` of the sample.
+
+        Raises StoreError when the file is cut short or its bytes do not fit their checksum.
+        """
+        n_rows = min(BLOCK_CELLS, self.n_cells - block * BLOCK_CELLS)
+        shard, within = divmod(block, SHARD_BLOCKS)
+        index = self._shard_index(shard)
+        if index is None or index[within, 0] == _ABSENT:
+            return OpenIslands.empty(n_rows)
+        start, size = (int(v) for v in index[within])
+        path = shard_path(self.x, shard)
+        with path.open("rb") as file:
+            file.seek(start)
+            encoded = _ZSTD.decode(_without_crc(file.read(size), f"{path}, block {block}"))
+        try:
+            return decode_block(encoded, BLOCK_CELLS, self.n_islands, slice(0, n_rows))
+        except StoreError as error:
+            raise StoreError(f"{path}, block {block}: {error}") from error
+
+    def _shard_index(self, shard: int) -> np.ndarray | None:
+        if shard not in self._index:
+            self._index[shard] = self._read_index(shard_path(self.x, shard))
+        return self._index[shard]
+
+    def _read_index(self, path: Path) -> np.ndarray | None:
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - _INDEX_BYTES))
+                index = _without_crc(file.read(), f"{path}, shard index")
+        except FileNotFoundError:
+            return None
+        pairs = np.frombuffer(index, "<u8")
+        if pairs.size != 2 * SHARD_BLOCKS:
+            raise StoreError(f"{path}: {size} bytes are too few for a shard; the file was cut short")
+        return pairs.reshape(SHARD_BLOCKS, 2)
+
+
+def _with_crc(data: bytes) -> bytes:
+    return bytes(data) + struct.pack("<I", google_crc32c.value(bytes(data)))
+
+
+def _without_crc(data: bytes, place: str) -> bytes:
+    if len(data) < 4 or struct.unpack("<I", data[-4:])[0] != google_crc32c.value(data[:-4]):
+        raise StoreError(f"{place}: the bytes do not fit their crc32c; the file is damaged, convert the sample again")
+    return data[:-4]

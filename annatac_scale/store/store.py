@@ -1,0 +1,184 @@
+"""Open, check and read an island store. Rows are read encoded and decoded to open islands, never to dense rows."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import zarr
+from anndata.io import read_elem
+from numpy.typing import NDArray
+
+from annatac_scale.errors import InputError, StoreError
+from annatac_scale.genome.islands import IslandSpace
+from annatac_scale.store import schema
+from annatac_scale.store.open_islands import OpenIslands
+from annatac_scale.store.shards import ShardReader
+from annatac_scale.store.writer import read_index
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of up to 250 cells of one sample: the unit of reading.
+
+    sample: its name; index: the block's number within the sample; first_cell: cell id of its first row
+    """
+
+    sample: str
+    index: int
+    first_cell: int
+    n_cells: int
+
+
+class Sample:
+    """One committed sample of a store."""
+
+    def __init__(self, path: Path, entry: dict[str, Any], first_cell: int, n_islands: int) -> None:
+        self.path = path
+        self.name: str = entry["name"]
+        self.n_cells: int = entry["n_cells"]
+        self.n_open: int = entry["n_open"]
+        self.digest: str = entry["digest"]
+        self.first_cell = first_cell
+        self._reader = ShardReader(path / "X", self.n_cells, n_islands)
+        attributes = self._group[schema.CONVERSION].attrs if schema.CONVERSION in self._group else {}
+        if not attributes.get("complete"):
+            raise StoreError(f"{path}: the sample is not complete; convert it again")
+        self.conversion: dict[str, Any] = dict(attributes["conversion"])  # type: ignore[arg-type]
+
+    @cached_property
+    def _group(self) -> zarr.Group:
+        try:
+            return zarr.open_group(self.path, mode="r")
+        except FileNotFoundError as error:
+            raise StoreError(f"{self.path}: the store's index names this sample, but it is gone") from error
+
+    @cached_property
+    def measured(self) -> NDArray[np.bool_]:
+        """bool [n_islands]: islands that hold at least one peak of this sample's peak set."""
+        return np.asarray(read_elem(self._group["var/measured"]), bool)
+
+    def obs(self) -> pd.DataFrame:
+        """One row a cell, indexed by barcode."""
+        return read_elem(self._group["obs"])
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of 250 cells, the last one maybe shorter."""
+        return -(-self.n_cells // schema.BLOCK_CELLS)
+
+    def read_block(self, block: int) -> OpenIslands:
+        """The cells of block ``block``, islands numbered as in the store's island space."""
+        return self._reader.read_block(block)
+
+
+class IslandStore:
+    """A store opened for reading. Cell ids count over all samples in order of commit."""
+
+    def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
+        self.path = path
+        self.attributes = attributes
+        self.counting: str = attributes["counting"]
+        self.islands_sha256: str = attributes["islands_sha256"]
+        self.n_islands: int = attributes["n_islands"]
+        self.samples: dict[str, Sample] = {}
+        self.n_cells = 0
+        for entry in read_index(path):
+            folder = path / schema.SAMPLES / entry["name"]
+            self.samples[entry["name"]] = Sample(folder, entry, self.n_cells, self.n_islands)
+            self.n_cells += entry["n_cells"]
+
+    @classmethod
+    def open(cls, path: Path | str) -> "IslandStore":
+        """Open the store at ``path``.
+
+        Raises StoreError when there is none, or it is of a newer format version, or a sample is incomplete.
+        """
+        path = Path(path)
+        try:
+            attributes = json.loads((path / "zarr.json").read_text())["attributes"]
+        except (OSError, ValueError, KeyError) as error:
+            raise StoreError(f"{path}: no island store here; make one with `annatac convert`") from error
+        if attributes.get("format") != schema.FORMAT:
+            raise StoreError(f"{path}: a Zarr group, but not an island store; make one with `annatac convert`")
+        version = str(attributes.get("version"))
+        if version.split(".")[0] != schema.FORMAT_VERSION.split(".")[0]:
+            raise StoreError(
+                f"{path}: store format {version}, this annatac_scale reads {schema.FORMAT_VERSION}; "
+                "upgrade annatac_scale, or convert again"
+            )
+        return cls(path, attributes)
+
+    @cached_property
+    def space(self) -> IslandSpace:
+        """The store's islands. Raises StoreError when they do not fit the recorded sha256."""
+        frame = read_elem(zarr.open_group(self.path, mode="r")[schema.ISLANDS])
+        space = IslandSpace(
+            assembly=self.attributes["assembly"],
+            chromosomes=tuple(self.attributes["chromosomes"]),
+            width_bp=self.attributes["width_bp"],
+            selection=self.attributes["selection"],
+            chrom=frame["chrom"].cat.codes.to_numpy(np.int32),
+            start=frame["start"].to_numpy(np.int64),
+            end=frame["end"].to_numpy(np.int64),
+            genes=frame["genes"].to_numpy(object),
+        )
+        if space.sha256 != self.islands_sha256:
+            raise StoreError(f"{self.path}/islands: sha256 {space.sha256}, recorded {self.islands_sha256}: damaged")
+        return space
+
+    def obs(self, columns: list[str] | None = None) -> pd.DataFrame:
+        """One row a cell, row i = cell id i: sample, barcode and the given columns (all when None).
+
+        A column that a sample lacks is missing there; one that no sample has raises InputError.
+        """
+        frames = [
+            sample.obs().reset_index(names="barcode").assign(sample=name) for name, sample in self.samples.items()
+        ]
+        known = list(dict.fromkeys(name for frame in frames for name in frame))
+        wanted = [name for name in known if name not in ("sample", "barcode")] if columns is None else columns
+        for name in wanted:
+            if name not in known:
+                raise InputError(f"{self.path}: no obs column {name!r}; there are {', '.join(sorted(known))}")
+        frames = [frame.reindex(columns=["sample", "barcode", *wanted]) for frame in frames]
+        if not frames:
+            return pd.DataFrame(columns=["sample", "barcode", *wanted])
+        return pd.concat([_plain(frame) for frame in frames], ignore_index=True)
+
+    def blocks(self) -> list[Block]:
+        """All blocks in order of cell ids."""
+        size = schema.BLOCK_CELLS
+        return [
+            Block(s.name, i, s.first_cell + i * size, min(size, s.n_cells - i * size))
+            for s in self.samples.values()
+            for i in range(s.n_blocks)
+        ]
+
+    def read_block(self, block: Block) -> OpenIslands:
+        """The cells of a block."""
+        return self.samples[block.sample].read_block(block.index)
+
+    def read(self, cells: NDArray[np.int64]) -> OpenIslands:
+        """The given cells (ids, int64 [m], any order, repeats allowed) in the given order."""
+        cells = np.asarray(cells, np.int64)
+        if len(cells) and (cells.min() < 0 or cells.max() >= self.n_cells):
+            raise StoreError(f"{self.path}: cell ids run from 0 to {self.n_cells - 1}, asked for {cells.max()}")
+        blocks = self.blocks()
+        owner = np.searchsorted([b.first_cell for b in blocks], cells, side="right") - 1
+        parts, places = [], []
+        for number in np.unique(owner):
+            where = np.flatnonzero(owner == number)
+            block = blocks[number]
+            parts.append(self.read_block(block).take(cells[where] - block.first_cell))
+            places.append(where)
+        if not parts:
+            return OpenIslands.empty()
+        return OpenIslands.concatenate(parts).take(np.argsort(np.concatenate(places)))
+
+
+def _plain(frame: pd.DataFrame) -> pd.DataFrame:
+    # Categories differ between samples: plain values concatenate, and missing ones stay missing.
+    return frame.astype({n: object for n, d in frame.dtypes.items() if isinstance(d, pd.CategoricalDtype)})
