@@ -1,0 +1,1 @@
+"""The genome: assemblies, TSS tables and the island space."""

@@ -1,0 +1,67 @@
+"""Rows of the small text tables that describe a genome: chrom.sizes, TSS tables, BED and GTF files."""
+
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Iterator
+
+from annatac_scale.errors import InputError
+
+Path = str | os.PathLike[str]
+
+BED_COMMENTS = ("#", "track", "browser")
+
+
+def read_rows(path: Path, comments: tuple[str, ...] = ("#",)) -> Iterator[tuple[int, list[str]]]:
+    """Line number (from 1) and stripped fields of every line that is neither blank nor a comment.
+
+    Fields are split at tabs, in a line without tabs at any white space. The file may be gzip or BGZF (told by
+    its first bytes, not its name) and may end its lines with CRLF. Raises InputError where it cannot be read.
+    """
+    for number, line in read_lines(path):
+        if line.isspace() or line.startswith(comments):
+            continue
+        yield number, [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Line number (from 1) and text of every line of a plain or gzip file; InputError if it cannot be read."""
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
+                yield number, line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(
+            f"{path}, after line {number}: found damaged or cut gzip data ({error}); "
+            "expected a whole gzip file; copy the file again"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}, after line {number}: found bytes that are not UTF-8; "
+            "expected a plain or gzip text file; check that this is the right file"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+
+
+def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rb") if zipped else open(path, "rb")
+
+
+def whole_number(text: str) -> int | None:
+    """The number that ``text`` writes with the digits 0 to 9 alone, else None (int() takes ``1_000`` too)."""
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def complaint(path: Path, number: int, found: str, expected: str, remedy: str) -> InputError:
+    """The error to raise for a bad line: file, line, found, expected, what to do, in one line."""
+    return InputError(f"{path}, line {number}: found {found}; expected {expected}; {remedy}")
+
+
+def shown(text: str) -> str:
+    """``text`` quoted for a message, on one line and not endless."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
