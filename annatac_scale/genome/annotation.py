@@ -1,7 +1,7 @@
 """TSS tables: where genes start.
 
-A TSS table is a DataFrame with one row a gene: chrom (str), position (int64, 0-based), strand (str), gene (str)
-and type (str: "protein_coding", any other kind, or "unknown").
+A TSS table is a DataFrame, a gene a row: chrom (str), position (int64, 0-based), strand (str), gene (str) and
+type (str: "protein_coding", any other kind, or "unknown").
 """
 
 import gzip
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from annatac_scale.errors import InputError
-from annatac_scale.genome.assembly import check_builtin
+from annatac_scale.genome.assembly import Assembly, check_builtin
 from annatac_scale.genome.rows import (
     BED_COMMENTS,
     Path,
@@ -24,6 +25,7 @@ from annatac_scale.genome.rows import (
     shown,
     whole_number,
 )
+from annatac_scale.progress import Progress, Silent
 
 PROTEIN_CODING = "protein_coding"
 UNKNOWN_TYPE = "unknown"
@@ -102,8 +104,8 @@ class _Gene:
 def read_gtf(path: Path) -> pd.DataFrame:
     """Read the genes of a GTF file, each at its 5'-most position over all its lines, of whatever feature.
 
-    gene is gene_name, else gene_id; type is gene_type (GENCODE), else gene_biotype (Ensembl), else "unknown". A
-    gene_id found on two chromosomes or strands is two genes. Raises InputError for a line that is not GTF, as GFF3.
+    gene is gene_name, else gene_id; type is gene_type (GENCODE), else gene_biotype (Ensembl), else "unknown".
+    A gene_id on two chromosomes or strands is two genes. Raises InputError for a line that is not GTF.
     """
     genes: dict[tuple[str, str, str], _Gene] = {}
     for chrom, strand, five_prime, gene_id, attributes in _gtf_lines(path):
@@ -140,3 +142,39 @@ def _gtf_lines(path: Path) -> Iterator[tuple[str, str, int, str, str]]:
 def _attribute(attributes: str, key: str) -> str | None:
     match = re.search(rf'(?:^|[;\s]){key} "?([^";]+)', attributes)
     return match[1] if match else None
+
+
+def place_tss(assembly: Assembly, tss: pd.DataFrame, progress: Progress | None = None) -> pd.DataFrame:
+    """The rows of a TSS table on a chromosome of the assembly, whose index is in the added column ``code``.
+
+    What lies on other contigs is left out, and said to be. Raises InputError where nothing is left, or where a
+    TSS lies outside its chromosome.
+    """
+    code_of = {contig: assembly.code(contig) for contig in tss["chrom"].unique()}
+    unknown = sorted(contig for contig, code in code_of.items() if code is None)
+    some = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+    placed = tss[~tss["chrom"].isin(unknown)]
+    if placed.empty:
+        raise InputError(
+            f"TSS table: found {len(tss):,} TSS, none on a contig of {assembly.name} ({some}); expected "
+            f"names such as {assembly.chromosomes[0]}; check that table and assembly belong together"
+        )
+    if unknown:
+        (progress or Silent()).say(
+            f"{len(tss) - len(placed):,} of {len(tss):,} TSS lie on {len(unknown):,} contigs that "
+            f"{assembly.name} does not have ({some}): left out"
+        )
+    placed = placed.assign(code=placed["chrom"].map(code_of).astype("int64"))
+    _check_inside(assembly, placed)
+    return placed
+
+
+def _check_inside(assembly: Assembly, placed: pd.DataFrame) -> None:
+    size = np.array(assembly.sizes, np.int64)[placed["code"]]
+    outside = placed[(placed["position"] < 0) | (placed["position"] >= size)]
+    for row in outside[:1].itertuples():
+        raise InputError(
+            f"TSS table: found {len(outside):,} TSS outside their chromosome, the first {row.gene} at "
+            f"{row.chrom}:{row.position}; expected positions inside {assembly.name}; "
+            "check that table and assembly belong together"
+        )

@@ -60,8 +60,8 @@ class Assembly:
     def code(self, contig: str) -> int | None:
         """Index of the chromosome that a contig's name in a data file means, None where there is none.
 
-        The first of these that is a chromosome: the name itself; chrM for M, MT and chrMT; "chr" + name; and the
-        same three for the name without a leading "<assembly>_" (``hg19_chr1`` in files of two genomes).
+        The first of these that is a chromosome: the name itself; chrM for M, MT and chrMT; "chr" + name; then
+        the same three for the name without a leading "<assembly>_" (``hg19_chr1`` in files of two genomes).
         """
         code = self._code_of_plain(contig)
         prefix = f"{self.name}_"

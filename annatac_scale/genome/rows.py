@@ -26,7 +26,7 @@ def read_rows(path: Path, comments: tuple[str, ...] = ("#",)) -> Iterator[tuple[
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line number (from 1) and text of every line of a plain or gzip file; InputError if it cannot be read."""
+    """Line number (from 1) and text of every line of a plain or gzip file; InputError if it is unreadable."""
     number = 0
     try:
         with _open(path) as file:
