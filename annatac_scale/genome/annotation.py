@@ -140,12 +140,12 @@ def _gtf_lines(path: Path) -> Iterator[tuple[str, str, int, str, str]]:
 
 
 def _attribute(attributes: str, key: str) -> str | None:
-    match = re.search(rf'(?:^|[;\s]){key} "?([^";]+)', attributes)
-    return match[1] if match else None
+    match = re.search(rf'(?:^|[;\s]){key} (?:"([^"]*)"|([^";\s]+))', attributes)
+    return (match[1] or match[2]) if match else None
 
 
 def place_tss(assembly: Assembly, tss: pd.DataFrame, progress: Progress | None = None) -> pd.DataFrame:
-    """The rows of a TSS table on a chromosome of the assembly, whose index is in the added column ``code``.
+    """The rows of a TSS table on a chromosome of the assembly; the new column ``code`` has its index.
 
     What lies on other contigs is left out, and said to be. Raises InputError where nothing is left, or where a
     TSS lies outside its chromosome.

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -96,8 +97,8 @@ class IslandSpace:
         choosing = placed[coding] if (tss["type"] == PROTEIN_CODING).any() else placed
         if choosing.empty:
             raise InputError(
-                f"TSS table: found protein-coding genes, but none on a contig of {assembly.name}; expected some; "
-                "check that table and assembly belong together"
+                f"TSS table: found protein-coding genes, but none on a contig of {assembly.name}; "
+                "expected some; check that table and assembly belong together"
             )
         bins = cls._of(assembly, width_bp, "tss", all_bins(assembly, width_bp))
         kept = np.unique(bins.locate(choosing["code"].to_numpy(), choosing["position"].to_numpy()))
@@ -212,7 +213,7 @@ class IslandSpace:
                 head = json.loads(file.readline().removeprefix("#"))
                 table = pd.read_csv(file, sep="\t", keep_default_na=False, dtype={"chrom": str, "genes": str})
             space, recorded = cls._parse(head, table), head["sha256"]
-        except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
+        except (OSError, EOFError, zlib.error, KeyError, TypeError, ValueError) as error:
             found = f"found no islands as annatac_scale writes them ({error!r})"
             raise InputError(f"{path}: {found}; expected a '#' line and the table; {remedy}") from error
         if space.sha256 != recorded:

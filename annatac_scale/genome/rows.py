@@ -10,7 +10,7 @@ from annatac_scale.errors import InputError
 
 Path = str | os.PathLike[str]
 
-BED_COMMENTS = ("#", "track", "browser")
+BED_COMMENTS = ("#", "track ", "browser ")
 
 
 def read_rows(path: Path, comments: tuple[str, ...] = ("#",)) -> Iterator[tuple[int, list[str]]]:
@@ -53,8 +53,8 @@ def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
 
 
 def whole_number(text: str) -> int | None:
-    """The number that ``text`` writes with the digits 0 to 9 alone, else None (int() takes ``1_000`` too)."""
-    return int(text) if text.isascii() and text.isdigit() else None
+    """The number that ``text`` writes with at most 18 digits 0 to 9, else None (int() takes ``1_000`` too)."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
 
 
 def complaint(path: Path, number: int, found: str, expected: str, remedy: str) -> InputError:

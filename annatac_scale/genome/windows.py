@@ -49,7 +49,7 @@ def read_windows(assembly: Assembly, path: Path) -> Windows:
         raise complaint(
             path,
             number[i],
-            f"{name}:{start[i]}-{end[i]} across {name}:{start[before]}-{end[before]} of line {number[before]}",
+            f"{name}:{start[i]}-{end[i]} across {start[before]}-{end[before]} of line {number[before]}",
             "windows that do not overlap",
             "merge the two (bedtools merge) or remove one",
         )
