@@ -147,7 +147,7 @@ def _attribute(attributes: str, key: str) -> str | None:
 def place_tss(assembly: Assembly, tss: pd.DataFrame, progress: Progress | None = None) -> pd.DataFrame:
     """The rows of a TSS table on a chromosome of the assembly; the new column ``code`` has its index.
 
-    What lies on other contigs is left out, and said to be. Raises InputError where nothing is left, or where a
+    What lies on other contigs is left out, which is said. Raises InputError where nothing is left, or where a
     TSS lies outside its chromosome.
     """
     code_of = {contig: assembly.code(contig) for contig in tss["chrom"].unique()}

@@ -230,7 +230,7 @@ class IslandSpace:
             tuple(head["chromosomes"]),
             head["width_bp"],
             head["selection"],
-            table["chrom"].map(codes).to_numpy(np.int32),
+            table["chrom"].map(codes).fillna(-1).to_numpy(np.int32),
             table["start"].to_numpy(np.int64),
             table["end"].to_numpy(np.int64),
             table["genes"].to_numpy(object),

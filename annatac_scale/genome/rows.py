@@ -53,7 +53,7 @@ def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
 
 
 def whole_number(text: str) -> int | None:
-    """The number that ``text`` writes with at most 18 digits 0 to 9, else None (int() takes ``1_000`` too)."""
+    """The number written in ``text`` with 1 to 18 digits 0-9, else None (int() would take ``1_000`` too)."""
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
 
 
