@@ -29,8 +29,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Line number (from 1) and text of every line of a plain or gzip file; InputError if it is unreadable."""
     number = 0
     try:
-        with _open(path) as file:
-            for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
+        with _open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+            for number, line in enumerate(text, 1):
                 yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(

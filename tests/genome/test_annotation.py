@@ -50,7 +50,7 @@ def test_builtin_tables_hold_every_gene_of_their_source(
     assert (table["gene"] != "").all()
 
 
-# Starts as the sources give them, checked by hand against the tables in ../shared/data.
+# Starts as the sources give them.
 @pytest.mark.parametrize(
     ("name", "row"),
     [

@@ -63,7 +63,7 @@ def test_all_bins_equal_a_plain_loop(sizes: list[int], width_bp: int) -> None:
     assert windows_of(IslandSpace.all(Assembly("toy", names, tuple(sizes)), width_bp=width_bp)) == expected
 
 
-# From ../shared/data/README.md and, for the tss islands, a set of (chrom, position // 5000) over the source tables.
+# The sources' own numbers of bins, and of bins that hold a TSS of a protein-coding (mm9: of any) gene.
 @pytest.mark.parametrize(
     ("name", "n_all", "n_tss"),
     [
@@ -114,8 +114,9 @@ def test_coding_genes_that_lie_elsewhere_are_not_replaced_by_others() -> None:
 
 def test_windows_come_sorted_from_a_file_in_any_order(tmp_path: Path) -> None:
     path = tmp_path / "windows.bed"
-    text = "browser hide all\ntrack name=w\n# c\nX\t0\t3\tname\t0\t+\r\nchr1\t10\t20\nchr2\t0\t5000\n\nchr1\t5\t10\n"
-    path.write_bytes(gzip.compress(text.encode()))
+    head = "browser hide all\ntrack name=w\n# comment\n\n"
+    text = "X\t0\t3\tname\t0\t+\r\nchr1\t10\t20\nchr2\t0\t5000\n\nchr1\t5\t10\n"
+    path.write_bytes(gzip.compress((head + text).encode()))
     space = IslandSpace.windows(
         TOY, path, tss_table(("chr1", 9, "A", ""), ("chr1", 10, "B", ""), ("chr1", 30, "C", ""))
     )
