@@ -1,0 +1,171 @@
+"""Peak sets: the intervals that a data set was counted over, and the island that each of them belongs to."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from annatac_scale.errors import InputError
+from annatac_scale.genome.assembly import Assembly
+from annatac_scale.genome.islands import IslandSpace
+from annatac_scale.genome.rows import BED_COMMENTS, Path, complaint, read_rows, shown, whole_number
+from annatac_scale.store.schema import N_LEVELS
+
+_NAME = re.compile(r"(.+)[:_-]([0-9]+)[_-]([0-9]+)")
+
+
+@dataclass(frozen=True, eq=False)
+class Intervals:
+    """Intervals as a file gives them, in its order: contig object (str) [n], start and end int64 [n]."""
+
+    contig: NDArray[np.object_]
+    start: NDArray[np.int64]
+    end: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.contig)
+
+    def name(self, i: int) -> str:
+        """Interval ``i`` as ``chr1:100-200``."""
+        return f"{self.contig[i]}:{self.start[i]}-{self.end[i]}"
+
+    def first_duplicate(self) -> int | None:
+        """The first interval that is there already, None where all differ."""
+        seen: set[tuple[str, int, int]] = set()
+        for i, interval in enumerate(zip(self.contig, self.start.tolist(), self.end.tolist(), strict=True)):
+            if interval in seen:
+                return i
+            seen.add(interval)
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class PeakSet:
+    """Peaks in the order of their file.
+
+    chrom: int32 [n], index into the assembly's chromosomes, -1 for a contig that the assembly does not have
+    start, end: int64 [n], 0-based, half-open
+    island: int32 [n], the island that holds the peak's start, -1 where none does
+    n: int64 [n_islands], peaks of each island
+    """
+
+    chrom: NDArray[np.int32]
+    start: NDArray[np.int64]
+    end: NDArray[np.int64]
+    island: NDArray[np.int32]
+    n: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.chrom)
+
+    @property
+    def measured(self) -> NDArray[np.bool_]:
+        """bool [n_islands]: the islands that hold a peak."""
+        return self.n > 0
+
+    def accounting(self) -> dict[str, int]:
+        """How many peaks there are, lie in an island, outside all islands, or on another contig."""
+        other = int((self.chrom < 0).sum())
+        inside = int((self.island >= 0).sum())
+        return {
+            "peaks": len(self),
+            "in_islands": inside,
+            "outside_islands": len(self) - inside - other,
+            "other_contig": other,
+            "measured_islands": int(self.measured.sum()),
+        }
+
+    @classmethod
+    def of_intervals(
+        cls, intervals: Intervals, assembly: Assembly, space: IslandSpace, source: object
+    ) -> "PeakSet":
+        """Place intervals in an assembly and an island space; ``source`` names their file in messages.
+
+        Raises InputError when no contig is one of the assembly's, when a peak passes its chromosome's end, and when no
+        island holds a peak: all signs of another assembly.
+        """
+        code_of = {contig: assembly.code(contig) for contig in dict.fromkeys(intervals.contig)}
+        codes = {contig: -1 if code is None else code for contig, code in code_of.items()}
+        chrom = np.array([codes[contig] for contig in intervals.contig], np.int32)
+        _check_assembly(intervals, chrom, assembly, source)
+        island = space.locate(chrom, intervals.start)
+        if not (island >= 0).any():
+            raise InputError(f"{source}: found {len(intervals):,} peaks, none of which starts in one of the {len(space):,} "
+                             f"islands; expected some; check the assembly, or select other islands")  # fmt: skip
+        n = np.bincount(island[island >= 0], minlength=len(space)).astype(np.int64)
+        return cls(chrom, intervals.start, intervals.end, island, n)
+
+    @classmethod
+    def of_space(cls, space: IslandSpace) -> "PeakSet":
+        """The islands themselves as the peaks: how fragments are counted without a peak set."""
+        n = len(space)
+        return cls(space.chrom, space.start, space.end, np.arange(n, dtype=np.int32), np.ones(n, np.int64))
+
+
+def levels(counts: NDArray[np.int64], n_peaks: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """min(ceil(S / n), 5) in integers: S counts of an island in a cell (at least 1), n its peaks (at least 1)."""
+    # Signed on purpose: -(-S // n) on unsigned integers wraps around and caps everything at 5.
+    mean = (np.asarray(counts, np.int64) + n_peaks - 1) // n_peaks
+    return np.minimum(mean, N_LEVELS).astype(np.uint8)
+
+
+def read_bed(path: Path) -> tuple[Intervals, int]:
+    """The distinct intervals of a BED file of peaks (further columns are ignored), and how many lines repeat one.
+
+    Raises InputError naming the line that is not ``chrom start end`` with 0 <= start < end, and for no line at all.
+    """
+    intervals: dict[tuple[str, int, int], None] = {}
+    n_lines = 0
+    for number, fields in read_rows(path, BED_COMMENTS):
+        start, end = (whole_number(field) for field in fields[1:3]) if len(fields) >= 3 else (None, None)
+        if start is None or end is None or start >= end or not fields[0]:
+            raise complaint(path, number, shown("\t".join(fields)), "'chrom start end' with 0 <= start < end",
+                            "give a BED file of peaks")  # fmt: skip
+        intervals[fields[0], start, end] = None
+        n_lines += 1
+    if not intervals:
+        raise InputError(f"{path}: found no peak; expected lines 'chrom start end'; give a BED file of peaks")
+    return as_intervals(list(intervals)), n_lines - len(intervals)
+
+
+def parse_names(names: Sequence[str], source: object, remedy: str) -> Intervals:
+    """Intervals from peak names such as ``chr1:1-2``, ``chr1-1-2`` or ``chrUn_X_v1_1_2``: the last two numbers count.
+
+    Raises InputError for the first name that is not like that.
+    """
+    intervals = []
+    for name in names:
+        match = _NAME.fullmatch(name)
+        if match is None or int(match[2]) >= int(match[3]):
+            raise InputError(
+                f"{source}: found a peak named {shown(name)}; expected names such as chr1:100-600; {remedy}"
+            )
+        intervals.append((match[1], int(match[2]), int(match[3])))
+    return as_intervals(intervals)
+
+
+def as_intervals(rows: Sequence[tuple[str, int, int]]) -> Intervals:
+    """Intervals from rows (contig, start, end)."""
+    contig = np.array([row[0] for row in rows], object)
+    positions = np.array([row[1:] for row in rows], np.int64).reshape(-1, 2)
+    return Intervals(contig, positions[:, 0].copy(), positions[:, 1].copy())
+
+
+def _check_assembly(
+    intervals: Intervals, chrom: NDArray[np.int32], assembly: Assembly, source: object
+) -> None:
+    known = chrom >= 0
+    remedy = "check the assembly"
+    if not known.any():
+        some = ", ".join(shown(contig) for contig in list(dict.fromkeys(intervals.contig))[:3])
+        raise InputError(f"{source}: found peaks on {some} and no peak on a chromosome of {assembly.name}; expected names "
+                         f"such as {assembly.chromosomes[0]}; {remedy}")  # fmt: skip
+    beyond = known & (intervals.end > np.array(assembly.sizes, np.int64)[chrom])
+    if beyond.any():
+        i = int(np.flatnonzero(beyond)[0])
+        size = assembly.sizes[chrom[i]]
+        raise InputError(f"{source}: found {int(beyond.sum()):,} of {len(intervals):,} peaks ({beyond.mean():.1%}) that pass "
+                         f"the end of their chromosome, the first {intervals.name(i)}; expected ends of at most {size}, the "
+                         f"size in {assembly.name}; {remedy}")  # fmt: skip
