@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from annatac_scale.errors import StoreError
@@ -49,6 +49,7 @@ def test_from_open_gives_each_open_island_its_level_as_token():
     assert len(batch) == 3
 
 
+@settings(deadline=None)
 @given(batches_with_samples())
 def test_with_closed_equals_a_loop_over_measured_islands(case):
     cells, measured, sample_of_cell = case

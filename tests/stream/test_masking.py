@@ -13,6 +13,7 @@ from annatac_scale.stream.batch import MASK_TOKEN, Batch
 from annatac_scale.stream.masking import ClosedSampler, MaskingOptions, mask
 
 N_ISLANDS = 60
+# No deadline per example: the first one compiles the kernels.
 
 
 def batch_of(rows, cell_ids=None):
@@ -63,6 +64,7 @@ rows_with_closed = st.dictionaries(st.integers(0, N_ISLANDS - 1), st.integers(0,
 seeds = st.integers(0, 2**63)
 
 
+@settings(deadline=None)
 @given(
     st.lists(rows_with_closed, max_size=4),
     seeds,
@@ -82,6 +84,7 @@ def test_each_level_gives_as_many_as_dealing_one_by_one(rows, seed, fraction, le
         assert found == deal_one_by_one(capacity, wanted)
 
 
+@settings(deadline=None)
 @given(st.lists(rows_with_closed, max_size=4), seeds)
 def test_only_chosen_islands_change_and_targets_hold_their_level(rows, seed):
     masked = mask(batch_of(rows), seed, 0, MaskingOptions(fraction=0.5, keep=0.3))
@@ -143,7 +146,7 @@ def test_one_in_ten_of_the_chosen_stays_visible_wherever_it_lies():
     assert variance == pytest.approx(40 * 0.09, rel=0.15)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(rows, min_size=2, max_size=6, unique_by=lambda row: tuple(sorted(row.items()))), seeds)
 def test_a_cells_mask_does_not_depend_on_its_batch(rows, seed):
     ids = [10 * index for index in range(len(rows))]
@@ -171,6 +174,7 @@ def test_the_batch_given_is_left_as_it_was():
     assert batch.tokens.tolist() == before.tolist()
 
 
+@settings(deadline=None)
 @given(
     st.lists(rows, max_size=4),
     seeds,
