@@ -74,15 +74,19 @@ class ClosedSampler:
     open_counts: int [N], cells in which each island (numbered as in the batches) is open; 0 is never drawn
     measured: for each sample of the store its measured islands, int32, increasing
     first_cells: int64, for each sample the cell id of its first row
+
+    Raises ValueError when no island is open in any cell: there is nothing to draw by.
     """
 
     def __init__(
         self, open_counts: NDArray[np.integer], measured: Sequence[NDArray[np.int32]], first_cells: Ints
     ) -> None:
+        if not np.any(open_counts):
+            raise ValueError("no island is open in any cell: closed islands cannot be drawn by frequency")
         n_islands = len(open_counts)
         cumulative = np.cumsum(open_counts, dtype=np.float64)
-        fractions = np.arange(n_islands) / n_islands * (cumulative[-1] if n_islands else 0)
-        guide = np.searchsorted(cumulative, fractions, side="right").astype(np.int32)
+        steps = np.arange(n_islands) / n_islands * cumulative[-1]
+        guide = np.searchsorted(cumulative, steps, side="right").astype(np.int32)
         # Samples of one experiment mostly share a peak set: one row of the table for all of them.
         numbers: dict[bytes, int] = {}
         self._set_of_sample = np.array(

@@ -178,7 +178,7 @@ def test_the_batch_given_is_left_as_it_was():
 @given(
     st.lists(rows, max_size=4),
     seeds,
-    st.lists(st.integers(0, 3), min_size=N_ISLANDS, max_size=N_ISLANDS),
+    st.lists(st.integers(0, 3), min_size=N_ISLANDS, max_size=N_ISLANDS).filter(any),
     st.lists(st.booleans(), min_size=N_ISLANDS, max_size=N_ISLANDS),
 )
 def test_negatives_are_as_many_measured_closed_islands_as_are_hidden(rows, seed, counts, measured):
@@ -263,6 +263,11 @@ def test_negatives_need_a_sampler_of_the_same_vocabulary():
         mask(batch_of([{0: 1}]), 0, 0, options)
     with pytest.raises(ValueError, match="vocabulary"):
         mask(batch_of([{5: 1}]), 0, 0, options, sampler_of(np.ones(5)))
+
+
+def test_a_sampler_needs_an_island_that_is_open_somewhere():
+    with pytest.raises(ValueError, match="open in any cell"):
+        sampler_of(np.zeros(5))
 
 
 def test_random_numbers_are_those_of_splitmix64():
