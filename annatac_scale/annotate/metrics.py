@@ -1,0 +1,145 @@
+"""How good labels are: figures of one set of cells with known types, all derived from its confusion table."""
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from annatac_scale.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Figures of predicted against true labels; "types" are the labels that occur in the truth.
+
+    n_cells: cells with a truth, over which everything else runs
+    n_without_truth: cells that were left out
+    accuracy: share of cells whose label is the true one
+    macro_f1: mean F1 over the types. A predicted label that no cell truly has (as Novel_cell_type) counts as
+        an error of the cell's own type, and forms no class of its own in the mean.
+    kappa: Cohen's kappa; NaN where truth and prediction are one and the same single label
+    jaccard_micro: right / (right + 2 wrong), over all labels pooled
+    jaccard_weighted: mean over the types of TP / (TP + FP + FN), weighted by their true cells
+    per_type: one row a type: cell_type, n (true cells), precision (0 if never predicted), recall, f1
+    confusion: counts; a row each type, a column each type in the same order, then each other predicted label
+    """
+
+    n_cells: int
+    n_without_truth: int
+    accuracy: float
+    macro_f1: float
+    kappa: float
+    jaccard_micro: float
+    jaccard_weighted: float
+    per_type: pd.DataFrame
+    confusion: pd.DataFrame
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures in the types of JSON; an undefined kappa is None."""
+        return {
+            "n_cells": self.n_cells,
+            "n_without_truth": self.n_without_truth,
+            "accuracy": self.accuracy,
+            "macro_f1": self.macro_f1,
+            "kappa": None if math.isnan(self.kappa) else self.kappa,
+            "jaccard_micro": self.jaccard_micro,
+            "jaccard_weighted": self.jaccard_weighted,
+            "per_type": self.per_type.to_dict("records"),
+            "confusion": {
+                "truth": self.confusion.index.tolist(),
+                "predicted": self.confusion.columns.tolist(),
+                "counts": self.confusion.to_numpy().tolist(),
+            },
+        }
+
+
+def evaluate_labels(truth: ArrayLike, predicted: ArrayLike) -> Evaluation:
+    """Compare predicted with true labels, cell by cell.
+
+    truth, predicted: labels [n], of text or whole numbers (compared as text). Cells whose truth is missing
+    (NaN, None, blank) are left out and counted. Raises InputError if the lengths differ, no cell has a truth,
+    or a cell with a truth has no predicted label.
+    """
+    true_label, label = _texts(truth), _texts(predicted)
+    if len(true_label) != len(label):
+        raise InputError(
+            f"evaluation: found {len(true_label):,} true and {len(label):,} predicted labels; "
+            "expected one of each a cell; join the two tables by barcode first"
+        )
+    known = true_label != ""
+    _check_cells(known, label)
+    return _evaluation(_confusion(true_label[known], label[known]), int((~known).sum()))
+
+
+def _check_cells(known: NDArray[np.bool_], label: NDArray[np.object_]) -> None:
+    if not known.any():
+        raise InputError(
+            f"truth: found no label in any of {len(known):,} cells; expected some; "
+            "name the column that holds the types"
+        )
+    n_blank = int((known & (label == "")).sum())
+    if n_blank:
+        raise InputError(
+            f"predicted labels: found none for {n_blank:,} cells; expected one each; predict these cells too"
+        )
+
+
+def _texts(labels: ArrayLike) -> NDArray[np.object_]:
+    """Labels as text, "" where missing, object [n]; each distinct value is looked at once."""
+    codes, values = pd.factorize(pd.Series(labels))
+    # A missing value has the code -1 and so takes the last text.
+    return np.array([*map(_text, values), ""], object)[codes]
+
+
+def _text(value: Hashable) -> str:
+    # A column of whole numbers with gaps comes as floats from pandas: 3.0 is the label 3.
+    whole = isinstance(value, float | np.floating) and value.is_integer()
+    text = f"{value:.0f}" if whole else str(value)
+    return text if text.strip() else ""
+
+
+def _confusion(truth: NDArray[np.object_], predicted: NDArray[np.object_]) -> pd.DataFrame:
+    types = sorted(set(truth))
+    labels = types + sorted(set(predicted) - set(types))
+    number_of = {label: i for i, label in enumerate(labels)}
+    row, column = pd.Series(truth).map(number_of), pd.Series(predicted).map(number_of)
+    counts = np.bincount(row * len(labels) + column, minlength=len(types) * len(labels))
+    return pd.DataFrame(
+        counts.reshape(len(types), len(labels)),
+        pd.Index(types, name="truth"),
+        pd.Index(labels, name="predicted"),
+    )
+
+
+def _evaluation(confusion: pd.DataFrame, n_without_truth: int) -> Evaluation:
+    counts = confusion.to_numpy()
+    n, n_true = int(counts.sum()), counts.sum(axis=1)
+    n_predicted = counts.sum(axis=0)[: len(counts)]
+    right = counts.diagonal()
+    accuracy = float(right.sum() / n)
+    f1 = 2 * right / (n_true + n_predicted)
+    by_chance = float(n_true / n @ (n_predicted / n))
+    per_type = pd.DataFrame(
+        {
+            "cell_type": confusion.index,
+            "n": n_true,
+            "precision": right / np.maximum(n_predicted, 1),
+            "recall": right / n_true,
+            "f1": f1,
+        }
+    )
+    return Evaluation(
+        n_cells=n,
+        n_without_truth=n_without_truth,
+        accuracy=accuracy,
+        macro_f1=float(f1.mean()),
+        kappa=(accuracy - by_chance) / (1 - by_chance) if by_chance < 1 else math.nan,
+        jaccard_micro=float(right.sum() / (2 * n - right.sum())),
+        jaccard_weighted=float(np.average(right / (n_true + n_predicted - right), weights=n_true)),
+        per_type=per_type,
+        confusion=confusion,
+    )
