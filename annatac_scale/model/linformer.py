@@ -1,0 +1,229 @@
+"""The encoder: the paper's Linformer over the tokens of each cell, computed collapsed, trimmed and ragged.
+
+With one projection E [N, k] and bias b [k] for keys, values, heads and layers, the published head is
+
+    K' = E^T (x W_k) + b 1^T,   V' = E^T (x W_v) + b 1^T,   softmax(x W_q K'^T / sqrt(d)) V' W_o
+
+where E^T sums over the tokens that the cell lists. Products associate: the same function at half the cost is
+
+    Z = E^T x  once a layer,  A = W_q (Z W_k + b 1^T)^T / sqrt(d),  V = (Z W_v + b 1^T) W_o,  softmax(x A) V
+
+(*collapsed*). In the last layer the softmax and the feed-forward are formed only where a loss or a head looks
+(*trimmed*). The cost follows the tokens that a cell lists and not the number of islands (*ragged*): its open
+islands alone give the published model called with ``input_mask = token != 0``, all its islands the published
+model. Sources: Wang et al., Linformer, arXiv 2006.04768; that one E with bias is shared: annATAC's code.
+
+Shape letters: T tokens, Q tokens asked for, B cells, N islands, U islands in use in the batch, D width,
+H heads, C channels of a head, K projected rows (k), R = H K rows of all heads.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from annatac_scale.errors import ConfigError, ModelError
+from annatac_scale.model.ragged import gather_project, segment_matmul
+from annatac_scale.stream.batch import MASK_TOKEN
+
+N_TOKENS = MASK_TOKEN + 1
+"""Tokens the encoder knows: 0 closed, 1 to 5 a level, 6 MASK."""
+
+CHOICES = {"attend": ("all", "open"), "norm": ("post", "pre"), "positions": ("frozen", "learned")}
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """What makes an encoder besides its islands. Raises ConfigError where a value is out of range."""
+
+    width: int
+    """Channels of a token."""
+    layers: int
+    heads: int
+    head_dim: int
+    """Channels of a head; heads x head_dim need not be the width."""
+    k: int
+    """Rows that keys and values are projected to."""
+    ff: int
+    """Hidden channels of the feed-forward part."""
+    attend: str
+    """Which tokens a cell lists: "all" its measured islands, or its "open" and masked ones; the code is one."""
+    norm: str
+    """LayerNorm "post", after each residual, as published; or "pre", before each part and once at the end."""
+    positions: str
+    """The table of island positions stays as given, "frozen"; or it is "learned" from there."""
+    tokens_per_cell: float = 0.0
+    """Tokens expected in a cell, which E's initialisation is scaled by; 0 means all islands."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads", "head_dim", "k", "ff"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"encoder {name}: found {value!r}, expected a whole number of at least 1")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"encoder {name}: found {getattr(self, name)!r}, expected {' or '.join(choices)}"
+                )
+        if not (math.isfinite(self.tokens_per_cell) and self.tokens_per_cell >= 0):
+            raise ConfigError(
+                f"encoder tokens_per_cell: found {self.tokens_per_cell!r}, expected a number of tokens, "
+                "or 0 for all islands"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _Cells:
+    """The ragged batch as every layer sees it: E's rows in use, and which of them each token takes."""
+
+    projection: Tensor
+    """[U, K]"""
+    bias: Tensor
+    """[K]"""
+    rows: Tensor
+    """int64 [T], row of ``projection`` of each token."""
+    offsets: Tensor
+    """int64 [B + 1], on the CPU."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """The tokens a layer computes: all of them, or those at ``positions``."""
+
+    positions: Tensor | None
+    """int64 [Q], increasing, on the tokens' device; None for all."""
+    offsets: Tensor
+    """int64 [B + 1], cell ``b`` owns ``offsets[b]:offsets[b + 1]`` of the Q; on the CPU."""
+
+    @classmethod
+    def at(cls, queries: Tensor, offsets: Tensor) -> "_Asked":
+        """Those at ``queries``, int64 [Q] increasing positions into the T tokens."""
+        return cls(queries, torch.searchsorted(queries.cpu().contiguous(), offsets))
+
+    def of(self, x_TD: Tensor) -> Tensor:
+        return x_TD if self.positions is None else x_TD.index_select(0, self.positions)
+
+
+class Attention(nn.Module):
+    """Linformer attention of one layer, collapsed; its projection E comes with the batch."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        inner = config.heads * config.head_dim
+        self.heads = config.heads
+        self.head_dim = config.head_dim
+        self.query = nn.Linear(config.width, inner, bias=False)
+        self.key = nn.Linear(config.width, inner, bias=False)
+        self.value = nn.Linear(config.width, inner, bias=False)
+        self.output = nn.Linear(inner, config.width)
+
+    def forward(self, x_TD: Tensor, asked: _Asked, cells: _Cells) -> Tensor:
+        """What the asked tokens read from their cell, [Q, D]; ``x_TD`` are all its tokens."""
+        z_BKD = gather_project(cells.projection, x_TD, cells.rows, cells.offsets)
+        bias_K1 = cells.bias[:, None]
+        keys_BKHC = self._split(self.key(z_BKD) + bias_K1)
+        values_BKHC = self._split(self.value(z_BKD) + bias_K1)
+        query_HCD = self._split(self.query.weight.t()).permute(1, 2, 0) * self.head_dim**-0.5
+        output_HCD = self._split(self.output.weight).permute(1, 2, 0)
+        scores_BRD = torch.einsum("bkhc,hcd->bhkd", keys_BKHC, query_HCD).flatten(1, 2)
+        values_BRD = torch.einsum("bkhc,hcd->bhkd", values_BKHC, output_HCD).flatten(1, 2)
+        scores_QR = segment_matmul(asked.of(x_TD), scores_BRD.transpose(1, 2), asked.offsets)
+        weights_QR = scores_QR.unflatten(1, (self.heads, -1)).softmax(dim=-1).flatten(1)
+        return segment_matmul(weights_QR, values_BRD, asked.offsets) + self.output.bias
+
+    def _split(self, x: Tensor) -> Tensor:
+        """The last dimension, heads x channels, as two."""
+        return x.unflatten(-1, (self.heads, self.head_dim))
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward with residuals; LayerNorm after each (post) or before each (pre)."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.pre = config.norm == "pre"
+        self.attention = Attention(config)
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(config.width, config.ff), nn.GELU(), nn.Linear(config.ff, config.width)
+        )
+        self.feed_forward_norm = nn.LayerNorm(config.width)
+
+    def forward(self, x_TD: Tensor, asked: _Asked, cells: _Cells) -> Tensor:
+        """The asked tokens after this layer, [Q, D]."""
+        x_QD = asked.of(x_TD)
+        if self.pre:
+            x_QD = x_QD + self.attention(self.attention_norm(x_TD), asked, cells)
+            return x_QD + self.feed_forward(self.feed_forward_norm(x_QD))
+        x_QD = self.attention_norm(x_QD + self.attention(x_TD, asked, cells))
+        return self.feed_forward_norm(x_QD + self.feed_forward(x_QD))
+
+
+class Encoder(nn.Module):
+    """Hidden states of the tokens of some cells.
+
+    config: sizes and choices
+    n_islands: N, islands of the model's vocabulary
+    positions: [N, width]; None starts learned positions as random as the tokens, and leaves frozen ones zero,
+        to be filled by ``load_state_dict``
+
+    Raises ModelError where ``positions`` has another shape.
+    """
+
+    positions: Tensor
+
+    def __init__(self, config: EncoderConfig, n_islands: int, positions: Tensor | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.n_islands = n_islands
+        self.token_embedding = nn.Embedding(N_TOKENS, config.width)
+        bound = (config.tokens_per_cell or max(n_islands, 1)) ** -0.5
+        self.projection = nn.Parameter(torch.empty(n_islands, config.k).uniform_(-bound, bound))
+        self.projection_bias = nn.Parameter(torch.empty(config.k).uniform_(-bound, bound))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.final_norm = nn.LayerNorm(config.width) if config.norm == "pre" else nn.Identity()
+        self._set_positions(positions)
+
+    def _set_positions(self, given: Tensor | None) -> None:
+        shape = (self.n_islands, self.config.width)
+        if given is not None and tuple(given.shape) != shape:
+            raise ModelError(f"encoder positions: found shape {tuple(given.shape)}, expected {shape}")
+        learned = self.config.positions == "learned"
+        if given is None:
+            table = torch.randn(shape) if learned else torch.zeros(shape)
+        else:
+            table = given.detach().to(self.projection.dtype, copy=True)
+        if learned:
+            self.positions = nn.Parameter(table)
+        else:
+            self.register_buffer("positions", table)
+
+    @property
+    def token_rms(self) -> float:
+        """Root mean square of the token embedding, which callers scale the positions to."""
+        return float(self.token_embedding.weight.detach().square().mean().sqrt())
+
+    def forward(
+        self, tokens: Tensor, islands: Tensor, offsets: Tensor, queries: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states of all tokens, or of those at ``queries``, in their order.
+
+        tokens: int64 [T], 0 to 6; islands: int64 [T], strictly increasing within a cell
+        offsets: int64 [B + 1], cell ``b`` owns the tokens ``offsets[b]:offsets[b + 1]``; best kept on the CPU
+        queries: int64 [Q], increasing positions into the T tokens, or None for all
+        Returns [T, width] or [Q, width].
+        """
+        offsets = offsets.cpu()
+        # One gather for all layers: the dense gradient of E, [N, k], is then formed once a backward.
+        used, rows = torch.unique(islands, return_inverse=True)
+        cells = _Cells(functional.embedding(used, self.projection), self.projection_bias, rows, offsets)
+        everything = _Asked(None, offsets)
+        last = everything if queries is None else _Asked.at(queries, offsets)
+        x = self.token_embedding(tokens) + functional.embedding(islands, self.positions)
+        for layer in self.layers[:-1]:
+            x = layer(x, everything, cells)
+        x = self.layers[-1](x, last, cells)
+        hidden: Tensor = self.final_norm(x)
+        return hidden
