@@ -22,8 +22,8 @@ def fit_temperature(logits: ArrayLike | None, labels: ArrayLike | None) -> float
     """The temperature in TEMPERATURE_BOUNDS that minimises the negative log-likelihood of the labels.
 
     logits: float [n, C]; labels: int [n], 0 to C - 1. None and None (no calibration wanted) give 1.0, as
-    does a likelihood that no temperature betters. Raises InputError without cells or for labels that do not fit
-    the logits, ModelError for logits that are not finite.
+    does a likelihood that no temperature betters. Raises InputError without cells or for labels that do not
+    fit the logits, ModelError for logits that are not finite.
     """
     if logits is None and labels is None:
         return 1.0
