@@ -132,5 +132,7 @@ def _with_crc(data: bytes) -> bytes:
 
 def _without_crc(data: bytes, place: str) -> bytes:
     if len(data) < 4 or struct.unpack("<I", data[-4:])[0] != google_crc32c.value(data[:-4]):
-        raise StoreError(f"{place}: the bytes do not fit their crc32c; the file is damaged, convert the sample again")
+        raise StoreError(
+            f"{place}: the bytes do not fit their crc32c; the file is damaged, convert the sample again"
+        )
     return data[:-4]

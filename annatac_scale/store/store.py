@@ -17,7 +17,7 @@ from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.store import schema
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.shards import ShardReader
-from annatac_scale.store.writer import read_index
+from annatac_scale.store.writer import finish_obs, read_index
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,16 @@ class IslandStore:
         except (OSError, ValueError, KeyError) as error:
             raise StoreError(f"{path}: no island store here; make one with `annatac convert`") from error
         if attributes.get("format") != schema.FORMAT:
-            raise StoreError(f"{path}: a Zarr group, but not an island store; make one with `annatac convert`")
+            raise StoreError(
+                f"{path}: a Zarr group, but not an island store; make one with `annatac convert`"
+            )
         version = str(attributes.get("version"))
         if version.split(".")[0] != schema.FORMAT_VERSION.split(".")[0]:
             raise StoreError(
                 f"{path}: store format {version}, this annatac_scale reads {schema.FORMAT_VERSION}; "
                 "upgrade annatac_scale, or convert again"
             )
+        finish_obs(path)
         return cls(path, attributes)
 
     @cached_property
@@ -127,7 +130,9 @@ class IslandStore:
             genes=frame["genes"].to_numpy(object),
         )
         if space.sha256 != self.islands_sha256:
-            raise StoreError(f"{self.path}/islands: sha256 {space.sha256}, recorded {self.islands_sha256}: damaged")
+            raise StoreError(
+                f"{self.path}/islands: sha256 {space.sha256}, recorded {self.islands_sha256}: damaged"
+            )
         return space
 
     def obs(self, columns: list[str] | None = None) -> pd.DataFrame:
@@ -136,7 +141,8 @@ class IslandStore:
         A column that a sample lacks is missing there; one that no sample has raises InputError.
         """
         frames = [
-            sample.obs().reset_index(names="barcode").assign(sample=name) for name, sample in self.samples.items()
+            sample.obs().reset_index(names="barcode").assign(sample=name)
+            for name, sample in self.samples.items()
         ]
         known = list(dict.fromkeys(name for frame in frames for name in frame))
         wanted = [name for name in known if name not in ("sample", "barcode")] if columns is None else columns
@@ -165,7 +171,9 @@ class IslandStore:
         """The given cells (ids, int64 [m], any order, repeats allowed) in the given order."""
         cells = np.asarray(cells, np.int64)
         if len(cells) and (cells.min() < 0 or cells.max() >= self.n_cells):
-            raise StoreError(f"{self.path}: cell ids run from 0 to {self.n_cells - 1}, asked for {cells.max()}")
+            raise StoreError(
+                f"{self.path}: cell ids run from 0 to {self.n_cells - 1}, asked for {cells.max()}"
+            )
         blocks = self.blocks()
         owner = np.searchsorted([b.first_cell for b in blocks], cells, side="right") - 1
         parts, places = [], []

@@ -1,8 +1,8 @@
 """Create a store, add samples to it, replace a sample's obs. A sample is complete or invisible.
 
-A sample is written in ``<store>/.incoming/<name>`` and renamed into ``samples/``; the index in the attributes of
-``samples/`` names it last. Whatever is not in the index was never committed. Locks are flock(2): a killed writer holds
-nothing.
+A sample is written in ``<store>/.incoming/<name>`` and renamed into ``samples/``; the index in the attributes
+of ``samples/`` names it last. Whatever is not in the index was never committed. Locks are flock(2): a killed
+writer holds nothing.
 """
 
 import fcntl
@@ -17,10 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import anndata
 import numpy as np
 import pandas as pd
 import zarr
-from anndata.io import write_elem
+from anndata.io import read_elem, write_elem
 from numpy.typing import NDArray
 
 from annatac_scale.errors import InputError, StoreError
@@ -30,6 +31,7 @@ from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.shards import create_x, write_shard
 
 INCOMING = ".incoming"
+_OBS_ASIDE = ".obs"
 
 
 def create_store(path: Path | str, space: IslandSpace, counting: str) -> None:
@@ -47,7 +49,7 @@ def create_store(path: Path | str, space: IslandSpace, counting: str) -> None:
     aside = path.with_name(path.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     root = zarr.create_group(aside, attributes=attributes)
-    write_elem(root, schema.ISLANDS, islands_frame(space))
+    _write_frame(root, schema.ISLANDS, islands_frame(space))
     root.create_group(schema.SAMPLES, attributes={schema.INDEX: []})
     if path.exists():
         path.rmdir()
@@ -122,7 +124,9 @@ class SampleWriter:
         self.folder.parent.mkdir(exist_ok=True)
         self._lock = _try_lock(self.folder.with_name(self.name + ".lock"))
         if self._lock is None:
-            raise StoreError(f"{self.path}: another process is writing sample {self.name!r}; wait for it or stop it")
+            raise StoreError(
+                f"{self.path}: another process is writing sample {self.name!r}; wait for it or stop it"
+            )
         if self.name in committed_samples(self.path):
             self._release()
             raise StoreError(f"{self.path}: sample {self.name!r} is there already; choose another --sample")
@@ -141,7 +145,9 @@ class SampleWriter:
         first = shard * schema.SHARD_CELLS
         expected = min(schema.SHARD_CELLS, self.n_cells - first)
         if len(rows) != expected:
-            raise StoreError(f"sample {self.name!r}, shard {shard}: {len(rows)} cells given, {expected} expected")
+            raise StoreError(
+                f"sample {self.name!r}, shard {shard}: {len(rows)} cells given, {expected} expected"
+            )
         self._shards[shard] = write_shard(self.folder / "X", shard, rows), len(rows.islands)
 
     def commit(self, obs: pd.DataFrame, measured: NDArray[np.bool_], conversion: dict[str, Any]) -> str:
@@ -159,7 +165,7 @@ class SampleWriter:
         x_digest = hashlib.sha256("".join(self._shards[s][0] for s in range(n_shards)).encode()).hexdigest()
         n_open = sum(n for _, n in self._shards.values())
         group = zarr.open_group(self.folder, mode="r+")
-        write_elem(group, "obs", storable(obs))
+        _write_frame(group, "obs", storable(obs))
         self._write_var(measured)
         write_elem(group, "uns", {})
         sample = {"n_cells": self.n_cells, "n_open": n_open, "x_sha256": x_digest}
@@ -177,7 +183,7 @@ class SampleWriter:
         _flush(self.folder)
         with store_lock(self.path):
             target = self.path / schema.SAMPLES / self.name
-            shutil.rmtree(target, ignore_errors=True)  # renamed, then killed before the index named it
+            shutil.rmtree(target, ignore_errors=True)  # it was renamed, then killed before the index named it
             os.replace(self.folder, target)
             index = read_index(self.path)
             index.append({"name": self.name, **sample, "digest": digest})
@@ -188,7 +194,7 @@ class SampleWriter:
         # The islands are the same in every sample: their files are copied, only `measured` is encoded anew.
         shutil.copytree(self.path / schema.ISLANDS, self.folder / "var")
         var = zarr.open_group(self.folder / "var", mode="r+")
-        write_elem(var, "measured", np.asarray(measured, bool))
+        _write_frame(var, "measured", np.asarray(measured, bool))
         columns = var.attrs["column-order"]
         var.attrs["column-order"] = [*columns, "measured"]  # type: ignore[misc]
 
@@ -212,36 +218,53 @@ def replace_obs(path: Path | str, sample: str, obs: pd.DataFrame) -> str:
     """Replace the obs of a committed sample, X untouched; returns the new digest (hex).
 
     obs: as many rows as the sample has cells, indexed by the same barcodes in the same order.
+    A kill in the middle leaves the old obs or the new: ``finish_obs`` decides at the next opening.
     """
     path = Path(path)
     with store_lock(path):
-        index = read_index(path)
-        entry = next((entry for entry in index if entry["name"] == sample), None)
+        entry = next((entry for entry in read_index(path) if entry["name"] == sample), None)
         if entry is None:
-            raise StoreError(f"{path}: no sample {sample!r}; it holds {[e['name'] for e in index][:10]}")
+            raise StoreError(f"{path}: no sample {sample!r}; it holds {committed_samples(path)[:10]}")
         if len(obs) != entry["n_cells"]:
             raise StoreError(f"{path}, sample {sample!r}: {len(obs)} obs rows for {entry['n_cells']} cells")
-        folder = path / schema.SAMPLES / sample
-        aside = path / INCOMING / f"{sample}.obs"
+        folder, aside = path / schema.SAMPLES / sample, path / INCOMING / f"{sample}{_OBS_ASIDE}"
         shutil.rmtree(aside, ignore_errors=True)
-        write_elem(zarr.create_group(aside), "obs", storable(obs))
+        _write_frame(zarr.create_group(aside), "obs", storable(obs))
         _flush(aside)
-        measured = np.asarray(zarr.open_group(folder, mode="r")["var/measured"][:])  # type: ignore[index]
-        root = zarr.open_group(path, mode="r")
-        entry["digest"] = sample_digest(
-            str(root.attrs["islands_sha256"]), entry["x_sha256"], measured, storable(obs)
-        )
-        os.replace(folder / "obs", aside / "old")
-        os.replace(aside / "obs", folder / "obs")
-        _write_index(path, index)
-        shutil.rmtree(aside)
-        if not any((path / INCOMING).iterdir()):
-            (path / INCOMING).rmdir()
+        _move(folder / "obs", aside / "old")
+        _move(aside / "obs", folder / "obs")
+        return _settle_obs(path, sample)
+
+
+def finish_obs(path: Path) -> None:
+    """Settle replacements of obs that were interrupted, if there are any."""
+    if any((path / INCOMING).glob(f"*{_OBS_ASIDE}")):
+        with store_lock(path):
+            for aside in list((path / INCOMING).glob(f"*{_OBS_ASIDE}")):
+                _settle_obs(path, aside.name.removesuffix(_OBS_ASIDE))
+
+
+def _settle_obs(path: Path, sample: str) -> str:
+    """Put the old obs back if the new one did not arrive; index the digest of the obs in place."""
+    folder, aside = path / schema.SAMPLES / sample, path / INCOMING / f"{sample}{_OBS_ASIDE}"
+    if not (folder / "obs").exists():
+        os.replace(aside / "old", folder / "obs")
+    index = read_index(path)
+    entry = next(entry for entry in index if entry["name"] == sample)
+    group = zarr.open_group(folder, mode="r")
+    islands_sha256 = str(zarr.open_group(path, mode="r").attrs["islands_sha256"])
+    entry["digest"] = sample_digest(
+        islands_sha256, entry["x_sha256"], read_elem(group["var/measured"]), storable(read_elem(group["obs"]))
+    )
+    _write_index(path, index)
+    shutil.rmtree(aside)
+    if not any((path / INCOMING).iterdir()):
+        (path / INCOMING).rmdir()
     return str(entry["digest"])
 
 
 def storable(obs: pd.DataFrame) -> pd.DataFrame:
-    """obs with every column numeric, bool, categorical of strings, or string: what a data frame on disk can hold."""
+    """obs with every column numeric, bool or categorical of strings: what a data frame on disk can hold."""
     columns: dict[str, Any] = {}
     for name, column in obs.items():
         if isinstance(column.dtype, pd.CategoricalDtype):
@@ -254,9 +277,7 @@ def storable(obs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns, index=pd.Index(obs.index.astype(str), name="barcode"))
 
 
-def sample_digest(
-    islands_sha256: str, x_sha256: str, measured: NDArray[np.bool_], obs: pd.DataFrame
-) -> str:
+def sample_digest(islands_sha256: str, x_sha256: str, measured: NDArray[np.bool_], obs: pd.DataFrame) -> str:
     """sha256 (hex) of what a sample says: islands, X, measured, obs; never of how or when it was made."""
     digest = hashlib.sha256(f"{islands_sha256}\n{x_sha256}\n".encode())
     digest.update(np.packbits(measured).tobytes())
@@ -302,6 +323,12 @@ def _check_same(path: Path, attributes: dict[str, Any]) -> None:
             )
 
 
+def _write_frame(group: zarr.Group, key: str, element: Any) -> None:
+    """Write a data frame or array in anndata's encoding; small arrays need no shards."""
+    with anndata.settings.override(auto_shard_zarr_v3=False):
+        write_elem(group, key, element)
+
+
 def _write_index(path: Path, index: list[dict[str, Any]]) -> None:
     file = path / schema.SAMPLES / "zarr.json"
     metadata = json.loads(file.read_text())
@@ -312,6 +339,10 @@ def _write_index(path: Path, index: list[dict[str, Any]]) -> None:
         out.flush()
         os.fsync(out.fileno())
     os.replace(aside, file)
+
+
+def _move(source: Path, target: Path) -> None:
+    os.replace(source, target)
 
 
 def _flush(folder: Path) -> None:

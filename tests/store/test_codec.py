@@ -1,5 +1,7 @@
 """The island codec against a plain-Python reading of docs/store-format.md."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,7 +19,7 @@ def plain_decode(encoded: bytes, n_rows: int) -> list[list[tuple[int, int]]]:
     ends = [int.from_bytes(encoded[4 * i : 4 * i + 4], "little") for i in range(n_rows + 1)]
     body = encoded[4 * (n_rows + 1) :]
     rows = []
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in itertools.pairwise(ends):
         row, island, data = [], -1, iter(body[start:end])
         for byte in data:
             if byte == 255:
