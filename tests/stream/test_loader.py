@@ -1,0 +1,217 @@
+import shutil
+import threading
+
+import numpy as np
+import pytest
+
+from annatac_scale.errors import AnnatacError, ConfigError, InputError, ModelError
+from annatac_scale.store.store import IslandStore
+from annatac_scale.stream.loader import IslandStream, _WindowReader
+from annatac_scale.stream.vocabulary import Vocabulary
+
+# 2,065 cells in 4 lanes of at most 250 (lanes), or together (one_window).
+LANES = {"global_batch_size": 48, "seed": 5, "lanes": 4, "window": 1}
+ONE_WINDOW = {"global_batch_size": 48, "seed": 5, "lanes": 4, "window": 4}
+OPTIONS = [pytest.param(LANES, id="lanes"), pytest.param(ONE_WINDOW, id="one_window")]
+
+
+def rows_of(batch):
+    """cell id -> {island: token}"""
+    rows = {}
+    for index, cell in enumerate(batch.cell_ids.tolist()):
+        row = slice(batch.offsets[index], batch.offsets[index + 1])
+        rows[cell] = dict(zip(batch.islands[row].tolist(), batch.tokens[row].tolist(), strict=True))
+    return rows
+
+
+def ids(batches):
+    return [batch.cell_ids.tolist() for batch in batches]
+
+
+def streams(known, options, world_size, **more):
+    return [
+        IslandStream(known.store, rank=rank, world_size=world_size, **options, **more)
+        for rank in range(world_size)
+    ]
+
+
+def stream_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("island-stream")]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_an_epoch_gives_every_cell_once_with_its_open_islands(unequal_store, options, world_size):
+    rows = {}
+    for stream in streams(unequal_store, options, world_size):
+        batches = list(stream)
+        assert len(batches) == len(stream) == -(-2065 // 48)
+        for batch in batches:
+            rows_here = rows_of(batch)
+            assert len(rows_here) == len(batch)
+            assert not rows_here.keys() & rows.keys()
+            rows |= rows_here
+    assert rows == {cell: unequal_store.row(cell) for cell in range(2065)}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_global_batches_are_the_same_for_every_world_size(unequal_store, options):
+    (alone,) = streams(unequal_store, options, 1)
+    whole = ids(alone)
+    for world_size in (2, 3, 4):
+        ranks = [ids(stream) for stream in streams(unequal_store, options, world_size)]
+        joined = [sorted(cell for rank in step for cell in rank) for step in zip(*ranks, strict=True)]
+        assert joined == [sorted(step) for step in whole]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("stop", [0, 1, 20, 43, 44])
+def test_a_stream_resumes_at_any_step_at_another_world_size(unequal_store, options, stop):
+    seen, states = [], []
+    for stream in streams(unequal_store, options, 3):
+        stream.set_epoch(2)
+        seen += [
+            cell for _, batch in zip(range(stop), stream, strict=False) for cell in batch.cell_ids.tolist()
+        ]
+        states.append(stream.state_dict())
+    assert states == [{"seed": 5, "epoch": 2, "step": stop}] * 3
+    (whole,) = streams(unequal_store, options, 1)
+    whole.set_epoch(2)
+    uninterrupted = ids(whole)
+    for stream in streams(unequal_store, options | {"seed": 1}, 2):
+        stream.load_state_dict(states[0])
+        stream.set_epoch(2)
+        rest = ids(stream)
+        assert len(rest) == 44 - stop
+        for step, cells in zip(uninterrupted[stop:], rest, strict=True):
+            assert set(cells) <= set(step)
+        seen += [cell for cells in rest for cell in cells]
+    assert sorted(seen) == list(range(2065))
+
+
+def test_the_state_counts_batches_handed_out_and_not_those_read_ahead(unequal_store):
+    (stream,) = streams(unequal_store, LANES, 1)
+    iterator = iter(stream)
+    for step in range(3):
+        assert stream.state_dict()["step"] == step
+        next(iterator)
+    assert stream.state_dict() == {"seed": 5, "epoch": 0, "step": 3}
+
+
+def test_after_an_epoch_comes_the_next_one_in_another_order(unequal_store):
+    (stream,) = streams(unequal_store, LANES, 1)
+    first, second = ids(stream), ids(stream)
+    assert stream.state_dict() == {"seed": 5, "epoch": 2, "step": 0}
+    assert first != second
+    stream.set_epoch(0)
+    assert ids(stream) == first
+    stream.set_epoch(1)
+    assert ids(stream) == second
+
+
+def test_a_broken_off_epoch_goes_on_where_it_stopped(unequal_store):
+    (stream,) = streams(unequal_store, LANES, 1)
+    whole = ids(stream)
+    stream.set_epoch(0)
+    begun = [batch.cell_ids.tolist() for _, batch in zip(range(7), stream, strict=False)]
+    assert begun + ids(stream) == whole
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_only_the_given_cells_come(unequal_store, options):
+    cells = np.random.default_rng(3).permutation(2065)[:1300]
+    rows = {}
+    for stream in streams(unequal_store, options, 2, cells=cells):
+        for batch in stream:
+            rows |= rows_of(batch)
+    assert rows == {cell: unequal_store.row(cell) for cell in cells.tolist()}
+
+
+def test_a_vocabulary_renumbers_the_islands_and_drops_the_others(unequal_store):
+    kept = [3, 4, 9, 20, 39]
+    vocabulary = Vocabulary(unequal_store.store.islands_sha256, 40, np.array(kept, np.int32))
+    for batch in IslandStream(unequal_store.store, vocabulary=vocabulary, **LANES):
+        for cell, row in rows_of(batch).items():
+            known = unequal_store.row(cell)
+            assert row == {kept.index(island): level for island, level in known.items() if island in kept}
+
+
+def test_ranks_without_cells_in_a_step_get_an_empty_batch(tiny_store):
+    options = {"global_batch_size": 4, "seed": 0, "lanes": 4}
+    batches = [list(stream) for stream in streams(tiny_store, options, 4)]
+    assert [len(rank) for rank in batches] == [4] * 4
+    sizes = [sorted(len(rank[step]) for rank in batches) for step in range(4)]
+    assert sizes == [[1, 1, 1, 1]] * 3 + [[0, 0, 0, 1]]
+    empty = next(rank[3] for rank in batches if len(rank[3]) == 0)
+    assert empty.offsets.tolist() == [0]
+    assert empty.islands.tolist() == []
+
+
+def test_a_stream_of_no_cells_has_no_steps(tiny_store):
+    stream = IslandStream(tiny_store.store, cells=np.empty(0, int), global_batch_size=4, seed=0)
+    assert len(stream) == 0
+    assert list(stream) == []
+
+
+def test_a_rank_holds_no_more_than_its_lanes_windows(unequal_store):
+    (stream,) = streams(unequal_store, LANES | {"lanes": 4}, 1)
+    plan = stream._order.epoch(0)
+    reader = _WindowReader(stream._selection, plan, None)
+    held = []
+    for step in range(len(stream)):
+        reader.batch(plan.shares(step))
+        held.append(sum(len(rows) for _, rows in reader._held.values()))
+        assert len(reader._held) <= 4 * 2
+    # In a step in which a lane turns to its next window it holds both.
+    assert max(held) < 2 * 4 * (250 + 250)
+    assert sorted(held)[len(held) // 2] < 4 * (250 + 250)
+
+
+def test_dropping_the_iterator_ends_its_thread(unequal_store):
+    assert stream_threads() == []
+    (stream,) = streams(unequal_store, LANES, 1)
+    iterator = iter(stream)
+    next(iterator)
+    assert len(stream_threads()) == 1
+    del iterator
+    assert stream_threads() == []
+    for _ in stream:
+        break
+    assert stream_threads() == []
+    list(stream)
+    assert stream_threads() == []
+
+
+def test_a_damaged_block_is_an_error_of_the_batch_and_leaves_no_thread(unequal_store, tmp_path):
+    copy = tmp_path / "damaged.zarr"
+    shutil.copytree(unequal_store.store.path, copy)
+    shard = copy / "samples" / "s4" / "X" / "c" / "0" / "0"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 3] ^= 255
+    shard.write_bytes(data)
+    stream = IslandStream(copy, **LANES)
+    with pytest.raises(AnnatacError, match="s4"):
+        list(stream)
+    assert stream_threads() == []
+
+
+def test_a_path_opens_the_store(tiny_store):
+    stream = IslandStream(str(tiny_store.store.path), global_batch_size=20, seed=0)
+    assert isinstance(stream.store, IslandStore)
+    (batch,) = stream
+    assert sorted(batch.cell_ids.tolist()) == list(range(13))
+
+
+def test_options_and_stores_that_do_not_fit_are_refused(tiny_store):
+    with pytest.raises(ConfigError, match="lanes = 3 does not divide the global batch of 4"):
+        IslandStream(tiny_store.store, global_batch_size=4, seed=0, lanes=3)
+    with pytest.raises(ConfigError, match="world size 5"):
+        IslandStream(tiny_store.store, global_batch_size=4, seed=0, world_size=5)
+    with pytest.raises(InputError, match="no cell 13"):
+        IslandStream(tiny_store.store, cells=np.array([13]), global_batch_size=4, seed=0)
+    other = Vocabulary("0" * 64, 40, np.array([1], np.int32))
+    with pytest.raises(ModelError, match="sha256"):
+        IslandStream(tiny_store.store, vocabulary=other, global_batch_size=4, seed=0)
+    stream = IslandStream(tiny_store.store, global_batch_size=4, seed=0)
+    with pytest.raises(ConfigError, match="step 5 of an epoch of 4 steps"):
+        stream.load_state_dict({"seed": 0, "epoch": 0, "step": 5})
