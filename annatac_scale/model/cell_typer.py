@@ -1,0 +1,86 @@
+"""Encoder and cell-type head as one module, and how a batch becomes tensors."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from annatac_scale.errors import ConfigError
+from annatac_scale.model.heads import CNN_HIDDEN, SUBTYPE_HIDDEN, CellTypeHead, CnnHead, PooledHead
+from annatac_scale.model.linformer import Encoder, EncoderConfig
+from annatac_scale.stream.batch import Batch
+
+HEADS = ("pooled", "cnn", "subtype")
+
+
+class Tokens(NamedTuple):
+    """A batch as the encoder takes it: tokens, islands int64 [T]; offsets int64 [B + 1], on the CPU."""
+
+    tokens: Tensor
+    islands: Tensor
+    offsets: Tensor
+
+
+def batch_tokens(batch: Batch, device: torch.device) -> Tokens:
+    """The tokens of a batch on ``device``."""
+    return Tokens(
+        torch.from_numpy(batch.tokens).to(device, torch.int64),
+        torch.from_numpy(batch.islands).to(device, torch.int64),
+        torch.from_numpy(batch.offsets),
+    )
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """A cell-type head. Raises ConfigError where a value is out of range."""
+
+    kind: str = "pooled"
+    """"pooled", the paper's "cnn", or "subtype", the same with more layers."""
+    hidden: tuple[int, ...] = ()
+    """Fully connected layers of cnn and subtype; empty means the kind's own."""
+    pooled: int = 64
+    """Channels of the pooled head's embedding."""
+    island_dropout: float = 0.3
+    """Probability that training leaves an open island out (pooled)."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in HEADS:
+            raise ConfigError(f"head kind: found {self.kind!r}, expected {', '.join(HEADS)}")
+        if self.pooled < 1 or any(units < 1 for units in self.hidden):
+            raise ConfigError(f"head sizes: found {self.pooled}, {self.hidden}, expected at least 1")
+
+
+def build_head(config: HeadConfig, encoder: EncoderConfig, n_islands: int, n_types: int) -> CellTypeHead:
+    """A new head of the configured kind on top of an encoder."""
+    if config.kind == "pooled":
+        return PooledHead(n_islands, encoder.width, n_types, config.pooled, config.island_dropout)
+    hidden = config.hidden or (CNN_HIDDEN if config.kind == "cnn" else SUBTYPE_HIDDEN)
+    return CnnHead(n_islands, encoder.width, n_types, hidden, encoder.tokens_per_cell)
+
+
+class CellTyper(nn.Module):
+    """Logits of cell types from the tokens of cells."""
+
+    def __init__(self, encoder: Encoder, head: CellTypeHead) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+
+    def forward(self, tokens: Tensor, islands: Tensor, offsets: Tensor) -> Tensor:
+        """Logits [B, Y]; arguments as in ``Tokens``."""
+        hidden = self.encoder(tokens, islands, offsets)
+        logits: Tensor = self.head(hidden, tokens, islands, offsets)
+        return logits
+
+    @torch.inference_mode()
+    def predict(self, batch: Batch) -> NDArray[np.float32]:
+        """Logits float32 [B, Y] of a batch whose tokens are listed, dropout off."""
+        training = self.training
+        self.eval()
+        logits = self(*batch_tokens(batch, self.head.classifier.weight.device))
+        self.train(training)
+        result: NDArray[np.float32] = logits.float().cpu().numpy()
+        return result

@@ -1,0 +1,253 @@
+"""The model folder: weights and all that is needed to use them, without pickle.
+
+    config.json            ModelInfo: what the model was made of and for, and the sha256 of every other file
+    weights.safetensors    encoder and head, without frozen positions
+    positions.safetensors  the positions, [islands, width]
+    islands.tsv.gz         the vocabulary: number in the island space, chrom, start, end, genes
+    labels.json            cell types in the order of the logits (fine-tuned models)
+    calibration.json       temperature (fine-tuned models)
+    README.md              the model card
+
+A folder is written aside and renamed; reading checks every file against config.json.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from annatac_scale.config import from_dict, to_dict
+from annatac_scale.errors import ConfigError, ModelError
+from annatac_scale.genome.islands import IslandSpace
+from annatac_scale.model.cell_typer import CellTyper, HeadConfig, build_head
+from annatac_scale.model.linformer import Encoder, EncoderConfig
+from annatac_scale.store.store import IslandStore
+from annatac_scale.stream.vocabulary import Vocabulary
+
+FORMAT = "annatac_scale.model"
+FORMAT_VERSION = 1
+POSITIONS = "positions"
+_POSITIONS_KEY = "encoder.positions"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model is of and how it was made."""
+
+    assembly: str
+    width_bp: int
+    selection: str
+    counting: str
+    space_sha256: str
+    n_space: int
+    preset: str
+    encoder: EncoderConfig
+    head: HeadConfig | None = None
+    labels: tuple[str, ...] = ()
+    temperature: float = 1.0
+    novel_threshold: float = 0.5
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """JSON-able: stores and their digests, options, seed, figures, versions."""
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model in memory. ``head`` is None before fine-tuning."""
+
+    info: ModelInfo
+    vocabulary: Vocabulary
+    islands: pd.DataFrame
+    """chrom, start, end, genes of the vocabulary, one row an island."""
+    encoder: Encoder
+    typer: CellTyper | None = None
+    digest: str = ""
+    """sha256 (hex) of config.json, which covers every file; empty for a model not yet written."""
+
+    def check_store(self, store: IslandStore) -> None:
+        """Raise ModelError, listing what differs, unless the store has the islands and counting of the model."""
+        expected = {
+            "assembly": self.info.assembly,
+            "width_bp": self.info.width_bp,
+            "selection": self.info.selection,
+            "counting": self.info.counting,
+            "islands_sha256": self.info.space_sha256,
+        }
+        differing = [
+            f"{key} {store.attributes[key]} (model: {value})"
+            for key, value in expected.items()
+            if store.attributes[key] != value
+        ]
+        if store.islands_sha256 != self.info.space_sha256 or store.counting != self.info.counting:
+            raise ModelError(
+                f"{store.path} does not fit the model: {'; '.join(differing)}; "
+                "convert the cells with the model's assembly, selection and counting"
+            )
+
+
+def vocabulary_islands(space: IslandSpace, vocabulary: Vocabulary) -> pd.DataFrame:
+    """chrom, start, end, genes of the vocabulary's islands."""
+    kept = vocabulary.islands
+    return pd.DataFrame(
+        {
+            "chrom": np.array(space.chromosomes, object)[space.chrom[kept]],
+            "start": space.start[kept],
+            "end": space.end[kept],
+            "genes": space.genes[kept],
+        }
+    )
+
+
+def write_model(path: Path | str, model: Model, card: str) -> None:
+    """Write a model folder, replacing one that is there; ``card`` is the text of its README.md."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        _write_files(aside, model, card)
+        if path.exists():
+            if not (path / "config.json").exists():
+                raise ModelError(f"{path}: exists and is not a model folder; choose another --out")
+            shutil.rmtree(path)
+        os.replace(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_files(folder: Path, model: Model, card: str) -> None:
+    module = model.encoder if model.typer is None else model.typer
+    prefix = "encoder." if model.typer is None else ""
+    state = {
+        prefix + name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
+    }
+    save_file({POSITIONS: state.pop(_POSITIONS_KEY)}, folder / "positions.safetensors")
+    save_file(state, folder / "weights.safetensors")
+    _write_islands(folder / "islands.tsv.gz", model)
+    if model.typer is not None:
+        (folder / "labels.json").write_text(json.dumps(list(model.info.labels), indent=1) + "\n")
+        calibration = {"temperature": model.info.temperature, "novel_threshold": model.info.novel_threshold}
+        (folder / "calibration.json").write_text(json.dumps(calibration, indent=1) + "\n")
+    (folder / "README.md").write_text(card)
+    config = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        **{key: value for key, value in asdict(model.info).items() if key not in ("encoder", "head")},
+        "encoder": to_dict(model.info.encoder),
+        "head": None if model.info.head is None else to_dict(model.info.head),
+        "vocabulary_sha256": model.vocabulary.sha256,
+        "files": {file.name: _sha256(file) for file in sorted(folder.iterdir()) if file.name != "README.md"},
+    }
+    for key in ("labels", "temperature", "novel_threshold"):
+        del config[key]
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _write_islands(path: Path, model: Model) -> None:
+    table = model.islands.assign(island=model.vocabulary.islands)[
+        ["island", "chrom", "start", "end", "genes"]
+    ]
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
+        file.write(table.to_csv(sep="\t", index=False).encode())
+
+
+def read_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
+    """Read a model folder.
+
+    Raises ModelError when a file is missing, cut short or edited, or of a newer format. Nothing in the folder is
+    executed.
+    """
+    path = Path(path)
+    config = _read_config(path)
+    try:
+        info, vocabulary = _read_info(path, config)
+        table = pd.read_csv(path / "islands.tsv.gz", sep="\t", keep_default_na=False)
+        state = load_file(path / "weights.safetensors")
+        state[_POSITIONS_KEY] = load_file(path / "positions.safetensors")[POSITIONS]
+    except (OSError, KeyError, TypeError, ValueError, ConfigError, SafetensorError) as error:
+        raise ModelError(f"{path}: not a whole model folder ({error}); fetch or train it again") from error
+    encoder = Encoder(info.encoder, len(vocabulary))
+    typer = None
+    if info.head is not None:
+        typer = CellTyper(encoder, build_head(info.head, info.encoder, len(vocabulary), len(info.labels)))
+    _load(path, encoder if typer is None else typer, state, "encoder." if typer is None else "")
+    (encoder if typer is None else typer).to(device)
+    digest = _sha256(path / "config.json")
+    islands = table[["chrom", "start", "end", "genes"]]
+    return Model(info, vocabulary, islands, encoder, typer, digest)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path}: no model folder here ({error}); give the folder with config.json"
+        ) from error
+    if config.get("format") != FORMAT or config.get("version") != FORMAT_VERSION:
+        raise ModelError(
+            f"{path}/config.json: format {config.get('format')} {config.get('version')}, expected {FORMAT} "
+            f"{FORMAT_VERSION}; upgrade annatac_scale or train the model again"
+        )
+    files = config.get("files")
+    if not isinstance(files, dict) or any(Path(str(name)).name != name for name in files):
+        raise ModelError(
+            f"{path}/config.json: no list of files; the folder was edited: fetch or train it again"
+        )
+    for name, sha256 in files.items():
+        if not (path / name).is_file() or _sha256(path / name) != sha256:
+            raise ModelError(f"{path / name}: missing, cut short or edited; fetch or train the model again")
+    return config
+
+
+def _read_info(path: Path, config: dict[str, Any]) -> tuple[ModelInfo, Vocabulary]:
+    head = config["head"]
+    typing: dict[str, Any] = {}
+    if head is not None:
+        typing = {
+            "head": from_dict(HeadConfig, head, place="head."),
+            "labels": tuple(json.loads((path / "labels.json").read_text())),
+            **json.loads((path / "calibration.json").read_text()),
+        }
+    plain = (
+        "assembly",
+        "width_bp",
+        "selection",
+        "counting",
+        "space_sha256",
+        "n_space",
+        "preset",
+        "provenance",
+    )
+    info = ModelInfo(
+        **{key: config[key] for key in plain},
+        encoder=from_dict(EncoderConfig, config["encoder"], place="encoder."),
+        **typing,
+    )
+    table = pd.read_csv(path / "islands.tsv.gz", sep="\t", usecols=["island"])
+    vocabulary = Vocabulary(info.space_sha256, info.n_space, table["island"].to_numpy(np.int32))
+    if vocabulary.sha256 != config["vocabulary_sha256"]:
+        raise ModelError(f"{path}/islands.tsv.gz: not the vocabulary of the model; fetch or train it again")
+    return info, vocabulary
+
+
+def _load(path: Path, module: torch.nn.Module, state: dict[str, Tensor], prefix: str) -> None:
+    try:
+        module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()})
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise ModelError(f"{path}: the weights do not fit config.json: {first}") from error
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
