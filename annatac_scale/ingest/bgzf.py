@@ -35,8 +35,8 @@ def whole_lines(path: Path, advance: Callable[[int], None], text_bytes: int = TE
     """The decompressed text in buffers of about ``text_bytes``, each of whole lines that end with a newline.
 
     advance: told how many bytes of the file were read. A byte order mark is left out; a missing last newline is
-    added. Raises BrokenTextError, after all whole lines before the damage were given out, and InputError for a file that
-    cannot be opened or is of another format.
+    added. Raises BrokenTextError, after all whole lines before the damage were given out, and InputError for a
+    file that cannot be opened or is of another format.
     """
     held: list[bytes] = []
     n_held = 0

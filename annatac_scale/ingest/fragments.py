@@ -69,14 +69,19 @@ class FragmentCounts:
 
 
 def count_fragments(
-    path: Path, assembly: Assembly, peaks: PeakSet, rules: CountingRules, advance: Callable[[int], None]
+    path: Path,
+    assembly: Assembly,
+    peaks: PeakSet,
+    index: kernel.PeakIndex,
+    rules: CountingRules,
+    advance: Callable[[int], None],
 ) -> FragmentCounts:
-    """Count a fragment file over the islands of ``peaks``; ``advance`` is told the bytes read.
+    """Count a fragment file over the islands of ``peaks``, given with their index; ``advance`` is told the bytes read.
 
     Raises InputError naming file and line for an invalid line and for data cut off or damaged, and naming the file
     where nothing fits: no line at all, none on the assembly's chromosomes, no cell.
     """
-    counter = _Counter(path, assembly, peaks, rules)
+    counter = _Counter(path, assembly, peaks, index, rules)
     try:
         for text in whole_lines(path, advance, rules.text_bytes):
             counter.count(np.frombuffer(text, np.uint8))
@@ -91,12 +96,14 @@ def count_fragments(
 class _Counter:
     """Feeds the kernel, and gives it what it asks for."""
 
-    def __init__(self, path: Path, assembly: Assembly, peaks: PeakSet, rules: CountingRules) -> None:
+    def __init__(
+        self, path: Path, assembly: Assembly, peaks: PeakSet, index: kernel.PeakIndex, rules: CountingRules
+    ) -> None:
         self.path = path
         self.assembly = assembly
         self.peaks = peaks
         self.rules = rules
-        self.index = kernel.index_peaks(peaks, assembly)
+        self.index = index
         self.kernel_rules = kernel.Rules(
             STRATEGIES[rules.counting],
             len(peaks.n),
@@ -142,22 +149,28 @@ class _Counter:
         """Raise InputError where no line lies on the assembly, or none is of a listed barcode."""
         lines = self._line_counts()
         if lines["lines"] == lines["comment"]:
-            raise InputError(f"{self.path}: found no fragment; expected at least one line 'contig start end barcode'; "
-                             "check the path, or leave the file out")  # fmt: skip
+            raise InputError(
+                f"{self.path}: found no fragment; expected at least one line 'contig start end barcode'; "
+                "check the path, or leave the file out"
+            )
         if lines["lines"] == lines["comment"] + lines["other_contig"]:
-            raise InputError(f"{self.path}: found {lines['other_contig']:,} fragments on {self._some_contigs()}, none on a "
-                             f"chromosome of {self.assembly.name}; expected names such as "
-                             f"{self.assembly.chromosomes[0]}; check the assembly")  # fmt: skip
+            raise InputError(
+                f"{self.path}: found {lines['other_contig']:,} fragments on {self._some_contigs()}, none "
+                f"on a chromosome of {self.assembly.name}; expected names such as "
+                f"{self.assembly.chromosomes[0]}; check the assembly"
+            )
         if self.rules.barcodes is not None and not self.tallies.n_fragments.any():
             listed = ", ".join(shown(barcode) for barcode in self.rules.barcodes[:3])
-            raise InputError(f"{self.path}: found no fragment of any of the {len(self.rules.barcodes):,} listed barcodes, "
-                             f"such as {listed}; expected barcodes as in the file, such as {_some_barcodes(self.path)}; "
-                             "give the list of this sample")  # fmt: skip
+            raise InputError(
+                f"{self.path}: found no fragment of any of the {len(self.rules.barcodes):,} listed "
+                f"barcodes, such as {listed}; expected barcodes as in the file, such as "
+                f"{_some_barcodes(self.path)}; give the list of this sample"
+            )
 
     def cells(self) -> FragmentCounts:
         """The cells of what was counted. Raises InputError where no barcode is one."""
         self._empty_keys()
-        names = self.tallies.barcodes.keys()
+        names = self.tallies.barcodes.all_keys()
         n_fragments = self.tallies.n_fragments[: len(names)]
         chosen = self._choose(names, n_fragments)
         keys, counts = self.tally.result()
@@ -181,10 +194,12 @@ class _Counter:
         enough = np.flatnonzero(n_fragments >= self.rules.min_fragments)
         if not len(enough):
             most = int(n_fragments.argmax())
-            raise InputError(f"{self.path}: found no barcode with {self.rules.min_fragments:,} fragments among "
-                             f"{len(names):,}, the largest, {shown(self._text(names[most]))}, has {n_fragments[most]:,}; "
-                             f"expected at least one cell; give --min-fragments {_rounded(n_fragments[most])} or "
-                             "a list with --barcodes")  # fmt: skip
+            raise InputError(
+                f"{self.path}: found no barcode with {self.rules.min_fragments:,} fragments among "
+                f"{len(names):,}, the largest, {shown(self._text(names[most]))}, has "
+                f"{n_fragments[most]:,}; expected at least one cell; give --min-fragments "
+                f"{_rounded(n_fragments[most])} or a list with --barcodes"
+            )
         return np.array(sorted(enough.tolist(), key=names.__getitem__), np.int64)
 
     def _line_counts(self, cells: NDArray[np.int64] | None = None) -> dict[str, int]:
@@ -202,7 +217,7 @@ class _Counter:
         }
 
     def _contigs(self) -> dict[str, Any]:
-        names = [self._text(name) for name in self.tallies.contigs.keys()]
+        names = [self._text(name) for name in self.tallies.contigs.all_keys()]
         code, n_lines = self.tallies.contig_code, self.tallies.contig_lines
         other = {name: int(n_lines[i]) for i, name in enumerate(names) if code[i] == kernel.FOREIGN}
         chromosome = {
@@ -254,15 +269,17 @@ class _Counter:
         return complaint(self.path, self.n_lines + 1, shown(line), expected, remedy)
 
     def _some_contigs(self) -> str:
-        names = self.tallies.contigs.keys()
+        names = self.tallies.contigs.all_keys()
         return ", ".join(shown(self._text(name)) for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
     def _text(self, name: bytes) -> str:
         try:
             return name.decode()
         except UnicodeDecodeError as error:
-            raise InputError(f"{self.path}: found the name {name!r}; expected contigs and barcodes in UTF-8; "
-                             "convert the file to UTF-8") from error  # fmt: skip
+            raise InputError(
+                f"{self.path}: found the name {name!r}; expected contigs and barcodes in UTF-8; "
+                "convert the file to UTF-8"
+            ) from error
 
 
 _COLUMNS = "4 or more columns 'contig start end barcode' separated by tabs"

@@ -37,7 +37,7 @@ class KeyTable(NamedTuple):
         """The key of a number."""
         return self.arena[self.ends[number] : self.ends[number + 1]].tobytes()
 
-    def keys(self) -> list[bytes]:
+    def all_keys(self) -> list[bytes]:
         """All keys by number."""
         ends = self.ends[: self.size[0] + 1].tolist()
         arena = self.arena[: ends[-1]].tobytes()

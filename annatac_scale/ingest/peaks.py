@@ -92,8 +92,10 @@ class PeakSet:
         _check_assembly(intervals, chrom, assembly, source)
         island = space.locate(chrom, intervals.start)
         if not (island >= 0).any():
-            raise InputError(f"{source}: found {len(intervals):,} peaks, none of which starts in one of the {len(space):,} "
-                             f"islands; expected some; check the assembly, or select other islands")  # fmt: skip
+            raise InputError(
+                f"{source}: found {len(intervals):,} peaks, none of which starts in one of the "
+                f"{len(space):,} islands; expected some; check the assembly, or select other islands"
+            )
         n = np.bincount(island[island >= 0], minlength=len(space)).astype(np.int64)
         return cls(chrom, intervals.start, intervals.end, island, n)
 
@@ -121,8 +123,13 @@ def read_bed(path: Path) -> tuple[Intervals, int]:
     for number, fields in read_rows(path, BED_COMMENTS):
         start, end = (whole_number(field) for field in fields[1:3]) if len(fields) >= 3 else (None, None)
         if start is None or end is None or start >= end or not fields[0]:
-            raise complaint(path, number, shown("\t".join(fields)), "'chrom start end' with 0 <= start < end",
-                            "give a BED file of peaks")  # fmt: skip
+            raise complaint(
+                path,
+                number,
+                shown("\t".join(fields)),
+                "'chrom start end' with 0 <= start < end",
+                "give a BED file of peaks",
+            )
         intervals[fields[0], start, end] = None
         n_lines += 1
     if not intervals:
@@ -160,12 +167,16 @@ def _check_assembly(
     remedy = "check the assembly"
     if not known.any():
         some = ", ".join(shown(contig) for contig in list(dict.fromkeys(intervals.contig))[:3])
-        raise InputError(f"{source}: found peaks on {some} and no peak on a chromosome of {assembly.name}; expected names "
-                         f"such as {assembly.chromosomes[0]}; {remedy}")  # fmt: skip
+        raise InputError(
+            f"{source}: found peaks on {some} and no peak on a chromosome of {assembly.name}; expected "
+            f"names such as {assembly.chromosomes[0]}; {remedy}"
+        )
     beyond = known & (intervals.end > np.array(assembly.sizes, np.int64)[chrom])
     if beyond.any():
         i = int(np.flatnonzero(beyond)[0])
         size = assembly.sizes[chrom[i]]
-        raise InputError(f"{source}: found {int(beyond.sum()):,} of {len(intervals):,} peaks ({beyond.mean():.1%}) that pass "
-                         f"the end of their chromosome, the first {intervals.name(i)}; expected ends of at most {size}, the "
-                         f"size in {assembly.name}; {remedy}")  # fmt: skip
+        raise InputError(
+            f"{source}: found {int(beyond.sum()):,} of {len(intervals):,} peaks ({beyond.mean():.1%}) "
+            f"that pass the end of their chromosome, the first {intervals.name(i)}; expected ends of at "
+            f"most {size}, the size in {assembly.name}; {remedy}"
+        )

@@ -1,0 +1,196 @@
+"""Peak matrices as Cell Ranger writes them: feature-barcode h5 files and mtx folders."""
+
+import zlib
+from pathlib import Path as FilePath
+
+import h5py
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.io import mminfo, mmread
+
+from annatac_scale.errors import InputError
+from annatac_scale.genome.rows import Path, complaint, read_lines, shown, whole_number
+from annatac_scale.ingest.h5ad import csr_rows, loaded_rows, open_hdf5
+from annatac_scale.ingest.matrices import PeakMatrix, check_compressed
+from annatac_scale.ingest.peaks import Intervals, as_intervals, parse_names
+
+PEAKS = "Peaks"
+
+_NAMES_REMEDY = "give the matrix of a Cell Ranger ATAC or ARC run"
+
+
+def open_10x_h5(path: Path) -> PeakMatrix:
+    """Open a 10x feature-barcode h5; of a multiome file only the features of type Peaks.
+
+    Raises InputError where the file is damaged, is of another layout or holds no peaks.
+    """
+    file = open_hdf5(path)
+    try:
+        group = file["matrix"]
+        n_features, n_cells = (int(n) for n in group["shape"][:])
+        barcodes, features = _texts(group["barcodes"]), group["features"]
+        names = _texts(features["interval"] if "interval" in features else features["id"])
+        _check_size(path, "matrix", (n_features, n_cells), (len(names), len(barcodes)))
+        columns = _peak_columns(path, _texts(features["feature_type"]))
+        indptr = group["indptr"][:].astype(np.int64)
+        check_compressed(path, "matrix", indptr, n_cells, len(group["data"]))
+        return PeakMatrix(
+            path,
+            "10x h5",
+            "matrix",
+            _obs(barcodes),
+            parse_names([names[i] for i in columns.tolist()], path, _NAMES_REMEDY),
+            columns,
+            n_features,
+            csr_rows(group, indptr, n_features),
+            file.close,
+        )
+    except (KeyError, OSError, ValueError) as error:
+        file.close()
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path}: cannot be read as a 10x h5 file ({error}); expected the group matrix with barcodes, "
+            "features, data, indices, indptr and shape; check the file"
+        ) from error
+
+
+def n_cells_10x_h5(path: Path) -> int:
+    """Barcodes of a 10x h5."""
+    with open_hdf5(path) as file:
+        if "matrix/barcodes" not in file:
+            raise InputError(f"{path}: found no matrix/barcodes; expected a 10x h5 file; check the file")
+        return len(file["matrix/barcodes"])
+
+
+def _texts(dataset: h5py.Dataset) -> list[str]:
+    return [value.decode() if isinstance(value, bytes) else str(value) for value in dataset[:]]
+
+
+def _obs(barcodes: list[str]) -> pd.DataFrame:
+    return pd.DataFrame(index=pd.Index(barcodes, dtype=object, name="barcode"))
+
+
+def _peak_columns(path: Path, types: list[str]) -> NDArray[np.int64]:
+    columns = np.flatnonzero(np.array(types, object) == PEAKS)
+    if not len(columns):
+        some = ", ".join(sorted(set(types))[:3])
+        raise InputError(
+            f"{path}: found features of type {some}; expected some of type {PEAKS}; {_NAMES_REMEDY}"
+        )
+    return columns
+
+
+def _check_size(path: Path, place: str, found: tuple[int, int], expected: tuple[int, int]) -> None:
+    if found != expected:
+        raise InputError(
+            f"{path}: found {place} of {found[0]:,} features x {found[1]:,} barcodes beside "
+            f"{expected[0]:,} features and {expected[1]:,} barcodes listed; expected as many; copy the files again"
+        )
+
+
+def is_10x_folder(path: Path) -> bool:
+    """Whether ``path`` is a folder with a matrix.mtx or matrix.mtx.gz."""
+    return _member(path, "matrix.mtx") is not None
+
+
+def mtx_files(path: Path) -> dict[str, FilePath]:
+    """The three files of a 10x mtx folder by role: matrix, barcodes, features."""
+    return {
+        "matrix": _needed(path, "matrix.mtx"),
+        "barcodes of the matrix": _needed(path, "barcodes.tsv"),
+        "features of the matrix": _needed(path, "features.tsv", "peaks.bed"),
+    }
+
+
+def n_cells_10x_mtx(path: Path) -> int:
+    """Columns of the matrix in a 10x mtx folder."""
+    return _mtx_shape(_needed(path, "matrix.mtx"))[1]
+
+
+def open_10x_mtx(path: Path) -> PeakMatrix:
+    """Open a folder of matrix.mtx, barcodes.tsv and features.tsv or peaks.bed, each plain or gzip.
+
+    Raises InputError for a missing or damaged file, and where their lengths do not agree.
+    """
+    matrix, barcodes_file, features = mtx_files(path).values()
+    lines = (line.split("\t")[0].strip() for _, line in read_lines(barcodes_file))
+    barcodes = [barcode for barcode in lines if barcode]
+    rows = [(number, line.rstrip("\r\n").split("\t")) for number, line in read_lines(features)]
+    rows = [row for row in rows if any(row[1]) and not row[1][0].startswith("#")]
+    shape = _mtx_shape(matrix)
+    _check_size(matrix, "a matrix", shape, (len(rows), len(barcodes)))
+    columns, intervals = _mtx_features(features, rows)
+    return PeakMatrix(
+        path,
+        "10x mtx",
+        matrix.name,
+        _obs(barcodes),
+        intervals,
+        columns,
+        shape[0],
+        loaded_rows(lambda: _load(matrix)),
+        lambda: None,
+        "the mtx file is loaded whole, which takes memory",
+    )
+
+
+def _mtx_shape(matrix: FilePath) -> tuple[int, int]:
+    try:
+        n_features, n_cells = mminfo(matrix)[:2]
+    except (ValueError, EOFError, OSError, zlib.error) as error:
+        raise _damaged(matrix, error) from error
+    return n_features, n_cells
+
+
+def _member(folder: Path, *names: str) -> FilePath | None:
+    """The first of the named files, plain or gzip, that is in the folder."""
+    candidates = [FilePath(folder, name + end) for name in names for end in ("", ".gz")]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _needed(folder: Path, *names: str) -> FilePath:
+    found = _member(folder, *names)
+    if found is None:
+        raise InputError(
+            f"{folder}: found no {' or '.join(names)}, plain or .gz; expected a folder as Cell Ranger "
+            "writes it; copy the folder again"
+        )
+    return found
+
+
+def _mtx_features(path: FilePath, rows: list[tuple[int, list[str]]]) -> tuple[NDArray[np.int64], Intervals]:
+    """The rows of the matrix that are peaks, and their intervals."""
+    if path.name.startswith("peaks.bed"):
+        intervals = [_interval(path, number, fields[:3]) for number, fields in rows]
+        return np.arange(len(rows)), as_intervals(intervals)
+    has_types = all(len(fields) >= 3 for _, fields in rows)
+    columns = _peak_columns(path, [fields[2] for _, fields in rows]) if has_types else np.arange(len(rows))
+    peaks = [rows[i] for i in columns.tolist()]
+    if has_types and all(len(fields) >= 6 for _, fields in peaks):
+        return columns, as_intervals([_interval(path, number, fields[3:6]) for number, fields in peaks])
+    return columns, parse_names([fields[0] for _, fields in peaks], path, _NAMES_REMEDY)
+
+
+def _interval(path: FilePath, number: int, fields: list[str]) -> tuple[str, int, int]:
+    start, end = (whole_number(field.strip()) for field in fields[1:]) if len(fields) == 3 else (None, None)
+    if start is None or end is None or start >= end:
+        raise complaint(
+            path, number, shown("\t".join(fields)), "'chrom start end' with 0 <= start < end", _NAMES_REMEDY
+        )
+    return fields[0], start, end
+
+
+def _load(path: FilePath) -> sparse.csr_matrix:
+    try:
+        return sparse.csr_matrix(mmread(path).T)
+    except (ValueError, OverflowError, EOFError, OSError, zlib.error) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: FilePath, error: BaseException) -> InputError:
+    return InputError(
+        f"{path}: cannot be read as Matrix Market ({error}); expected a whole file; copy it again"
+    )
