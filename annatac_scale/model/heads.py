@@ -158,7 +158,7 @@ class CnnHead(CellTypeHead):
     def embed(
         self,
         hidden: Tensor | None,
-        tokens: Tensor,  # noqa: ARG002
+        tokens: Tensor,
         islands: Tensor,
         offsets: Tensor,
     ) -> Tensor:

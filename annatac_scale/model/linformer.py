@@ -49,7 +49,7 @@ class EncoderConfig:
     ff: int
     """Hidden channels of the feed-forward part."""
     attend: str
-    """Which tokens a cell lists: "all" its measured islands, or its "open" and masked ones; the code is one."""
+    """Which tokens a cell lists: "all" its measured islands, or its "open" and masked ones."""
     norm: str
     """LayerNorm "post", after each residual, as published; or "pre", before each part and once at the end."""
     positions: str

@@ -153,9 +153,9 @@ def test_projection_starts_at_the_scale_of_the_tokens_a_cell_is_expected_to_have
     every = Encoder(config_of(k=50), 1000)
     for encoder, tokens in ((few, 25), (every, 1000)):
         bound = tokens**-0.5
-        assert float(encoder.projection.abs().max()) <= bound
-        assert float(encoder.projection.std()) == pytest.approx(bound / 3**0.5, rel=0.02)
-        assert float(encoder.projection_bias.abs().max()) <= bound
+        assert encoder.projection.abs().max().item() <= bound
+        assert encoder.projection.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+        assert encoder.projection_bias.abs().max().item() <= bound
 
 
 def test_frozen_positions_are_saved_and_not_trained():
