@@ -155,13 +155,7 @@ class CnnHead(CellTypeHead):
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(hidden))
         self.classifier = nn.Linear(hidden[-1], n_types)
 
-    def embed(
-        self,
-        hidden: Tensor | None,
-        tokens: Tensor,
-        islands: Tensor,
-        offsets: Tensor,
-    ) -> Tensor:
+    def embed(self, hidden: Tensor | None, tokens: Tensor, islands: Tensor, offsets: Tensor) -> Tensor:
         """Units of the last hidden layer, [B, hidden[-1]]; levels come in through ``hidden`` alone."""
         if hidden is None:
             raise ValueError("the CNN head reads the encoder's states: hidden must not be None")
