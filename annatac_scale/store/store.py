@@ -42,6 +42,7 @@ class Sample:
         self.n_cells: int = entry["n_cells"]
         self.n_open: int = entry["n_open"]
         self.digest: str = entry["digest"]
+        self.x_sha256: str = entry["x_sha256"]
         self.first_cell = first_cell
         self._reader = ShardReader(path / "X", self.n_cells, n_islands)
         attributes = self._group[schema.CONVERSION].attrs if schema.CONVERSION in self._group else {}

@@ -44,6 +44,22 @@ class Batch:
     def __len__(self) -> int:
         return len(self.cell_ids)
 
+    def __getitem__(self, cells: slice) -> "Batch":
+        """The cells of a slice of step 1."""
+        start, stop, step = cells.indices(len(self))
+        if step != 1:
+            raise IndexError("a batch takes slices of step 1")
+        stop = max(start, stop)
+        own = slice(self.offsets[start], self.offsets[stop])
+        return Batch(
+            self.cell_ids[start:stop],
+            self.offsets[start : stop + 1] - self.offsets[start],
+            self.islands[own],
+            self.tokens[own],
+            None if self.level_targets is None else self.level_targets[own],
+            None if self.open_targets is None else self.open_targets[own],
+        )
+
     @classmethod
     def from_open(cls, cell_ids: NDArray[np.int64], cells: OpenIslands) -> "Batch":
         """One token for each open island, no targets; ``cell_ids[i]`` names cell ``i`` of ``cells``."""

@@ -1,0 +1,1 @@
+"""Training: one visible loop, and what pretraining and fine-tuning put into it."""
