@@ -81,3 +81,15 @@ def test_with_closed_refuses_an_open_island_that_is_not_measured(listed):
     batch = batch_of([{}, listed])
     with pytest.raises(StoreError, match=rf"cell 101: island {next(iter(listed))} is open, but"):
         batch.with_closed([np.array([1, 2], np.int32)], np.array([0, 0]))
+
+
+@settings(deadline=None)
+@given(batches_with_samples(), st.slices(5))
+def test_a_slice_holds_the_same_tokens_and_targets_of_its_cells(case, cells):
+    rows = case[0]
+    if cells.step not in (None, 1):
+        cells = slice(cells.start, cells.stop)
+    found, expected = batch_of(rows)[cells], batch_of(rows[cells])
+    assert found.cell_ids.tolist() == list(range(100, 100 + len(rows)))[cells]
+    for name in ("offsets", "islands", "tokens", "level_targets", "open_targets"):
+        assert getattr(found, name).tolist() == getattr(expected, name).tolist()
