@@ -22,13 +22,14 @@ from annatac_scale.genome.assembly import Assembly
 from annatac_scale.genome.islands import select_islands
 from annatac_scale.genome.rows import Path as AnyPath
 from annatac_scale.ingest.labels import join_labels, read_labels
-from annatac_scale.ingest.provenance import difference
+from annatac_scale.ingest.provenance import difference, now
 from annatac_scale.ingest.samples import (
     FRAGMENTS,
     Target,
     Written,
     begin_matrix,
     bytes_of,
+    check_options,
     files_of,
     finish_matrix,
     fragment_peaks,
@@ -110,8 +111,9 @@ def convert(
 ) -> ConvertReport:
     """Convert h5ad, 10x h5, 10x mtx and fragment files into the island store ``out``, each a sample.
 
-    inputs: paths, or a sheet (sheet.read_sheet says what it holds); assembly: a built-in name, any name together with
-    ``chrom_sizes``, or an Assembly; options: the fields of ConvertOptions by name
+    inputs: one path or several; sheet: in their place, a table of them (sheet.read_sheet says what it holds)
+    assembly: a built-in name, any name together with ``chrom_sizes``, or an Assembly
+    options: the fields of ConvertOptions by name
 
     An existing store gets the samples added; those that it has from the same files and options are left alone, but for
     labels (``obs``), which are joined anew. Raises InputError for whatever is wrong with the inputs, and StoreError
@@ -181,6 +183,8 @@ class _Conversion:
         self.workers = workers
         self.report = ConvertReport(target.store)
         self.kinds = {sample.name: kind_of(sample.path) for sample in samples}
+        for sample in samples:
+            check_options(sample, self.kinds[sample.name], target)
         paths = dict.fromkeys(sample.obs for sample in samples if sample.obs is not None)
         self.labels = {path: read_labels(path) for path in paths}
         self.matched: set[Path] = set()
@@ -267,9 +271,10 @@ class _Conversion:
     def _commit(self, sample: SampleInput, written: Written, previous: None) -> None:
         """Commit a sample; ``previous`` is the commit of the one before it, for the order."""
         obs = self._labelled(written.obs, sample)
-        written.begun.writer.commit(obs, written.measured, written.conversion)
+        conversion = written.conversion | {"finished": now()}
+        written.begun.writer.commit(obs, written.measured, conversion)
         self.target.end(written.begun)
-        self.report.converted[sample.name] = written.conversion
+        self.report.converted[sample.name] = conversion
 
     def _labelled(self, obs: pd.DataFrame, sample: SampleInput) -> pd.DataFrame:
         """``obs`` with the sheet's columns and the labels of a sample."""

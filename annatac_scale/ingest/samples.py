@@ -153,19 +153,24 @@ def options_of(sample: SampleInput, kind: str, target: Target) -> dict[str, Any]
     return {}
 
 
-def open_matrix(sample: SampleInput, kind: str, target: Target) -> PeakMatrix:
-    """Open a sample's peak matrix. Raises InputError, and for options that do not go with it."""
-    if sample.peaks is not None:
+def check_options(sample: SampleInput, kind: str, target: Target) -> None:
+    """Raise InputError for options that do not go with a sample's kind, and for a list of barcodes that is none."""
+    if kind != FRAGMENTS and sample.peaks is not None:
         raise InputError(
-            f"{sample.path}: found a peak file for a {kind}, which has peaks of its own; expected one for "
+            f"{sample.path}: found a peak file for {kind}, which has peaks of its own; expected one for "
             "fragments only; leave out --peaks"
         )
+    if kind != H5AD and (target.layer is not None or target.use_raw):
+        raise InputError(
+            f"{sample.path}: found --layer or --use-raw for {kind}; expected an h5ad; leave them out"
+        )
+    if sample.barcodes is not None:
+        read_barcodes(sample.barcodes)
+
+
+def _open_matrix(sample: SampleInput, kind: str, target: Target) -> PeakMatrix:
     if kind == H5AD:
         return open_h5ad(sample.path, target.layer, target.use_raw)
-    if target.layer is not None or target.use_raw:
-        raise InputError(
-            f"{sample.path}: found --layer or --use-raw for a {kind}; expected an h5ad; leave them out"
-        )
     return open_10x_h5(sample.path) if kind == TENX_H5 else open_10x_mtx(sample.path)
 
 
@@ -181,7 +186,7 @@ def fragment_peaks(path: Path | None, assembly: Assembly, space: IslandSpace) ->
 
 def write_fragments(sample: SampleInput, target: Target) -> Written:
     """Count a fragment file and write its shards."""
-    started = now()
+    conversion = _conversion(sample, FRAGMENTS, target)
     source = target.peaks_of(sample.peaks)
     barcodes = None if sample.barcodes is None else read_barcodes(sample.barcodes)
     rules = CountingRules(target.counting, barcodes, target.min_fragments)
@@ -196,8 +201,7 @@ def write_fragments(sample: SampleInput, target: Target) -> Written:
         "contigs": counts.contigs,
         "cells": {"cells": len(counts.barcodes), "without_fragments": int((counts.n_fragments == 0).sum())},
     }
-    conversion = _conversion(sample, FRAGMENTS, target, started) | record
-    return Written(begun, fragment_quality(counts), source.peaks.measured, conversion)
+    return Written(begun, fragment_quality(counts), source.peaks.measured, conversion | record)
 
 
 def _tell_fragments(
@@ -258,7 +262,7 @@ class OpenedMatrix:
     barcodes: pd.Index
     rows: NDArray[np.int64]
     begun: Begun
-    started: str
+    conversion: dict[str, Any]
 
 
 def n_cells_of_matrix(sample: SampleInput, kind: str) -> int:
@@ -270,8 +274,8 @@ def n_cells_of_matrix(sample: SampleInput, kind: str) -> int:
 
 def begin_matrix(sample: SampleInput, kind: str, target: Target) -> OpenedMatrix:
     """Open a matrix and begin its sample in the store."""
-    started = now()
-    matrix = open_matrix(sample, kind, target)
+    conversion = _conversion(sample, kind, target)
+    matrix = _open_matrix(sample, kind, target)
     try:
         peaks = PeakSet.of_intervals(matrix.intervals, target.assembly, target.space, sample.path)
         barcodes, rows = _rows_of_cells(sample, matrix)
@@ -281,7 +285,7 @@ def begin_matrix(sample: SampleInput, kind: str, target: Target) -> OpenedMatrix
         raise
     if matrix.note:
         target.progress.say(f"{sample.name}: {matrix.note}")
-    return OpenedMatrix(sample, kind, matrix, peaks, barcodes, rows, begun, started)
+    return OpenedMatrix(sample, kind, matrix, peaks, barcodes, rows, begun, conversion)
 
 
 def _rows_of_cells(sample: SampleInput, matrix: PeakMatrix) -> tuple[pd.Index, NDArray[np.int64]]:
@@ -331,12 +335,12 @@ def finish_matrix(opened: OpenedMatrix, quality: list[pd.DataFrame], target: Tar
             "their rows are all closed"
         )
     record = {"peaks": peaks, "cells": {"cells": n_cells, "not_listed": not_listed, "not_in_file": absent}}
-    conversion = _conversion(sample, opened.kind, target, opened.started) | record
     obs = with_given(pd.concat(quality), matrix.obs.reindex(opened.barcodes))
-    return Written(opened.begun, obs, opened.peaks.measured, conversion)
+    return Written(opened.begun, obs, opened.peaks.measured, opened.conversion | record)
 
 
-def _conversion(sample: SampleInput, kind: str, target: Target, started: str) -> dict[str, Any]:
+def _conversion(sample: SampleInput, kind: str, target: Target) -> dict[str, Any]:
+    """The record of a sample as far as it is known before the work, so that a file changed meanwhile is noticed."""
     return {
         "kind": kind,
         "inputs": fingerprint(files_of(sample, kind)),
@@ -344,6 +348,5 @@ def _conversion(sample: SampleInput, kind: str, target: Target, started: str) ->
         "counting": target.counting,
         "assembly": target.assembly.name,
         "versions": versions(),
-        "started": started,
-        "finished": now(),
+        "started": now(),
     }
