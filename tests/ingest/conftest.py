@@ -53,7 +53,9 @@ def said() -> Said:
 @pytest.fixture
 def chrom_sizes(tmp_path: Path) -> Path:
     path = tmp_path / "toy.chrom.sizes"
-    path.write_text("".join(f"{name}\t{size}\n" for name, size in zip(TOY.chromosomes, TOY.sizes, strict=True)))
+    path.write_text(
+        "".join(f"{name}\t{size}\n" for name, size in zip(TOY.chromosomes, TOY.sizes, strict=True))
+    )
     return path
 
 

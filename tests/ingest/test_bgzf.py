@@ -73,7 +73,9 @@ def test_a_file_of_both_kinds_of_members_and_zeros_behind_is_read_whole(tmp_path
 
 @pytest.mark.parametrize("form", ["gzip", "many members", "bgzf"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
-def test_data_that_break_off_are_found_after_the_lines_before(tmp_path: Path, form: str, share: float) -> None:
+def test_data_that_break_off_are_found_after_the_lines_before(
+    tmp_path: Path, form: str, share: float
+) -> None:
     whole = FORMS[form](TEXT)
     path = tmp_path / "f"
     path.write_bytes(whole[: int(len(whole) * share)])
@@ -114,7 +116,9 @@ def test_a_line_without_end_is_refused(tmp_path: Path) -> None:
         read(path)
 
 
-@pytest.mark.parametrize(("start", "kind"), [(b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh9", "bzip2"), (b"PK\x03\x04", "zip")])
+@pytest.mark.parametrize(
+    ("start", "kind"), [(b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh9", "bzip2"), (b"PK\x03\x04", "zip")]
+)
 def test_other_compressions_are_named(tmp_path: Path, start: bytes, kind: str) -> None:
     path = tmp_path / "f"
     path.write_bytes(start + bytes(50))

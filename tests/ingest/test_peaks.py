@@ -54,7 +54,9 @@ def test_bed_files_may_have_comments_blank_lines_crlf_and_more_columns(
     assert repeated == 1
 
 
-@pytest.mark.parametrize("line", ["chr1\t5", "chr1\tx\t9", "chr1\t9\t9", "chr1\t-1\t9", "chrom\tstart\tend", "\t1\t2"])
+@pytest.mark.parametrize(
+    "line", ["chr1\t5", "chr1\tx\t9", "chr1\t9\t9", "chr1\t-1\t9", "chrom\tstart\tend", "\t1\t2"]
+)
 def test_a_bed_line_that_is_no_interval_is_refused_with_its_place(tmp_path: Path, line: str) -> None:
     path = tmp_path / "peaks.bed"
     path.write_text(f"# x\nchr1\t1\t2\n{line}\n")
