@@ -16,6 +16,7 @@ class TokenLister:
     """
 
     def __init__(self, store: IslandStore, vocabulary: Vocabulary, attend: str) -> None:
+        self.vocabulary = vocabulary
         self.measured = vocabulary.measured(store)
         self.first_cells = np.array([s.first_cell for s in store.samples.values()], np.int64)
         self._attend = attend

@@ -1,9 +1,9 @@
 """A run's folder: its configuration, log and checkpoints. Checkpoints are written aside and renamed.
 
-    config.toml           the configuration, as used
-    metrics.jsonl         one line a logged step or validation
-    checkpoints/last.pt   where to go on; best.pt: the weights that validated best
-    model/                the model folder, written when the run is complete
+config.toml           the configuration, as used
+metrics.jsonl         one line a logged step or validation
+checkpoints/last.pt   where to go on; best.pt: the weights that validated best
+model/                the model folder, written when the run is complete
 """
 
 import fcntl
@@ -95,7 +95,9 @@ class RunFolder:
         try:
             state: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=True)
         except (RuntimeError, OSError, EOFError, ValueError) as error:
-            raise ModelError(f"{source}: damaged checkpoint ({error}); delete the run and start again") from error
+            raise ModelError(
+                f"{source}: damaged checkpoint ({error}); delete the run and start again"
+            ) from error
         return state
 
 

@@ -6,6 +6,7 @@ matrix. The matrix is never held: a pass costs time in open islands x rank, memo
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import dask
@@ -86,7 +87,9 @@ def truncated_svd(
 
     for number in range(PASSES):
         current = basis
-        basis = _orthonormal(over_runs(lambda x: x.T @ (x @ current), f"SVD, pass {number + 1} of {PASSES + 1}"))
+        basis = _orthonormal(
+            over_runs(lambda x: x.T @ (x @ current), f"SVD, pass {number + 1} of {PASSES + 1}")
+        )
     current = basis
     gram = over_runs(lambda x: _gram(x @ current), f"SVD, pass {PASSES + 1} of {PASSES + 1}")
     eigenvalues, rotation = np.linalg.eigh(gram.astype(np.float64))
@@ -121,7 +124,13 @@ def _matrix(rows: OpenIslands, n_islands: int, idf: Floats | None) -> sparse.csr
     return sparse.csr_matrix((values, rows.islands, rows.offsets), shape=(len(rows), n_islands))
 
 
-def _gram(projected: Floats) -> Floats:
+def _power(basis: Floats, x: sparse.csr_matrix) -> Floats:
+    product: Floats = x.T @ (x @ basis)
+    return product
+
+
+def _gram(basis: Floats, x: sparse.csr_matrix) -> Floats:
+    projected: Floats = x @ basis
     return projected.T @ projected
 
 

@@ -1,0 +1,143 @@
+"""Presets: tiny, small, and paper, the published model, objective and rules."""
+
+from dataclasses import dataclass, replace
+
+from annatac_scale.errors import ConfigError
+from annatac_scale.model.cell_typer import HeadConfig
+from annatac_scale.model.heads import OBJECTIVES
+from annatac_scale.model.linformer import EncoderConfig
+from annatac_scale.stream.masking import MaskingOptions
+from annatac_scale.train.loop import TrainOptions
+from annatac_scale.train.positions import VALUES
+
+PRESETS = ("tiny", "small", "paper")
+CLASS_WEIGHTS = ("balanced", "paper", "none")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """All of a pretraining run. Raises ConfigError where a value is out of range."""
+
+    preset: str
+    encoder: EncoderConfig
+    train: TrainOptions
+    objective: str = "level+open"
+    """What masked islands are asked: their "level", or also whether they are open, among sampled closed ones."""
+    mask_fraction: float = 0.15
+    mask_keep: float = 0.1
+    mask_level_cap: float = 0.5
+    """Most of a level's islands in a cell that are masked."""
+    position_values: str = "idf"
+    """What an open island counts in the SVD of the positions: "levels" or "idf"."""
+    min_cells: int = 3
+    """Training cells in which an island must be open to be in the model's vocabulary."""
+    validation_share: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"objective: found {self.objective!r}, expected {' or '.join(OBJECTIVES)}")
+        if self.position_values not in VALUES:
+            raise ConfigError(
+                f"position_values: found {self.position_values!r}, expected {' or '.join(VALUES)}"
+            )
+        if not 0 < self.validation_share < 1:
+            raise ConfigError(f"validation_share: found {self.validation_share}, expected between 0 and 1")
+
+    @property
+    def masking(self) -> MaskingOptions:
+        """The masking rule."""
+        negatives = self.objective == "level+open"
+        return MaskingOptions(self.mask_fraction, self.mask_keep, self.mask_level_cap, negatives)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """All of a fine-tuning run. Raises ConfigError where a value is out of range."""
+
+    head: HeadConfig
+    train: TrainOptions
+    class_weights: str = "balanced"
+    """"balanced": 1 / frequency; "paper": (1 - frequency)^2; "none"."""
+    freeze_encoder: bool = False
+    validation_share: float = 0.1
+    """Of the cells that are not held out: for early stopping and the temperature."""
+    calibration_share: float = 0.1
+    """Of the cells that are not held out: for thresholds."""
+
+    def __post_init__(self) -> None:
+        if self.class_weights not in CLASS_WEIGHTS:
+            raise ConfigError(
+                f"class_weights: found {self.class_weights!r}, expected {', '.join(CLASS_WEIGHTS)}"
+            )
+        if not (0 < self.validation_share < 1 and 0 <= self.calibration_share < 1 - self.validation_share):
+            raise ConfigError(
+                "validation_share and calibration_share: expected shares that leave cells to train on"
+            )
+
+
+_SIZES = {
+    "tiny": {"width": 32, "layers": 2, "heads": 2, "head_dim": 16, "k": 16, "ff": 128},
+    "small": {"width": 128, "layers": 4, "heads": 4, "head_dim": 32, "k": 64, "ff": 512},
+    "paper": {"width": 200, "layers": 4, "heads": 4, "head_dim": 128, "k": 64, "ff": 800},
+}
+
+
+def pretrain_preset(name: str, attend: str | None = None) -> PretrainConfig:
+    """The pretraining configuration of a preset; ``attend`` overrides its own ("open", but "all" in paper)."""
+    if name not in PRESETS:
+        raise ConfigError(f"--preset {name}: expected {', '.join(PRESETS)}")
+    published = name == "paper"
+    encoder = EncoderConfig(
+        **_SIZES[name],
+        attend=attend or ("all" if published else "open"),
+        norm="post" if published else "pre",
+        positions="frozen",
+    )
+    if not published:
+        train = TrainOptions(epochs=20, warmup_steps=20, bf16=False)
+        return PretrainConfig(name, encoder, train)
+    train = TrainOptions(
+        epochs=99,
+        global_batch_size=900,
+        learning_rate=1e-4,
+        schedule="step",
+        decay_epochs=10,
+        decay=0.9,
+        clip=100.0,
+    )
+    return PretrainConfig(
+        name, encoder, train, "level", mask_level_cap=1.0, position_values="levels", validation_share=0.01
+    )
+
+
+def finetune_preset(name: str, head: str | None = None) -> FinetuneConfig:
+    """The fine-tuning configuration for a model of preset ``name``; ``head`` overrides its own."""
+    if name != "paper":
+        train = TrainOptions(
+            epochs=30,
+            learning_rate=1e-3,
+            table_learning_rate=1e-2,
+            encoder_learning_rate=1e-4,
+            weight_decay=0.1,
+            warmup_steps=10,
+        )
+        return FinetuneConfig(HeadConfig(head or "pooled"), train)
+    train = TrainOptions(
+        epochs=99,
+        global_batch_size=450,
+        learning_rate=1e-4,
+        table_learning_rate=1e-4,
+        encoder_learning_rate=1e-4,
+        schedule="step",
+        decay_epochs=4,
+        decay=0.3,
+        clip=1e6,
+    )
+    return FinetuneConfig(HeadConfig(head or "cnn"), train, class_weights="paper")
+
+
+def with_tokens_per_cell(config: PretrainConfig, tokens_per_cell: float) -> PretrainConfig:
+    """The configuration with the encoder's expected tokens filled in where they were left open."""
+    if config.encoder.attend == "all" or config.encoder.tokens_per_cell:
+        return config
+    return replace(config, encoder=replace(config.encoder, tokens_per_cell=tokens_per_cell))

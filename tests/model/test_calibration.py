@@ -1,0 +1,165 @@
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from annatac_scale.errors import InputError, ModelError
+from annatac_scale.model.calibration import expected_calibration_error, fit_temperature, probabilities
+
+
+def plain_softmax(row: list[float], temperature: float) -> list[float]:
+    top = max(row)
+    powers = [math.exp((score - top) / temperature) for score in row]
+    return [power / sum(powers) for power in powers]
+
+
+def plain_loss(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:
+    losses = [
+        -math.log(plain_softmax(row.tolist(), temperature)[y]) for row, y in zip(logits, labels, strict=True)
+    ]
+    return sum(losses) / len(losses)
+
+
+def drawn(seed: int, n: int, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """Logits, and labels drawn from softmax(logits / temperature)."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, (n, 4))
+    chances = np.exp(logits / temperature)
+    chances /= chances.sum(axis=1, keepdims=True)
+    labels = (chances.cumsum(axis=1) < rng.random((n, 1))).sum(axis=1)
+    return logits, labels
+
+
+@given(
+    hnp.arrays(np.float64, st.tuples(st.integers(0, 5), st.integers(1, 4)), elements=st.floats(-50, 50)),
+    st.floats(0.1, 10),
+)
+def test_probabilities_equal_a_plain_softmax(logits: np.ndarray, temperature: float) -> None:
+    found = probabilities(logits, temperature)
+    assert found.dtype == np.float64
+    assert found.shape == logits.shape
+    for row, expected in zip(found, logits, strict=True):
+        assert row == pytest.approx(plain_softmax(expected.tolist(), temperature), abs=1e-12)
+
+
+def test_probabilities_of_large_single_precision_logits_do_not_overflow() -> None:
+    found = probabilities(np.array([[3e4, -3e4]], np.float32), 0.05)
+    assert found.tolist() == [[1.0, 0.0]]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_the_models_fault(bad: float) -> None:
+    with pytest.raises(ModelError, match="1 of 4 values that are not finite"):
+        probabilities(np.array([[1.0, bad], [1.0, 2.0]]), 1.0)
+    with pytest.raises(ModelError, match="1 of 4 values that are not finite"):
+        fit_temperature(np.array([[1.0, bad], [1.0, 2.0]]), np.array([0, 1]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_a_temperature_that_is_no_number_above_0_is_refused(temperature: float) -> None:
+    with pytest.raises(ModelError, match="temperature: found"):
+        probabilities(np.zeros((1, 2)), temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_temperature_that_made_the_labels_is_found_again(temperature: float) -> None:
+    logits, labels = drawn(1, 20_000, temperature)
+    assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.05)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_temperature_of_a_fine_grid_beats_the_fitted_one(seed: int) -> None:
+    logits, labels = drawn(seed, 60, 2.0)
+    fitted = plain_loss(logits, labels, fit_temperature(logits, labels))
+    grid = np.exp(np.linspace(math.log(0.05), math.log(20), 300))
+    assert fitted <= min(plain_loss(logits, labels, t) for t in grid) + 1e-9
+
+
+def test_the_fit_of_single_precision_logits_is_the_same() -> None:
+    logits, labels = drawn(5, 200, 2.0)
+    expected = fit_temperature(logits.astype(np.float32).astype(np.float64), labels)
+    assert fit_temperature(logits.astype(np.float32), labels.astype(np.int32)) == expected
+
+
+def test_a_set_that_is_always_right_stops_at_the_lower_bound() -> None:
+    logits = np.array([[0.1, 0.0], [0.0, 0.2], [0.3, 0.0]])
+    assert fit_temperature(logits, np.array([0, 1, 0])) == pytest.approx(0.05, rel=1e-3)
+
+
+def test_a_set_that_is_always_wrong_stops_at_the_upper_bound() -> None:
+    assert fit_temperature(np.array([[9.0, 0.0]]), np.array([1])) == pytest.approx(20, rel=1e-3)
+
+
+def test_where_no_temperature_is_better_it_stays_1() -> None:
+    assert fit_temperature(np.zeros((3, 1)), np.zeros(3, int)) == 1.0
+    assert fit_temperature(np.full((4, 3), 2.5), np.array([0, 1, 2, 2])) == 1.0
+
+
+def test_no_calibration_is_1_only_where_it_is_asked_for() -> None:
+    assert fit_temperature(None, None) == 1.0
+    with pytest.raises(InputError, match="at least one cell"):
+        fit_temperature(np.empty((0, 3)), np.empty(0, int))
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels"),
+    [
+        (np.zeros((2, 3)), np.array([0, 3])),
+        (np.zeros((2, 3)), np.array([-1, 0])),
+        (np.zeros((2, 3)), np.array([0, 1, 2])),
+        (np.zeros((2, 3)), np.array([0.0, 1.0])),
+        (np.zeros((2, 3)), np.zeros((2, 3), int)),
+        (np.zeros(3), np.array([0, 1, 2])),
+        (np.zeros((2, 3)), None),
+        (None, np.array([0])),
+    ],
+)
+def test_labels_that_do_not_fit_the_scores_are_refused(
+    logits: np.ndarray | None, labels: np.ndarray | None
+) -> None:
+    with pytest.raises(InputError, match="calibration: found scores of shape"):
+        fit_temperature(logits, labels)
+    if logits is not None and labels is not None:
+        with pytest.raises(InputError, match="calibration: found scores of shape"):
+            expected_calibration_error(logits, labels)
+
+
+def plain_ece(chances: np.ndarray, labels: np.ndarray, n_bins: int) -> float:
+    edges, error = np.linspace(0, 1, n_bins + 1), 0.0
+    for low, high in pairwise(edges):
+        cells = [i for i in range(len(labels)) if low < max(chances[i]) <= high]
+        if cells:
+            confidence = sum(max(chances[i]) for i in cells) / len(cells)
+            right = sum(int(np.argmax(chances[i])) == labels[i] for i in cells) / len(cells)
+            error += len(cells) / len(labels) * abs(confidence - right)
+    return error
+
+
+@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 20))
+def test_the_calibration_error_equals_a_plain_loop(seed: int, n: int, n_bins: int) -> None:
+    rng = np.random.default_rng(seed)
+    # Rounded, so that confidences fall on the edges of bins.
+    first = np.round(rng.random(n), 1)
+    chances = np.stack([first, 1 - first], axis=1)
+    labels = rng.integers(0, 2, n)
+    assert expected_calibration_error(chances, labels, n_bins) == pytest.approx(
+        plain_ece(chances, labels, n_bins)
+    )
+
+
+def test_the_calibration_error_is_0_where_shares_are_as_said_and_grows_when_sure_and_wrong() -> None:
+    chances = np.array([[0.75, 0.25]] * 4)
+    assert expected_calibration_error(chances, np.array([0, 0, 0, 1])) == 0.0
+    assert expected_calibration_error(np.array([[1.0, 0.0]] * 2), np.array([1, 1])) == 1.0
+
+
+def test_fitting_the_temperature_lowers_the_calibration_error_of_an_overconfident_model() -> None:
+    logits, labels = drawn(2, 5_000, 4.0)
+    before = expected_calibration_error(probabilities(logits, 1.0), labels)
+    after = expected_calibration_error(probabilities(logits, fit_temperature(logits, labels)), labels)
+    assert before > 0.2
+    assert after < 0.03
