@@ -6,7 +6,7 @@ import pandas as pd
 
 from annatac_scale.errors import InputError
 from annatac_scale.genome.rows import Path, shown
-from annatac_scale.ingest.quality import RESERVED
+from annatac_scale.ingest.quality import unusable
 from annatac_scale.ingest.tables import read_table, some, typed
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.store import IslandStore
@@ -40,14 +40,14 @@ def read_labels(path: Path) -> LabelTable:
     """
     table = read_table(path, ("barcode",))
     columns = table.drop(columns=["barcode", "sample"], errors="ignore")
-    wrong = [name for name in map(str, columns) if name in RESERVED or "/" in name]
+    wrong = [name for name in map(str, columns) if unusable(name)]
     if wrong or columns.empty:
-        found = (
+        column = (
             f"the column {shown(wrong[0])}, which is reserved or has a slash"
             if wrong
-            else "no column but barcode and sample"
+            else "no column of labels"
         )
-        raise InputError(f"{path}: found {found}; expected columns of labels; rename or add the column")
+        raise InputError(f"{path}: found {column}; expected columns of labels; rename or add the column")
     sample = table.get("sample")
     keys = table[["barcode"] if sample is None else ["sample", "barcode"]]
     if keys.duplicated().any():

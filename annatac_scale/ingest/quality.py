@@ -6,8 +6,13 @@ from numpy.typing import NDArray
 
 from annatac_scale.ingest.fragments import FragmentCounts
 
-RESERVED = ("sample", "barcode", "n_fragments", "n_insertions", "n_counts", "n_open", "fraction_in_islands")
-"""Names that obs columns of users cannot have: their ``n_counts`` becomes ``n_counts_given``."""
+_OWN = ("n_fragments", "n_insertions", "n_counts", "n_open", "fraction_in_islands")
+_RESERVED = ("sample", "barcode", "_index", *_OWN)
+
+
+def unusable(name: str) -> bool:
+    """Whether users cannot have an obs column of this name: it is ours, the store's, or would become two folders."""
+    return name in _RESERVED or "/" in name
 
 
 def fragment_quality(counts: FragmentCounts) -> pd.DataFrame:
@@ -42,7 +47,7 @@ def with_given(own: pd.DataFrame, given: pd.DataFrame) -> pd.DataFrame:
     for column in given.columns:
         # A name becomes a folder in the store: a slash would make it two.
         name = str(column).replace("/", "_")
-        while name in RESERVED or name in names:
+        while name in _RESERVED or name in names:
             name += "_given"
         names.append(name)
     return pd.concat([own, given.set_axis(names, axis=1)], axis=1)

@@ -12,7 +12,7 @@ import pandas as pd
 from annatac_scale.errors import InputError
 from annatac_scale.genome.rows import Path as AnyPath
 from annatac_scale.genome.rows import shown
-from annatac_scale.ingest.quality import RESERVED
+from annatac_scale.ingest.quality import unusable
 from annatac_scale.ingest.tables import read_table, typed
 from annatac_scale.store.schema import SAMPLE_NAME
 
@@ -62,11 +62,11 @@ def read_sheet(path: AnyPath) -> list[SampleInput]:
     """
     table = read_table(path, ("path",))
     folder = Path(path).parent
-    wrong = [name for name in table if name in RESERVED and name not in _SHEET_COLUMNS]
+    wrong = [name for name in map(str, table) if unusable(name) and name not in _SHEET_COLUMNS]
     if wrong:
         raise InputError(
-            f"{path}: found the column {wrong[0]}, which annatac_scale fills itself; expected other "
-            "names; rename the column"
+            f"{path}: found the column {shown(wrong[0])}, which is reserved or has a slash; expected other names; "
+            "rename the column"
         )
     columns = {name: typed(table[name]) for name in table if name not in _SHEET_COLUMNS}
     samples = []
