@@ -80,7 +80,9 @@ class CellTyper(nn.Module):
         """Logits float32 [B, Y] of a batch whose tokens are listed, dropout off."""
         training = self.training
         self.eval()
-        logits = self(*batch_tokens(batch, self.head.classifier.weight.device))
-        self.train(training)
+        try:
+            logits = self(*batch_tokens(batch, self.head.classifier.weight.device))
+        finally:
+            self.train(training)
         result: NDArray[np.float32] = logits.float().cpu().numpy()
         return result

@@ -8,7 +8,8 @@
     calibration.json       temperature (fine-tuned models)
     README.md              the model card
 
-A folder is written aside and renamed; reading checks every file against config.json.
+A folder is written aside and renamed; reading checks every file against config.json, and that against a digest of
+its own content. The model card alone may be edited.
 """
 
 import gzip
@@ -39,6 +40,8 @@ FORMAT = "annatac_scale.model"
 FORMAT_VERSION = 1
 POSITIONS = "positions"
 _POSITIONS_KEY = "encoder.positions"
+_FILES = frozenset({"weights.safetensors", "positions.safetensors", "islands.tsv.gz"})
+_TYPER_FILES = _FILES | {"labels.json", "calibration.json"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Model:
     typer: CellTyper | None = None
     digest: str = ""
     """sha256 (hex) of config.json, which covers every file; empty for a model not yet written."""
+    path: Path | None = None
+    """The folder it was read from."""
 
     def check_store(self, store: IslandStore) -> None:
         """Raise ModelError, listing what differs, unless the store has the islands and counting of the model."""
@@ -109,20 +114,29 @@ def vocabulary_islands(space: IslandSpace, vocabulary: Vocabulary) -> pd.DataFra
 
 
 def write_model(path: Path | str, model: Model, card: str) -> None:
-    """Write a model folder, replacing one that is there; ``card`` is the text of its README.md."""
+    """Write a model folder, replacing one that is there; ``card`` is the text of its README.md.
+
+    Raises ModelError where ``path`` holds something else.
+    """
     path = Path(path)
+    if path.exists() and not (path / "config.json").exists() and not (path.is_dir() and _is_empty(path)):
+        raise ModelError(f"{path}: exists and is not a model folder; choose another --out")
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         _write_files(aside, model, card)
         if path.exists():
-            if not (path / "config.json").exists():
-                raise ModelError(f"{path}: exists and is not a model folder; choose another --out")
-            shutil.rmtree(path)
+            os.replace(path, old)
         os.replace(aside, path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_empty(folder: Path) -> bool:
+    return next(folder.iterdir(), None) is None
 
 
 def _write_files(folder: Path, model: Model, card: str) -> None:
@@ -150,6 +164,7 @@ def _write_files(folder: Path, model: Model, card: str) -> None:
     }
     for key in ("labels", "temperature", "novel_threshold"):
         del config[key]
+    config["sha256"] = _content_sha256(config)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
@@ -171,7 +186,9 @@ def read_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
     config = _read_config(path)
     try:
         info, vocabulary = _read_info(path, config)
-        table = pd.read_csv(path / "islands.tsv.gz", sep="\t", keep_default_na=False)
+        table = pd.read_csv(
+            path / "islands.tsv.gz", sep="\t", keep_default_na=False, dtype={"chrom": str, "genes": str}
+        )
         state = load_file(path / "weights.safetensors")
         state[_POSITIONS_KEY] = load_file(path / "positions.safetensors")[POSITIONS]
     except (OSError, KeyError, TypeError, ValueError, ConfigError, SafetensorError) as error:
@@ -181,10 +198,10 @@ def read_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
     if info.head is not None:
         typer = CellTyper(encoder, build_head(info.head, info.encoder, len(vocabulary), len(info.labels)))
     _load(path, encoder if typer is None else typer, state, "encoder." if typer is None else "")
-    (encoder if typer is None else typer).to(device)
+    (encoder if typer is None else typer).to(device).eval()
     digest = _sha256(path / "config.json")
     islands = table[["chrom", "start", "end", "genes"]]
-    return Model(info, vocabulary, islands, encoder, typer, digest)
+    return Model(info, vocabulary, islands, encoder, typer, digest, path)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -194,16 +211,22 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ModelError(
             f"{path}: no model folder here ({error}); give the folder with config.json"
         ) from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}/config.json: found no JSON object; fetch or train the model again")
     if config.get("format") != FORMAT or config.get("version") != FORMAT_VERSION:
         raise ModelError(
             f"{path}/config.json: format {config.get('format')} {config.get('version')}, expected {FORMAT} "
             f"{FORMAT_VERSION}; upgrade annatac_scale or train the model again"
         )
+    # Names other than these, which might lead out of the folder, are never opened.
     files = config.get("files")
-    if not isinstance(files, dict) or any(Path(str(name)).name != name for name in files):
-        raise ModelError(
-            f"{path}/config.json: no list of files; the folder was edited: fetch or train it again"
-        )
+    expected = _FILES if config.get("head") is None else _TYPER_FILES
+    if (
+        not isinstance(files, dict)
+        or files.keys() != expected
+        or config.get("sha256") != _content_sha256(config)
+    ):
+        raise ModelError(f"{path}/config.json: cut short or edited; fetch or train the model again")
     for name, sha256 in files.items():
         if not (path / name).is_file() or _sha256(path / name) != sha256:
             raise ModelError(f"{path / name}: missing, cut short or edited; fetch or train the model again")
@@ -235,8 +258,10 @@ def _read_info(path: Path, config: dict[str, Any]) -> tuple[ModelInfo, Vocabular
         **typing,
     )
     table = pd.read_csv(path / "islands.tsv.gz", sep="\t", usecols=["island"])
-    vocabulary = Vocabulary(info.space_sha256, info.n_space, table["island"].to_numpy(np.int32))
-    if vocabulary.sha256 != config["vocabulary_sha256"]:
+    islands = table["island"].to_numpy(np.int32)
+    vocabulary = Vocabulary(info.space_sha256, info.n_space, islands)
+    in_order = (np.diff(islands, prepend=-1, append=info.n_space) > 0).all()
+    if not in_order or vocabulary.sha256 != config["vocabulary_sha256"]:
         raise ModelError(f"{path}/islands.tsv.gz: not the vocabulary of the model; fetch or train it again")
     return info, vocabulary
 
@@ -247,6 +272,12 @@ def _load(path: Path, module: torch.nn.Module, state: dict[str, Tensor], prefix:
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise ModelError(f"{path}: the weights do not fit config.json: {first}") from error
+
+
+def _content_sha256(config: dict[str, Any]) -> str:
+    """sha256 (hex) of what config.json says, but for the digest itself."""
+    content = json.loads(json.dumps({key: value for key, value in config.items() if key != "sha256"}))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

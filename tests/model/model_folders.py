@@ -1,0 +1,79 @@
+"""Small models with random weights for the tests of the model folder and the cell typer."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from annatac_scale.genome.islands import IslandSpace
+from annatac_scale.model.cell_typer import CellTyper, HeadConfig, build_head
+from annatac_scale.model.folder import Model, ModelInfo, vocabulary_islands
+from annatac_scale.model.linformer import Encoder, EncoderConfig
+from annatac_scale.stream.batch import Batch
+from annatac_scale.stream.vocabulary import Vocabulary
+
+N_SPACE, LABELS = 30, ("B cell", "T cell", "été")
+CHROMOSOMES = ("1", "2", "10")
+GENES = ["", "7", "NA", 'A,"B"', "nan", "Gm1"]
+
+
+def toy_space(width_bp: int = 5000, assembly: str = "toy") -> IslandSpace:
+    """30 islands on chromosomes whose names are not to be taken for numbers."""
+    start = np.arange(N_SPACE, dtype=np.int64) % 10 * width_bp
+    genes = np.array([GENES[i % len(GENES)] for i in range(N_SPACE)], object)
+    chrom = np.repeat(np.arange(3, dtype=np.int32), 10)
+    return IslandSpace(assembly, CHROMOSOMES, width_bp, "all", chrom, start, start + width_bp, genes)
+
+
+def toy_model(head: HeadConfig | None, labels: tuple[str, ...] = LABELS, **encoder: Any) -> Model:
+    """A model of 20 of the islands, width 8, one layer; frozen positions are random too."""
+    sizes: dict[str, Any] = {"width": 8, "layers": 1, "heads": 2, "head_dim": 4, "k": 4, "ff": 16}
+    choices = {"attend": "open", "norm": "pre", "positions": "frozen", **encoder}
+    config = EncoderConfig(**sizes, **choices)
+    space = toy_space()
+    islands = np.sort(np.random.default_rng(0).choice(N_SPACE, 20, replace=False)).astype(np.int32)
+    vocabulary = Vocabulary(space.sha256, N_SPACE, islands)
+    torch.manual_seed(1)
+    network = Encoder(config, len(vocabulary), torch.randn(len(vocabulary), config.width))
+    typer = None
+    if head is not None:
+        typer = CellTyper(network, build_head(head, config, len(vocabulary), len(labels)))
+        randomise(typer)
+    info = ModelInfo(
+        assembly=space.assembly,
+        width_bp=space.width_bp,
+        selection=space.selection,
+        counting="insertion",
+        space_sha256=space.sha256,
+        n_space=N_SPACE,
+        preset="tiny",
+        encoder=config,
+        head=head,
+        labels=labels if head is not None else (),
+        temperature=1.7 if head is not None else 1.0,
+        novel_threshold=0.4 if head is not None else 0.5,
+        provenance={"seed": 3, "figures": {"accuracy": 0.1}, "stores": ["atlas.zarr"]},
+    )
+    return Model(info, vocabulary, vocabulary_islands(space, vocabulary), network, typer)
+
+
+def randomise(module: torch.nn.Module) -> None:
+    """Every parameter and buffer random and not zero, so that none can be lost unnoticed."""
+    with torch.no_grad():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            tensor.copy_(torch.rand_like(tensor) + 0.1)
+
+
+def toy_batch(counts: tuple[int, ...] = (5, 0, 20, 1)) -> Batch:
+    """Cells with that many open islands of 20."""
+    rng = np.random.default_rng(2)
+    islands = [np.sort(rng.choice(20, n, replace=False)) for n in counts]
+    flat = np.concatenate([np.empty(0, int), *islands]).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    tokens = rng.integers(1, 6, len(flat)).astype(np.uint8)
+    return Batch(np.arange(len(counts)), offsets, flat, tokens)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -1,0 +1,280 @@
+"""A model folder gives back the model that was written, or says which file is not what it was."""
+
+import gzip
+import hashlib
+import json
+import pickle
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from model_folders import files_of, toy_batch, toy_model, toy_space
+
+from annatac_scale.errors import ModelError
+from annatac_scale.model.cell_typer import HeadConfig, batch_tokens
+from annatac_scale.model.folder import read_model, write_model
+from annatac_scale.store.store import IslandStore
+from annatac_scale.store.writer import create_store
+
+HEADS = [
+    None,
+    HeadConfig("pooled", pooled=5),
+    HeadConfig("cnn", hidden=(7, 6)),
+    HeadConfig("subtype", (6, 5, 4)),
+]
+MODEL_FILES = {"config.json", "weights.safetensors", "positions.safetensors", "islands.tsv.gz", "README.md"}
+TYPER_FILES = MODEL_FILES | {"labels.json", "calibration.json"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_model(tmp_path / "model", toy_model(HEADS[1]), "# A model\n")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("positions", ["frozen", "learned"])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.kind if head else "pretrained")
+def test_a_model_comes_back_as_it_was_written(
+    tmp_path: Path, head: HeadConfig | None, norm: str, positions: str
+) -> None:
+    model = toy_model(head, norm=norm, positions=positions, attend="all", tokens_per_cell=4.5)
+    write_model(tmp_path / "model", model, "# A model\n")
+    back = read_model(tmp_path / "model")
+    assert back.info == model.info
+    assert back.vocabulary.sha256 == model.vocabulary.sha256
+    np.testing.assert_array_equal(back.vocabulary.islands, model.vocabulary.islands)
+    pd.testing.assert_frame_equal(back.islands, model.islands)
+    batch = toy_batch()
+    with torch.no_grad():
+        tokens = batch_tokens(batch, torch.device("cpu"))
+        assert torch.equal(back.encoder(*tokens), model.encoder(*tokens))
+    assert (back.typer is None) == (head is None)
+    if back.typer is not None:
+        assert back.typer.encoder is back.encoder
+        np.testing.assert_array_equal(back.typer.predict(batch), model.typer.predict(batch))
+    assert back.path == tmp_path / "model"
+    assert back.digest == hashlib.sha256((tmp_path / "model/config.json").read_bytes()).hexdigest()
+
+
+def test_a_model_that_was_read_is_written_as_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "again", read_model(folder), "# A model\n")
+    assert files_of(tmp_path / "again") == files_of(folder)
+
+
+def test_a_model_that_was_read_drops_nothing(folder: Path) -> None:
+    assert not read_model(folder).typer.training
+
+
+def test_reading_another_model_into_a_copy_leaves_the_digest_to_tell_them_apart(tmp_path: Path) -> None:
+    model = toy_model(HEADS[1])
+    write_model(tmp_path / "a", model, "card")
+    write_model(tmp_path / "b", replace(model, info=replace(model.info, temperature=2.0)), "card")
+    with torch.no_grad():
+        model.typer.head.classifier.bias[0] += 1
+    write_model(tmp_path / "c", model, "card")
+    assert len({read_model(tmp_path / name).digest for name in "abc"}) == 3
+
+
+@pytest.mark.parametrize(
+    ("head", "files"), [(None, MODEL_FILES), (HEADS[1], TYPER_FILES)], ids=["pre", "typer"]
+)
+def test_the_folder_holds_the_documented_files_and_no_pickle(
+    tmp_path: Path, head: HeadConfig | None, files: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "model", toy_model(head), "# A model\n")
+    found = files_of(tmp_path / "model")
+    assert set(found) == files
+    for name in files:
+        if name.endswith(".json"):
+            json.loads(found[name])
+        elif name.endswith(".safetensors"):
+            size = struct.unpack("<Q", found[name][:8])[0]
+            tensors = json.loads(found[name][8 : 8 + size])
+            assert {entry["dtype"] for name, entry in tensors.items() if name != "__metadata__"} == {"F32"}
+        elif name.endswith(".gz"):
+            assert gzip.decompress(found[name]).startswith(b"island\tchrom\tstart\tend\tgenes\n")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("unpickled")
+
+    for loader in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, loader, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    read_model(tmp_path / "model")
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flip(data: bytes) -> bytes:
+    """One digit or letter of the text changed, which leaves JSON valid; else a byte in the middle."""
+    at = max(data.find(b'": ') + 3, len(data) // 2) if data.startswith((b"{", b"[")) else len(data) // 2
+    while not chr(data[at]).isalnum():
+        at += 1
+    return data[:at] + (b"1" if data[at : at + 1] != b"1" else b"2") + data[at + 1 :]
+
+
+DAMAGES: list[Callable[[bytes], bytes]] = [cut, flip, lambda data: b"", lambda data: data + b"x"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=["cut", "changed", "emptied", "lengthened"])
+@pytest.mark.parametrize("name", sorted(TYPER_FILES - {"README.md"}))
+def test_a_damaged_file_is_refused_by_its_name(
+    folder: Path, name: str, damage: Callable[[bytes], bytes]
+) -> None:
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    with pytest.raises(ModelError, match=name.replace(".", r"\.")):
+        read_model(folder)
+
+
+@pytest.mark.parametrize("name", sorted(TYPER_FILES - {"README.md"}))
+def test_a_missing_file_is_refused_by_its_name(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(ModelError, match=name.replace(".", r"\.")):
+        read_model(folder)
+    (folder / name).mkdir()
+    with pytest.raises(ModelError, match=name.replace(".", r"\.")):
+        read_model(folder)
+
+
+def test_every_value_of_config_json_is_covered_by_its_digest(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    edits = {
+        "encoder": {**config["encoder"], "heads": 1, "head_dim": 8},  # the same shapes, other results
+        "counting": "fragment",
+        "provenance": {},
+        "head": None,
+        "n_space": 31,
+    }
+    for key, value in edits.items():
+        assert config[key] != value
+        (folder / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(ModelError, match=r"config\.json: cut short or edited"):
+            read_model(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", "sub/weights.safetensors", "a\\b", ""])
+def test_names_in_config_json_that_could_lead_elsewhere_are_never_opened(folder: Path, name: str) -> None:
+    (folder.parent / "secret").write_text("secret")
+    config = json.loads((folder / "config.json").read_text())
+    for files in ({**config["files"], name: "0" * 64}, {name: "0" * 64}):
+        resign(folder, {**config, "files": files})
+        with pytest.raises(ModelError, match=r"config\.json: cut short or edited"):
+            read_model(folder)
+
+
+def resign(folder: Path, config: dict) -> None:
+    """Write config.json with the digest of its content, as one who knows the format could."""
+    content = {key: value for key, value in config.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (folder / "config.json").write_text(json.dumps({**content, "sha256": digest}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("encoder", {"width": 8}, "not a whole model folder"),
+        ("encoder", {"width": -1}, "not a whole model folder"),
+        ("head", {"kind": "lambda"}, "not a whole model folder"),
+        ("files", None, r"config\.json: cut short or edited"),
+        ("files", {}, r"config\.json: cut short or edited"),
+        ("n_space", 3, r"islands\.tsv\.gz: not the vocabulary"),
+        ("vocabulary_sha256", "0", r"islands\.tsv\.gz: not the vocabulary"),
+        ("version", 2, "format annatac_scale.model 2, expected annatac_scale.model 1; upgrade"),
+        ("format", "other", "format other 1, expected"),
+    ],
+)
+def test_folders_that_contradict_themselves_are_refused(
+    folder: Path, key: str, value: object, message: str
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    resign(folder, {**config, key: value})
+    with pytest.raises(ModelError, match=message):
+        read_model(folder)
+
+
+def test_weights_of_other_sizes_are_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    resign(folder, {**config, "encoder": {**config["encoder"], "ff": 17}})
+    with pytest.raises(ModelError, match=r"weights do not fit config\.json: size mismatch"):
+        read_model(folder)
+
+
+def test_only_the_card_may_be_edited(folder: Path) -> None:
+    (folder / "README.md").write_text("# Mine\n")
+    read_model(folder)
+
+
+@pytest.mark.parametrize("content", [None, "[]", "5", "{}", "\xff"])
+def test_folders_that_hold_no_model_are_refused(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content.encode("latin1"))
+    with pytest.raises(ModelError, match=r"no model folder here|config\.json"):
+        read_model(tmp_path)
+
+
+def test_a_model_replaces_a_model_or_an_empty_folder_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    before = read_model(folder).digest
+    write_model(folder, toy_model(HEADS[2]), "card")
+    assert read_model(folder).digest != before
+    (tmp_path / "empty").mkdir()
+    write_model(tmp_path / "empty", toy_model(None), "card")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").write_text("mine")
+    for path in (tmp_path / "full", tmp_path / "full/thesis.txt"):
+        with pytest.raises(ModelError, match="exists and is not a model folder; choose another"):
+            write_model(path, toy_model(None), "card")
+    assert (tmp_path / "full/thesis.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "model"]
+
+
+def test_a_model_that_cannot_be_written_leaves_the_old_one_and_nothing_aside(folder: Path) -> None:
+    before = files_of(folder)
+    model = toy_model(HEADS[1])
+    with pytest.raises(TypeError):
+        write_model(folder, replace(model, info=replace(model.info, provenance={"a": object()})), "card")
+    assert files_of(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def toy_store(path: Path, counting: str = "insertion", **space: object) -> IslandStore:
+    create_store(path, toy_space(**space), counting)
+    return IslandStore.open(path)
+
+
+def test_a_store_of_the_models_islands_and_counting_fits(tmp_path: Path) -> None:
+    toy_model(None).check_store(toy_store(tmp_path / "s.zarr"))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"assembly": "hg38"}, r"assembly hg38 \(model: toy\); islands_sha256 \w+ \(model: \w+\)"),
+        ({"width_bp": 1000}, r"width_bp 1000 \(model: 5000\)"),
+        (
+            {"counting": "fragment"},
+            r"does not fit the model: counting fragment \(model: insertion\); convert",
+        ),
+    ],
+)
+def test_other_stores_are_refused_by_what_differs(tmp_path: Path, other: dict, message: str) -> None:
+    model = toy_model(None)
+    with pytest.raises(ModelError, match=message):
+        model.check_store(toy_store(tmp_path / "s.zarr", **other))
+
+
+def test_a_store_of_other_islands_under_the_same_names_is_refused(tmp_path: Path) -> None:
+    model = toy_model(None)
+    store = toy_store(tmp_path / "s.zarr")
+    other = replace(model, info=replace(model.info, space_sha256="0" * 64))
+    with pytest.raises(
+        ModelError, match=r"does not fit the model: islands_sha256 \w+ \(model: 0+\); convert"
+    ):
+        other.check_store(store)
