@@ -3,7 +3,7 @@
 The readers are h5ad.py and tenx.py; convert.py picks one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -137,6 +137,15 @@ class IslandCounts:
     open: OpenIslands
     n_counts: NDArray[np.int64]
     n_inside: NDArray[np.int64]
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["IslandCounts"]) -> "IslandCounts":
+        """The cells of all parts, in order."""
+        return cls(
+            OpenIslands.concatenate([part.open for part in parts]),
+            np.concatenate([part.n_counts for part in parts]),
+            np.concatenate([part.n_inside for part in parts]),
+        )
 
 
 def count_islands(counts: sparse.csr_matrix, peaks: PeakSet) -> IslandCounts:

@@ -17,7 +17,7 @@ from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.ingest.fragments import CountingRules, FragmentCounts, count_fragments
 from annatac_scale.ingest.h5ad import n_cells_h5ad, open_h5ad, open_hdf5
 from annatac_scale.ingest.kernel import PeakIndex, index_peaks
-from annatac_scale.ingest.matrices import PeakMatrix, count_islands
+from annatac_scale.ingest.matrices import IslandCounts, PeakMatrix, count_islands
 from annatac_scale.ingest.peaks import PeakSet, read_bed
 from annatac_scale.ingest.provenance import fingerprint, now, versions
 from annatac_scale.ingest.quality import fragment_quality, matrix_quality, with_given
@@ -39,6 +39,9 @@ FRAGMENTS, H5AD, TENX_H5, TENX_MTX = "fragments", "h5ad", "10x h5", "10x mtx"
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _HDF5_NAMES = (".h5ad", ".h5", ".hdf5")
+
+_ROWS_AT_ONCE = 1000
+"""Counts of peaks take ten times the memory of open islands: a shard is read in parts."""
 
 
 class StoppedError(Exception):
@@ -191,6 +194,7 @@ def write_fragments(sample: SampleInput, target: Target) -> Written:
     barcodes = None if sample.barcodes is None else read_barcodes(sample.barcodes)
     rules = CountingRules(target.counting, barcodes, target.min_fragments)
     counts = count_fragments(sample.path, target.assembly, source.peaks, source.index, rules, target.worked)
+    _check_open(sample, counts.lines["counted"], target)
     begun = target.begin(sample.name, len(counts.barcodes))
     for shard, first in enumerate(range(0, len(counts.barcodes), SHARD_CELLS)):
         begun.writer.write_shard(shard, counts.open[first : first + SHARD_CELLS])
@@ -202,6 +206,15 @@ def write_fragments(sample: SampleInput, target: Target) -> Written:
         "cells": {"cells": len(counts.barcodes), "without_fragments": int((counts.n_fragments == 0).sum())},
     }
     return Written(begun, fragment_quality(counts), source.peaks.measured, conversion | record)
+
+
+def _check_open(sample: SampleInput, n_counts: int, target: Target) -> None:
+    """Raise InputError where nothing at all was counted: such a sample could only be a mistake."""
+    if not n_counts:
+        raise InputError(
+            f"{sample.path}: found no count of any cell in the {len(target.space):,} islands; expected some; "
+            "check the assembly, or --select all"
+        )
 
 
 def _tell_fragments(
@@ -221,10 +234,10 @@ def _tell_fragments(
     if contigs["other"]:
         say(f"{contigs['n_other']} contigs are not in {assembly.name}: {some(list(contigs['other']))}")
     if sample.peaks is None:
-        say(
-            f"no peak set: each of the {len(target.space):,} islands counts as one peak; with --peaks the store "
-            "and the models are smaller"
+        cost = (
+            "" if target.space.selection == "tss" else "; --peaks would keep the store and the models smaller"
         )
+        say(f"no peak set: each of the {len(target.space):,} islands counts as one peak{cost}")
     else:
         _tell_peaks(source.record, say)
         chroms = np.unique(source.peaks.chrom[source.peaks.island >= 0]).tolist()
@@ -306,9 +319,13 @@ def write_rows(opened: OpenedMatrix, shard: int, target: Target) -> pd.DataFrame
     """Write one shard of a matrix; returns the quality of its cells."""
     cells = slice(shard * SHARD_CELLS, (shard + 1) * SHARD_CELLS)
     rows = opened.rows[cells]
-    counted = count_islands(opened.matrix.counts(rows), opened.peaks)
+    parts = []
+    for first in range(0, len(rows), _ROWS_AT_ONCE):
+        some_rows = rows[first : first + _ROWS_AT_ONCE]
+        parts.append(count_islands(opened.matrix.counts(some_rows), opened.peaks))
+        target.worked(bytes_of(opened.sample, opened.kind) * len(some_rows) // len(opened.rows))
+    counted = IslandCounts.concatenate(parts)
     opened.begun.writer.write_shard(shard, counted.open)
-    target.worked(bytes_of(opened.sample, opened.kind) * len(rows) // len(opened.rows))
     return matrix_quality(opened.barcodes[cells], counted.n_counts, counted.open.n_open, counted.n_inside)
 
 
@@ -322,6 +339,8 @@ def finish_matrix(opened: OpenedMatrix, quality: list[pd.DataFrame], target: Tar
     """Put the shards' cells together."""
     sample, matrix, peaks = opened.sample, opened.matrix, opened.peaks.accounting()
     n_cells, absent = len(opened.rows), int((opened.rows < 0).sum())
+    cells = pd.concat(quality)
+    _check_open(sample, int(cells["n_open"].sum()), target)
     not_listed = len(matrix) - (n_cells - absent)
 
     def say(line: str) -> None:
@@ -335,7 +354,7 @@ def finish_matrix(opened: OpenedMatrix, quality: list[pd.DataFrame], target: Tar
             "their rows are all closed"
         )
     record = {"peaks": peaks, "cells": {"cells": n_cells, "not_listed": not_listed, "not_in_file": absent}}
-    obs = with_given(pd.concat(quality), matrix.obs.reindex(opened.barcodes))
+    obs = with_given(cells, matrix.obs.reindex(opened.barcodes))
     return Written(opened.begun, obs, opened.peaks.measured, opened.conversion | record)
 
 

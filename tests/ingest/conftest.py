@@ -1,6 +1,6 @@
-"""A small genome, what is said while converting, and ways to write the files that users bring."""
+"""A small genome, what is said while converting."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,7 +57,3 @@ def chrom_sizes(tmp_path: Path) -> Path:
         "".join(f"{name}\t{size}\n" for name, size in zip(TOY.chromosomes, TOY.sizes, strict=True))
     )
     return path
-
-
-def lines_of(fragments: Sequence[tuple[object, ...]]) -> str:
-    return "".join("\t".join(map(str, fragment)) + "\n" for fragment in fragments)

@@ -1,38 +1,16 @@
 """The text of fragment files in every compression, and data that break off."""
 
 import gzip
-import struct
-import zlib
 from pathlib import Path
 
 import pytest
+from compressed_files import FORMS, bgzf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from annatac_scale.errors import InputError
 from annatac_scale.ingest.bgzf import BrokenTextError, whole_lines
 
-END_OF_BGZF = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
-
-
-def bgzf(data: bytes, block: int = 100, end: bytes = END_OF_BGZF) -> bytes:
-    """The SAM specification's blocked gzip, written from its text."""
-    return b"".join(bgzf_block(data[i : i + block]) for i in range(0, len(data), block)) + end
-
-
-def bgzf_block(data: bytes) -> bytes:
-    packer = zlib.compressobj(6, zlib.DEFLATED, -15)
-    packed = packer.compress(data) + packer.flush()
-    size = 12 + 6 + len(packed) + 8
-    head = b"\x1f\x8b\x08\x04\0\0\0\0\0\xff" + struct.pack("<H2sHH", 6, b"BC", 2, size - 1)
-    return head + packed + struct.pack("<II", zlib.crc32(data), len(data))
-
-
-def many_members(data: bytes) -> bytes:
-    return b"".join(gzip.compress(data[i : i + 37]) for i in range(0, len(data), 37))
-
-
-FORMS = {"plain": bytes, "gzip": gzip.compress, "many members": many_members, "bgzf": bgzf}
 TEXT = b"".join(b"chr1\t%d\t%d\tAAAC-%d\n" % (i, i + 50, i % 7) for i in range(400))
 
 

@@ -4,6 +4,7 @@ import gzip
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+from compressed_files import FORMS
 from matrix_files import BARCODES, PEAKS, names, some_anndata, some_counts, write_10x_h5, write_10x_mtx
 from scipy import sparse
-from test_bgzf import FORMS
 
 from annatac_scale.errors import InputError, StoreError
 from annatac_scale.genome.annotation import builtin_tss
@@ -22,12 +23,14 @@ from annatac_scale.ingest.convert import ConvertReport, convert
 from annatac_scale.ingest.labels import join_obs
 from annatac_scale.store.store import IslandStore
 
+Convert = Callable[..., ConvertReport]
+
 CEREBELLUM = Path(str(resources.files("annatac_scale") / "data" / "cerebellum.h5ad"))
 PBSMALL = Path(str(resources.files("annatac_scale") / "data" / "archr_PBSmall.tsv.gz"))
 
 
 @pytest.fixture
-def toy_convert(tmp_path: Path, chrom_sizes: Path):  # type: ignore[no-untyped-def]
+def toy_convert(tmp_path: Path, chrom_sizes: Path) -> Convert:
     """convert() into tmp_path / out over all bins of the toy genome."""
 
     def run(inputs: Any, out: str = "atlas.zarr", **options: Any) -> ConvertReport:
@@ -125,7 +128,7 @@ def write_lines(path: Path, rows: list[tuple[Any, ...]]) -> Path:
     return path
 
 
-def test_h5ad_h5_and_mtx_of_the_same_cells_give_the_same_bytes(tmp_path: Path, toy_convert) -> None:  # type: ignore[no-untyped-def]
+def test_h5ad_h5_and_mtx_of_the_same_cells_give_the_same_bytes(tmp_path: Path, toy_convert: Convert) -> None:
     some_anndata(some_counts().astype(np.float32)).write_h5ad(tmp_path / "a.h5ad")
     some_anndata(some_counts().tocsc()).write_h5ad(tmp_path / "b.h5ad")
     write_10x_h5(tmp_path / "c.h5", some_counts(), names(PEAKS))
@@ -150,7 +153,7 @@ def write_peaks(path: Path) -> Path:
     return write_lines(path, PEAKS)
 
 
-def test_fragments_equal_the_matrix_of_their_cut_sites(tmp_path: Path, toy_convert) -> None:  # type: ignore[no-untyped-def]
+def test_fragments_equal_the_matrix_of_their_cut_sites(tmp_path: Path, toy_convert: Convert) -> None:
     cut_sites = np.zeros((30, len(PEAKS)), int)
     for chrom, start, end, barcode in FRAGMENTS:
         for j, (name, left, right) in enumerate(PEAKS):
@@ -172,7 +175,9 @@ def test_fragments_equal_the_matrix_of_their_cut_sites(tmp_path: Path, toy_conve
     assert frags.obs()["n_open"].tolist() == h5.obs()["n_open"].tolist()
 
 
-def test_order_compression_peak_order_and_workers_give_equal_digests(tmp_path: Path, toy_convert) -> None:  # type: ignore[no-untyped-def]
+def test_order_compression_peak_order_and_workers_give_equal_digests(
+    tmp_path: Path, toy_convert: Convert
+) -> None:
     peaks = write_peaks(tmp_path / "p.bed")
     write_lines(tmp_path / "q.bed", random.Random(1).sample(PEAKS, len(PEAKS)))
     (tmp_path / "sizes.txt").write_text("chrM\t900\nchr2\t4200\nchr1\t10000\n")
@@ -189,7 +194,7 @@ def test_order_compression_peak_order_and_workers_give_equal_digests(tmp_path: P
         assert digests(tmp_path / f"{name}.zarr") == expected
 
 
-def test_samples_of_many_shards_are_the_same_for_any_workers(tmp_path: Path, toy_convert) -> None:  # type: ignore[no-untyped-def]
+def test_samples_of_many_shards_are_the_same_for_any_workers(tmp_path: Path, toy_convert: Convert) -> None:
     matrix = some_counts(9001, 33, seed=4)
     obs = pd.DataFrame(index=[f"c{i}" for i in range(9001)])
     anndata.AnnData(matrix, obs=obs, var=pd.DataFrame(index=names(PEAKS))).write_h5ad(tmp_path / "big.h5ad")
@@ -201,7 +206,9 @@ def test_samples_of_many_shards_are_the_same_for_any_workers(tmp_path: Path, toy
     assert len(shard_bytes(tmp_path / "3.zarr", "big")) == 1 + 3
 
 
-def test_two_samples_that_share_barcodes_keep_all_rows_in_input_order(tmp_path: Path, toy_convert) -> None:  # type: ignore[no-untyped-def]
+def test_two_samples_that_share_barcodes_keep_all_rows_in_input_order(
+    tmp_path: Path, toy_convert: Convert
+) -> None:
     for name in ("zz", "aa", "mm"):
         write_lines(tmp_path / f"{name}.tsv", FRAGMENTS)
     some_anndata().write_h5ad(tmp_path / "h.h5ad")
@@ -213,7 +220,9 @@ def test_two_samples_that_share_barcodes_keep_all_rows_in_input_order(tmp_path: 
     assert store.n_cells == 4 * 30
 
 
-def test_a_second_sample_leaves_the_bytes_of_the_first_untouched(tmp_path: Path, toy_convert) -> None:  # type: ignore[no-untyped-def]
+def test_a_second_sample_leaves_the_bytes_of_the_first_untouched(
+    tmp_path: Path, toy_convert: Convert
+) -> None:
     write_lines(tmp_path / "a.tsv", FRAGMENTS)
     write_lines(tmp_path / "b.tsv", FRAGMENTS[::2])
     toy_convert(tmp_path / "a.tsv", min_fragments=0)
@@ -222,7 +231,7 @@ def test_a_second_sample_leaves_the_bytes_of_the_first_untouched(tmp_path: Path,
     assert all_bytes(tmp_path / "atlas.zarr" / "samples" / "a") == before
 
 
-def test_what_is_there_already_is_skipped(tmp_path: Path, toy_convert, said) -> None:  # type: ignore[no-untyped-def]
+def test_what_is_there_already_is_skipped(tmp_path: Path, toy_convert: Convert, said: Any) -> None:
     a, b = write_lines(tmp_path / "a.tsv", FRAGMENTS), write_lines(tmp_path / "b.tsv", FRAGMENTS[::2])
     toy_convert(a, min_fragments=0)
     before = digests(tmp_path / "atlas.zarr")
@@ -233,7 +242,7 @@ def test_what_is_there_already_is_skipped(tmp_path: Path, toy_convert, said) -> 
     assert "a: is in" in said
 
 
-def test_a_sample_made_otherwise_is_refused_with_the_difference(tmp_path: Path, toy_convert) -> None:  # type: ignore[no-untyped-def]
+def test_a_sample_made_otherwise_is_refused_with_the_difference(tmp_path: Path, toy_convert: Convert) -> None:
     a, peaks = write_lines(tmp_path / "a.tsv", FRAGMENTS), write_peaks(tmp_path / "p.bed")
     toy_convert(a, min_fragments=0, peaks=peaks)
     for options, message in [
@@ -254,7 +263,7 @@ def test_a_sample_made_otherwise_is_refused_with_the_difference(tmp_path: Path, 
         toy_convert(tmp_path / "a.h5ad")
 
 
-def test_stores_of_other_counting_or_islands_are_not_mixed(tmp_path: Path, toy_convert) -> None:  # type: ignore[no-untyped-def]
+def test_stores_of_other_counting_or_islands_are_not_mixed(tmp_path: Path, toy_convert: Convert) -> None:
     a, b = write_lines(tmp_path / "a.tsv", FRAGMENTS), write_lines(tmp_path / "b.tsv", FRAGMENTS[1:])
     toy_convert(a, min_fragments=0, counting="fragment")
     assert IslandStore.open(tmp_path / "atlas.zarr").counting == "fragment"
@@ -269,7 +278,9 @@ def test_stores_of_other_counting_or_islands_are_not_mixed(tmp_path: Path, toy_c
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_bad_input_stops_and_leaves_only_whole_samples(tmp_path: Path, toy_convert, workers: int) -> None:  # type: ignore[no-untyped-def]
+def test_a_bad_input_stops_and_leaves_only_whole_samples(
+    tmp_path: Path, toy_convert: Convert, workers: int
+) -> None:
     write_lines(tmp_path / "a.tsv", FRAGMENTS)
     write_lines(tmp_path / "b.tsv", [*FRAGMENTS, ("chr1", 5, 4, "A")])
     some_anndata().write_h5ad(tmp_path / "c.h5ad")
@@ -286,7 +297,19 @@ def test_a_bad_input_stops_and_leaves_only_whole_samples(tmp_path: Path, toy_con
     assert list(digests(store)) == ["a", "b", "c"]
 
 
-def test_a_truncated_file_is_never_a_sample(tmp_path: Path, toy_convert) -> None:  # type: ignore[no-untyped-def]
+def test_a_sample_of_closed_islands_alone_is_refused(tmp_path: Path, toy_convert: Convert) -> None:
+    windows = str(write_lines(tmp_path / "w.bed", [("chr1", 9990, 10_000), ("chr1", 0, 10)]))
+    write_lines(tmp_path / "f.tsv", [("chr1", 50, 90, "A")])
+    matrix = some_counts().toarray()
+    matrix[:, 0] = 0
+    some_anndata(matrix).write_h5ad(tmp_path / "h.h5ad")
+    for name in ("f.tsv", "h.h5ad"):
+        with pytest.raises(InputError, match=f"{name}: found no count of any cell in the 2 islands"):
+            toy_convert(tmp_path / name, min_fragments=0, select=windows)
+    assert digests(tmp_path / "atlas.zarr") == {}
+
+
+def test_a_truncated_file_is_never_a_sample(tmp_path: Path, toy_convert: Convert) -> None:
     text = write_lines(tmp_path / "x.tsv", FRAGMENTS).read_bytes()
     (tmp_path / "cut.tsv.gz").write_bytes(gzip.compress(text)[:-100])
     with pytest.raises(InputError, match=r"cut\.tsv\.gz, after line .*byte"):
@@ -294,7 +317,9 @@ def test_a_truncated_file_is_never_a_sample(tmp_path: Path, toy_convert) -> None
     assert digests(tmp_path / "atlas.zarr") == {}
 
 
-def test_a_listed_barcode_that_a_matrix_lacks_is_an_all_closed_row(tmp_path: Path, toy_convert, said) -> None:  # type: ignore[no-untyped-def]
+def test_a_listed_barcode_that_a_matrix_lacks_is_an_all_closed_row(
+    tmp_path: Path, toy_convert: Convert, said: Any
+) -> None:
     some_anndata().write_h5ad(tmp_path / "a.h5ad")
     listed = ["AAAC009-1", "none", "AAAC002-1"]
     write_lines(tmp_path / "cells.txt", [(barcode,) for barcode in listed])
@@ -315,7 +340,7 @@ def test_a_listed_barcode_that_a_matrix_lacks_is_an_all_closed_row(tmp_path: Pat
         toy_convert(tmp_path / "a.h5ad", "other.zarr", barcodes=tmp_path / "cells.txt")
 
 
-def test_obs_of_an_h5ad_are_carried_over(tmp_path: Path, toy_convert) -> None:  # type: ignore[no-untyped-def]
+def test_obs_of_an_h5ad_are_carried_over(tmp_path: Path, toy_convert: Convert) -> None:
     some_anndata().write_h5ad(tmp_path / "a.h5ad")
     toy_convert(tmp_path / "a.h5ad")
     obs = IslandStore.open(tmp_path / "atlas.zarr").samples["a"].obs()
@@ -327,7 +352,9 @@ def test_obs_of_an_h5ad_are_carried_over(tmp_path: Path, toy_convert) -> None:  
     assert obs["n_counts"].tolist() == np.asarray(some_counts().sum(axis=1)).ravel().tolist()
 
 
-def test_labels_join_at_conversion_or_later_alike_and_x_stays(tmp_path: Path, toy_convert, said) -> None:  # type: ignore[no-untyped-def]
+def test_labels_join_at_conversion_or_later_alike_and_x_stays(
+    tmp_path: Path, toy_convert: Convert, said: Any
+) -> None:
     write_lines(tmp_path / "a.tsv", FRAGMENTS)
     rows = [(barcode, "TB"[i % 2], i) for i, barcode in enumerate(BARCODES[:20])]
     labels = write_lines(tmp_path / "cells.tsv", [("barcode", "cell_type", "age"), *rows, ("Z", "T", 1)])
@@ -348,7 +375,7 @@ def test_labels_join_at_conversion_or_later_alike_and_x_stays(tmp_path: Path, to
     assert "20 of 30 cells have labels" in said
 
 
-def test_labels_of_no_cell_are_refused_before_anything_changes(tmp_path: Path, toy_convert) -> None:  # type: ignore[no-untyped-def]
+def test_labels_of_no_cell_are_refused_before_anything_changes(tmp_path: Path, toy_convert: Convert) -> None:
     some_anndata().write_h5ad(tmp_path / "a.h5ad")
     write_lines(tmp_path / "b.tsv", FRAGMENTS)
     toy_convert([tmp_path / "a.h5ad", tmp_path / "b.tsv"], min_fragments=0)
@@ -365,7 +392,7 @@ def test_labels_of_no_cell_are_refused_before_anything_changes(tmp_path: Path, t
     assert IslandStore.open(tmp_path / "atlas.zarr").obs(["t"])["t"].dropna().tolist() == ["x"]
 
 
-def test_a_sheet_converts_all_its_samples(tmp_path: Path, toy_convert) -> None:  # type: ignore[no-untyped-def]
+def test_a_sheet_converts_all_its_samples(tmp_path: Path, toy_convert: Convert) -> None:
     some_anndata().write_h5ad(tmp_path / "a.h5ad")
     write_lines(tmp_path / "f.tsv", FRAGMENTS)
     write_peaks(tmp_path / "p.bed")
@@ -380,7 +407,9 @@ def test_a_sheet_converts_all_its_samples(tmp_path: Path, toy_convert) -> None: 
         toy_convert([tmp_path / "a.h5ad"], sheet=sheet)
 
 
-def test_options_that_do_not_go_with_an_input_are_refused_before_work(tmp_path: Path, toy_convert) -> None:  # type: ignore[no-untyped-def]
+def test_options_that_do_not_go_with_an_input_are_refused_before_work(
+    tmp_path: Path, toy_convert: Convert
+) -> None:
     some_anndata().write_h5ad(tmp_path / "a.h5ad")
     write_lines(tmp_path / "f.tsv", FRAGMENTS)
     peaks = write_peaks(tmp_path / "p.bed")
@@ -401,7 +430,7 @@ def test_options_that_do_not_go_with_an_input_are_refused_before_work(tmp_path: 
         toy_convert(tmp_path / "f.tsv", strategy="x")
 
 
-def test_a_tss_table_or_a_gtf_select_the_same_islands(tmp_path: Path, toy_convert) -> None:  # type: ignore[no-untyped-def]
+def test_a_tss_table_or_a_gtf_select_the_same_islands(tmp_path: Path, toy_convert: Convert) -> None:
     write_lines(tmp_path / "f.tsv", FRAGMENTS)
     tss = write_lines(
         tmp_path / "t.tsv", [("chr1", 6200, "+", "G1", "protein_coding"), ("chr2", 10, "+", "G2", "lncRNA")]
@@ -415,7 +444,9 @@ def test_a_tss_table_or_a_gtf_select_the_same_islands(tmp_path: Path, toy_conver
     assert digests(tmp_path / "t.zarr") == digests(tmp_path / "g.zarr")
 
 
-def test_what_became_of_contigs_and_peaks_is_said_and_recorded(tmp_path: Path, toy_convert, said) -> None:  # type: ignore[no-untyped-def]
+def test_what_became_of_contigs_and_peaks_is_said_and_recorded(
+    tmp_path: Path, toy_convert: Convert, said: Any
+) -> None:
     write_lines(tmp_path / "f.tsv", [("1", 5, 90, "A"), ("1", 5000, 5001, "A"), ("weird", 1, 2, "A")])
     peaks = write_lines(
         tmp_path / "p.bed", [("chr1", 0, 100), ("1", 50, 60), ("chrM", 0, 5), ("other", 1, 2)]

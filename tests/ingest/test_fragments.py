@@ -257,6 +257,15 @@ def test_an_invalid_line_stops_with_its_place(tmp_path: Path, line: str, expecte
     assert "\n" not in message
 
 
+def test_a_barcode_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "f.tsv"
+    path.write_bytes(b"chr1\t1\t5\tA\xff\n")
+    with pytest.raises(
+        InputError, match=r"f\.tsv: found the name b'A.xff'; expected contigs and barcodes in UTF-8"
+    ):
+        count(path)
+
+
 def test_a_long_invalid_line_is_shown_cut(tmp_path: Path) -> None:
     path = write(tmp_path / "f.tsv", [("chr1", 9, 5, "A" * 5000)])
     with pytest.raises(InputError) as caught:

@@ -2,6 +2,7 @@
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -127,7 +128,7 @@ OBS = pd.DataFrame(
 )
 
 
-def test_labels_are_joined_by_barcode_and_what_misses_is_said(tmp_path: Path, said) -> None:  # type: ignore[no-untyped-def]
+def test_labels_are_joined_by_barcode_and_what_misses_is_said(tmp_path: Path, said: Any) -> None:
     path = tmp_path / "cells.tsv"
     path.write_text("cell_type\tbarcode\tage\nNK\tB\t3\nT\tZ\t4\nB\tA\t5\n")
     joined = join_labels(OBS, read_labels(path), "s", said)
