@@ -1,0 +1,1 @@
+"""The model: encoder, heads, calibration, and the folder that carries them."""

@@ -133,7 +133,7 @@ class SampleWriter:
         shutil.rmtree(self.folder, ignore_errors=True)
         root = zarr.open_group(self.path, mode="r")
         self.islands_sha256 = str(root.attrs["islands_sha256"])
-        self.n_islands = int(root.attrs["n_islands"])
+        self.n_islands: int = root.attrs["n_islands"]
         group = zarr.create_group(
             self.folder, attributes={"encoding-type": "anndata", "encoding-version": "0.1.0"}
         )

@@ -5,6 +5,11 @@ from typing import Any
 from annatac_scale.model.folder import ModelInfo
 from annatac_scale.stream.vocabulary import Vocabulary
 
+_CONFIDENCE = (
+    "A confidence is the largest softmax probability after temperature scaling. The model knows only the types "
+    "above: a cell of another type gets one of them, or `Novel_cell_type` when its confidence is low."
+)
+
 
 def pretrained_card(info: ModelInfo, vocabulary: Vocabulary) -> str:
     """The README.md of a pretrained model."""
@@ -44,8 +49,7 @@ def finetuned_card(info: ModelInfo, vocabulary: Vocabulary) -> str:
             "|---|---|",
             *[f"| {name} | {n:,} |" for name, n in facts["training_cells_per_type"].items()],
             "",
-            "A confidence is the largest softmax probability after temperature scaling. The model knows only the types "
-            "above: a cell of another type gets one of them, or `Novel_cell_type` when its confidence is low.",
+            _CONFIDENCE,
             "",
         ]
     )
@@ -53,12 +57,12 @@ def finetuned_card(info: ModelInfo, vocabulary: Vocabulary) -> str:
 
 def _common(info: ModelInfo, vocabulary: Vocabulary) -> list[str]:
     encoder = info.encoder
+    space = f"{info.n_space:,} of {info.assembly} ({info.selection}, {info.width_bp} bp), counting {info.counting}"
+    sizes = f"width {encoder.width}, {encoder.layers} layers, {encoder.heads} heads of {encoder.head_dim}"
     return [
         f"- made by {info.provenance['made_by']}, preset {info.preset}, seed {info.provenance['seed']}",
-        f"- islands: {len(vocabulary):,} of the {info.n_space:,} of {info.assembly} ({info.selection}, "
-        f"{info.width_bp} bp), counting {info.counting}",
-        f"- encoder: width {encoder.width}, {encoder.layers} layers, {encoder.heads} heads of {encoder.head_dim}, "
-        f"k {encoder.k}, attend {encoder.attend}",
+        f"- islands: {len(vocabulary):,} of the {space}",
+        f"- encoder: {sizes}, k {encoder.k}, attend {encoder.attend}",
         f"- trained on samples: {', '.join(info.provenance['samples'])}",
     ]
 

@@ -72,7 +72,12 @@ class FinetuneTask:
     """Fine-tuning as the loop sees it."""
 
     def __init__(
-        self, module: CellTypeModel, config: FinetuneConfig, lister: TokenLister, store: IslandStore, labelled: LabelledCells
+        self,
+        module: CellTypeModel,
+        config: FinetuneConfig,
+        lister: TokenLister,
+        store: IslandStore,
+        labelled: LabelledCells,
     ) -> None:
         self.module = module
         self.loss_weights = {"type": 1.0}
@@ -114,7 +119,10 @@ class FinetuneTask:
         renumbering = self._lister.vocabulary.new_of_old()
         for block_ids, rows in sequential(self._store, cells):
             batch = self._lister(Batch.from_open(block_ids, rows.renumber(renumbering)))
-            parts += [self.module.typer.predict(piece) for piece in micro_batches(batch, self._config.train.micro_tokens)]
+            parts += [
+                self.module.typer.predict(piece)
+                for piece in micro_batches(batch, self._config.train.micro_tokens)
+            ]
             ids.append(block_ids)
         n_types = len(self._labelled.types)
         logits = np.concatenate(parts) if parts else np.empty((0, n_types), np.float32)
@@ -167,9 +175,13 @@ def finetune(
         + f"; {labelled.n_without_label:,} cells without a label"
     )
     if not split["val"]:
-        raise InputError(f"--labels {labels}: too few labelled cells of each type to hold any out for validation")
+        raise InputError(
+            f"--labels {labels}: too few labelled cells of each type to hold any out for validation"
+        )
     task = _task(store, pretrained, labelled, config, progress)
-    run = RunFolder(out, config, {"kind": "finetune", **_identity(store, pretrained, labels, holdout, labelled)})
+    run = RunFolder(
+        out, config, {"kind": "finetune", **_identity(store, pretrained, labels, holdout, labelled)}
+    )
     with run.use():
         stream = IslandStream(
             store,

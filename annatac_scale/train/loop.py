@@ -69,7 +69,11 @@ class TrainOptions:
 class Task(Protocol):
     """What is trained. ``module`` maps a prepared batch to summed losses by name."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """What is trained."""
+        ...
+
     loss_weights: dict[str, float]
 
     def parameter_groups(self, options: TrainOptions) -> list[dict[str, Any]]:

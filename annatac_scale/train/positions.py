@@ -85,13 +85,9 @@ def truncated_svd(
             result: Floats = dask.compute(total, scheduler="threads", num_workers=workers)[0]
         return result
 
-    for number in range(PASSES):
-        current = basis
-        basis = _orthonormal(
-            over_runs(lambda x: x.T @ (x @ current), f"SVD, pass {number + 1} of {PASSES + 1}")
-        )
-    current = basis
-    gram = over_runs(lambda x: _gram(x @ current), f"SVD, pass {PASSES + 1} of {PASSES + 1}")
+    for number in range(1, PASSES + 1):
+        basis = _orthonormal(over_runs(partial(_power, basis), f"SVD, pass {number} of {PASSES + 1}"))
+    gram = over_runs(partial(_gram, basis), f"SVD, pass {PASSES + 1} of {PASSES + 1}")
     eigenvalues, rotation = np.linalg.eigh(gram.astype(np.float64))
     leading = np.argsort(eigenvalues)[::-1][:rank]
     components = basis @ rotation[:, leading].astype(np.float32)

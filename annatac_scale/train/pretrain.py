@@ -102,9 +102,12 @@ class PretrainTask:
         self._validation = stream
 
     def parameter_groups(self, options: TrainOptions) -> list[dict[str, Any]]:
-        """One rate for all."""
+        """The encoder's projection E, a table with a row for each island, and all else, each at its rate."""
+        table = self.module.encoder.projection
+        rest = [p for p in self.module.parameters() if p.requires_grad and p is not table]
         return [
-            {"params": [p for p in self.module.parameters() if p.requires_grad], "lr": options.learning_rate}
+            {"params": rest, "lr": options.learning_rate},
+            {"params": [table], "lr": options.table_learning_rate},
         ]
 
     def prepare(self, batch: Batch, epoch: int) -> Batch:

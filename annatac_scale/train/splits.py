@@ -47,7 +47,12 @@ class LabelledCells:
 
 
 def split_cells(
-    store: IslandStore, labels: str, holdout: float | str, validation_share: float, calibration_share: float, seed: int
+    store: IslandStore,
+    labels: str,
+    holdout: float | str,
+    validation_share: float,
+    calibration_share: float,
+    seed: int,
 ) -> LabelledCells:
     """Split the labelled cells of a store.
 
@@ -114,7 +119,11 @@ def write_split(path: Path, store: IslandStore, labelled: LabelledCells) -> None
     """Write sample, barcode, split of every labelled cell, with the samples' X digests in the metadata."""
     obs = store.obs([]).iloc[labelled.cells]
     table = pa.table(
-        {"sample": obs["sample"].astype(str), "barcode": obs["barcode"].astype(str), "split": labelled.split.astype(str)}
+        {
+            "sample": obs["sample"].astype(str),
+            "barcode": obs["barcode"].astype(str),
+            "split": labelled.split.astype(str),
+        }
     )
     digests = {name: sample.x_sha256 for name, sample in store.samples.items()}
     aside = path.with_name(f".{path.name}.part")

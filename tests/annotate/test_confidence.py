@@ -1,9 +1,10 @@
+import math
+
 import numpy as np
 import pytest
 
 from annatac_scale.annotate.confidence import NOVEL, name_novel
 from annatac_scale.errors import ConfigError
-
 
 
 def test_cells_below_the_threshold_are_named_novel() -> None:

@@ -1,0 +1,178 @@
+"""One function a command: what the command line calls, and what ``import annatac_scale as ats`` offers.
+
+Heavy libraries are imported inside the functions: asking for help must not wait for torch, ray or dask.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from annatac_scale.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from annatac_scale.annotate.evaluate import EvaluationReport
+    from annatac_scale.annotate.predict import PredictReport
+    from annatac_scale.genome.islands import IslandSpace
+    from annatac_scale.ingest.convert import ConvertReport
+    from annatac_scale.store.info import StoreInfo
+    from annatac_scale.train.finetune import FinetuneReport
+    from annatac_scale.train.pretrain import PretrainReport
+
+AnyPath = Path | str
+
+
+def islands(
+    assembly: str,
+    *,
+    select: str = "tss",
+    out: AnyPath | None = None,
+    chrom_sizes: AnyPath | None = None,
+    tss: AnyPath | None = None,
+    gtf: AnyPath | None = None,
+    progress: Progress | None = None,
+) -> "IslandSpace":
+    """The islands of an assembly: "tss", "all", or the windows of a BED file; written to ``out`` (tsv.gz) if given."""
+    from annatac_scale.genome.annotation import read_gtf, read_tss
+    from annatac_scale.genome.assembly import Assembly
+    from annatac_scale.genome.islands import select_islands
+
+    genome = (
+        Assembly.builtin(assembly)
+        if chrom_sizes is None
+        else Assembly.from_chrom_sizes(chrom_sizes, assembly)
+    )
+    table = read_tss(tss) if tss else read_gtf(gtf) if gtf else None
+    space = select_islands(genome, select, table, progress)
+    if out is not None:
+        space.write(out)
+    return space
+
+
+def convert(
+    inputs: AnyPath | Sequence[AnyPath] = (),
+    *,
+    assembly: str,
+    out: AnyPath,
+    progress: Progress | None = None,
+    **options: Any,
+) -> "ConvertReport":
+    """Convert inputs into the island store ``out``; options as in ``ingest.convert.ConvertOptions``."""
+    from annatac_scale.ingest.convert import convert as run
+
+    return run(inputs, assembly=assembly, out=out, progress=progress, **options)
+
+
+def info(store: AnyPath) -> "StoreInfo":
+    """What a store holds and where it came from."""
+    from annatac_scale.store.info import describe
+    from annatac_scale.store.store import IslandStore
+
+    return describe(IslandStore.open(store))
+
+
+def pretrain(
+    store: AnyPath,
+    *,
+    out: AnyPath,
+    preset: str = "tiny",
+    attend: str | None = None,
+    epochs: int | None = None,
+    config: AnyPath | None = None,
+    settings: Sequence[str] = (),
+    workers: int = 0,
+    gpus: bool = False,
+    progress: Progress | None = None,
+) -> "PretrainReport":
+    """Pretrain an encoder on the cells of a store; the model folder is ``out``/model.
+
+    preset: "tiny", "small" or "paper"; attend: "open" or "all", None for the preset's own
+    config: a TOML file over the preset; settings: ``key=value`` over both, as ``train.learning_rate=1e-3``
+    workers: 0 trains in this process, more on Ray Train
+    """
+    from annatac_scale.config import override, read_toml
+    from annatac_scale.store.store import IslandStore
+    from annatac_scale.train.presets import PretrainConfig, pretrain_preset
+
+    chosen = pretrain_preset(preset, attend)
+    if config is not None:
+        chosen = read_toml(PretrainConfig, config, chosen)
+    chosen = override(chosen, settings)
+    if epochs is not None:
+        chosen = replace(chosen, train=replace(chosen.train, epochs=epochs))
+    if workers or gpus:
+        from annatac_scale.train.cluster import pretrain_on_ray
+
+        return pretrain_on_ray(Path(store), Path(out), chosen, max(workers, 1), gpus, progress)
+    from annatac_scale.train.pretrain import pretrain as run
+
+    return run(IslandStore.open(store), out, chosen, progress=progress)
+
+
+def finetune(
+    store: AnyPath,
+    *,
+    model: AnyPath,
+    labels: str,
+    out: AnyPath,
+    head: str | None = None,
+    holdout: float | str = 0.2,
+    freeze_encoder: bool = False,
+    epochs: int | None = None,
+    config: AnyPath | None = None,
+    settings: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> "FinetuneReport":
+    """Fine-tune a pretrained model on the labelled cells of a store; the model folder is ``out``/model.
+
+    labels: obs column with the cell types
+    head: "pooled", "cnn" or "subtype"; None for "pooled", but "cnn" after preset paper
+    holdout: share of each type's cells that test, or "column=value": all cells with that value test
+    config, settings: as for ``pretrain``
+    """
+    from annatac_scale.config import override, read_toml
+    from annatac_scale.model.folder import read_model
+    from annatac_scale.store.store import IslandStore
+    from annatac_scale.train.finetune import finetune as run
+    from annatac_scale.train.presets import FinetuneConfig, finetune_preset
+
+    chosen = finetune_preset(read_model(model).info.preset, head)
+    if config is not None:
+        chosen = read_toml(FinetuneConfig, config, chosen)
+    chosen = override(chosen, settings)
+    if freeze_encoder:
+        chosen = replace(chosen, freeze_encoder=True)
+    if epochs is not None:
+        chosen = replace(chosen, train=replace(chosen.train, epochs=epochs))
+    return run(IslandStore.open(store), model, labels, out, chosen, holdout, progress)
+
+
+def predict(
+    store: AnyPath,
+    *,
+    model: AnyPath,
+    out: AnyPath,
+    novel_threshold: float | None = None,
+    write_h5ad: AnyPath | None = None,
+    progress: Progress | None = None,
+) -> "PredictReport":
+    """Label every cell of a store; ``out`` becomes a folder of Parquet tables."""
+    from annatac_scale.annotate.predict import predict as run
+
+    return run(store, model, out, novel_threshold=novel_threshold, write_h5ad=write_h5ad, progress=progress)
+
+
+def evaluate(labels: AnyPath, *, store: AnyPath, truth: str, cells: str = "test") -> "EvaluationReport":
+    """Compare predicted labels with an obs column of the store, on held-out cells ("test") or on "all"."""
+    from annatac_scale.annotate.evaluate import evaluate as run
+
+    return run(labels, store, truth, cells=cells)
+
+
+def demo(
+    out: AnyPath = "demo", *, full: bool = False, progress: Progress | None = None
+) -> list[dict[str, Any]]:
+    """The whole road on the data that the package ships; returns the figures, a dict a data set."""
+    from annatac_scale.demo import run_demo
+
+    return run_demo(Path(out), full, progress or Silent())
