@@ -5,6 +5,7 @@ of ``samples/`` names it last. Whatever is not in the index was never committed.
 writer holds nothing.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -42,8 +43,9 @@ def create_store(path: Path | str, space: IslandSpace, counting: str) -> None:
     path = Path(path)
     attributes = root_attributes(space, counting)
     if (path / "zarr.json").exists():
-        _check_same(path, attributes)
-        return
+        if _is_same(path, attributes):
+            return
+        shutil.rmtree(path)  # a store without samples, left by a conversion that failed
     if path.exists() and any(path.iterdir()):
         raise StoreError(f"{path}: exists and is not an island store; choose another --out")
     aside = path.with_name(path.name + ".partial")
@@ -121,7 +123,6 @@ class SampleWriter:
         self._shards: dict[int, tuple[str, int]] = {}
 
     def __enter__(self) -> "SampleWriter":
-        self.folder.parent.mkdir(exist_ok=True)
         self._lock = _try_lock(self.folder.with_name(self.name + ".lock"))
         if self._lock is None:
             raise StoreError(
@@ -199,13 +200,10 @@ class SampleWriter:
         var.attrs["column-order"] = [*columns, "measured"]  # type: ignore[misc]
 
     def _release(self) -> None:
-        lock = self.folder.with_name(self.name + ".lock")
-        lock.unlink(missing_ok=True)
         if self._lock is not None:
+            self.folder.with_name(self.name + ".lock").unlink(missing_ok=True)
             os.close(self._lock)
-        for folder in (self.folder, self.folder.parent):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        _remove_if_empty(self.folder.parent)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -258,8 +256,7 @@ def _settle_obs(path: Path, sample: str) -> str:
     )
     _write_index(path, index)
     shutil.rmtree(aside)
-    if not any((path / INCOMING).iterdir()):
-        (path / INCOMING).rmdir()
+    _remove_if_empty(path / INCOMING)
     return str(entry["digest"])
 
 
@@ -302,25 +299,42 @@ def store_lock(path: Path) -> Iterator[None]:
 
 
 def _try_lock(path: Path) -> int | None:
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    return lock
+    """Hold the lock file ``path``; None where another holds it."""
+    while True:
+        path.parent.mkdir(exist_ok=True)
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+                return lock
+            os.close(lock)  # its holder removed the file between our opening and locking it
+        except FileNotFoundError:
+            continue  # another writer, done, removed the empty folder
+        except BlockingIOError:
+            os.close(lock)
+            return None
 
 
-def _check_same(path: Path, attributes: dict[str, Any]) -> None:
+def _is_same(path: Path, attributes: dict[str, Any]) -> bool:
+    """Whether the store is of these islands and counting; False for another one that holds no sample.
+
+    Raises StoreError for anything else.
+    """
     found = json.loads((path / "zarr.json").read_text()).get("attributes", {})
     if found.get("format") != schema.FORMAT:
         raise StoreError(f"{path}: a Zarr group, but no island store; choose another --out")
-    for key in ("assembly", "width_bp", "islands_sha256", "counting"):
-        if found.get(key) != attributes[key]:
-            raise StoreError(
-                f"{path}: holds {key} {found.get(key)!r}, but {attributes[key]!r} was asked for; "
-                "use the store's own, or another --out"
-            )
+    differing = [
+        k for k in ("assembly", "width_bp", "islands_sha256", "counting") if found.get(k) != attributes[k]
+    ]
+    if not differing:
+        return True
+    if committed_samples(path) or (path / INCOMING).exists():
+        key = differing[0]
+        raise StoreError(
+            f"{path}: holds {key} {found.get(key)!r}, but {attributes[key]!r} was asked for; "
+            "use the store's own, or another --out"
+        )
+    return False
 
 
 def _write_frame(group: zarr.Group, key: str, element: Any) -> None:
@@ -339,6 +353,11 @@ def _write_index(path: Path, index: list[dict[str, Any]]) -> None:
         out.flush()
         os.fsync(out.fileno())
     os.replace(aside, file)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _move(source: Path, target: Path) -> None:

@@ -273,6 +273,7 @@ def test_a_shard_cut_short_is_refused(path: Path, keep: int) -> None:
 
 
 def test_other_islands_or_counting_or_folders_are_refused(path: Path, tmp_path: Path) -> None:
+    write_sample(path, "s", random_cells(3, 1))
     create_store(path, SPACE, "insertion")
     with pytest.raises(StoreError, match="counting 'insertion', but 'fragment'"):
         create_store(path, SPACE, "fragment")
@@ -286,6 +287,11 @@ def test_other_islands_or_counting_or_folders_are_refused(path: Path, tmp_path: 
     assert (tmp_path / "full" / "thesis.txt").exists()
     with pytest.raises(StoreError, match="annatac convert"):
         IslandStore.open(tmp_path / "nowhere")
+
+
+def test_a_store_without_samples_gives_way_to_one_of_other_islands(path: Path) -> None:
+    create_store(path, SPACE, "fragment")
+    assert IslandStore.open(path).counting == "fragment"
 
 
 def test_a_store_of_a_newer_format_is_refused(path: Path) -> None:
