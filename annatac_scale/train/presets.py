@@ -94,12 +94,20 @@ def pretrain_preset(name: str, attend: str | None = None) -> PretrainConfig:
         positions="frozen",
     )
     if not published:
-        train = TrainOptions(epochs=20, warmup_steps=20, bf16=False)
+        tiny = name == "tiny"
+        train = TrainOptions(
+            epochs=10,
+            global_batch_size=16 if tiny else 64,
+            learning_rate=1e-2 if tiny else 2e-3,
+            table_learning_rate=1e-2,
+            warmup_steps=50,
+        )
         return PretrainConfig(name, encoder, train)
     train = TrainOptions(
         epochs=99,
         global_batch_size=900,
         learning_rate=1e-4,
+        table_learning_rate=1e-4,
         schedule="step",
         decay_epochs=10,
         decay=0.9,
@@ -114,12 +122,14 @@ def finetune_preset(name: str, head: str | None = None) -> FinetuneConfig:
     """The fine-tuning configuration for a model of preset ``name``; ``head`` overrides its own."""
     if name != "paper":
         train = TrainOptions(
-            epochs=30,
+            epochs=10,
+            global_batch_size=32,
             learning_rate=1e-3,
             table_learning_rate=1e-2,
             encoder_learning_rate=1e-4,
             weight_decay=0.1,
             warmup_steps=10,
+            patience=4,
         )
         return FinetuneConfig(HeadConfig(head or "pooled"), train)
     train = TrainOptions(

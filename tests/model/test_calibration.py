@@ -18,10 +18,14 @@ def plain_softmax(row: list[float], temperature: float) -> list[float]:
 
 
 def plain_loss(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:
-    losses = [
-        -math.log(plain_softmax(row.tolist(), temperature)[y]) for row, y in zip(logits, labels, strict=True)
-    ]
-    return sum(losses) / len(losses)
+    """Cross-entropy with Platt's targets: (n + 1) / (n + 2) for the true type, the rest for the others."""
+    n, n_types = logits.shape
+    total = 0.0
+    for row, y in zip(logits, labels, strict=True):
+        for code, chance in enumerate(plain_softmax(row.tolist(), temperature)):
+            target = (n + 1) / (n + 2) if code == y else 1 / (n + 2) / (n_types - 1)
+            total -= target * math.log(chance)
+    return total / n
 
 
 def drawn(seed: int, n: int, temperature: float) -> tuple[np.ndarray, np.ndarray]:
@@ -85,9 +89,11 @@ def test_the_fit_of_single_precision_logits_is_the_same() -> None:
     assert fit_temperature(logits.astype(np.float32), labels.astype(np.int32)) == expected
 
 
-def test_a_set_that_is_always_right_stops_at_the_lower_bound() -> None:
-    logits = np.array([[0.1, 0.0], [0.0, 0.2], [0.3, 0.0]])
-    assert fit_temperature(logits, np.array([0, 1, 0])) == pytest.approx(0.05, rel=1e-3)
+@pytest.mark.parametrize("n", [1, 12, 300])
+def test_n_cells_that_are_all_right_prove_a_confidence_of_n_plus_1_in_n_plus_2(n: int) -> None:
+    logits = np.tile([4.0, 0.0], (n, 1))
+    confidence = probabilities(logits, fit_temperature(logits, np.zeros(n, int)))[:, 0]
+    assert confidence == pytest.approx((n + 1) / (n + 2), rel=1e-4)
 
 
 def test_a_set_that_is_always_wrong_stops_at_the_upper_bound() -> None:
