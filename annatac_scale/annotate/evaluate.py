@@ -1,0 +1,210 @@
+"""How good a labels data set is: joined to the true types in a store, on the cells that fine-tuning held out."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from annatac_scale.annotate.confidence import NOVEL
+from annatac_scale.annotate.labels import LabelsFolder
+from annatac_scale.annotate.metrics import Evaluation, evaluate_labels
+from annatac_scale.annotate.metrics import _texts as texts
+from annatac_scale.errors import InputError
+from annatac_scale.model.calibration import expected_calibration_error
+from annatac_scale.store.store import IslandStore
+
+CELLS = ("test", "all")
+COLUMNS = ("label", "best")
+SPLITS = ("train", "val", "calib", "test")
+NO_SPLIT = "none"
+"""Stands for the split of a cell that was not in the fine-tuning."""
+
+Floats = NDArray[np.float32]
+Texts = NDArray[np.object_]
+
+_READ = ("sample", "barcode", "split", "probabilities")
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationReport:
+    """Figures of a labels data set, and of which cells they are.
+
+    evaluation: the figures; cells: "test" or "all"; column: of the data set, compared with ``truth``, an obs column
+    n_by_split: all cells of the data set by split, "none" for those that were not in the fine-tuning
+    calibration_error: expected calibration error of the cells whose type the model knows, NaN without any
+    share_novel: share of the evaluated cells that are named Novel_cell_type
+    unknown_types: true types that the model does not know, with their cells
+    """
+
+    labels: Path
+    model: str
+    truth: str
+    cells: str
+    column: str
+    evaluation: Evaluation
+    n_by_split: dict[str, int]
+    calibration_error: float
+    share_novel: float
+    unknown_types: dict[str, int]
+
+    @property
+    def n_trained_on(self) -> int:
+        """Evaluated cells that the fine-tuning used."""
+        return 0 if self.cells == "test" else sum(self.n_by_split.get(s, 0) for s in SPLITS[:-1])
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences that a reader of the figures must know."""
+        total = sum(self.n_by_split.values())
+        n_test = self.n_by_split.get("test", 0)
+        which = (
+            f"held-out test cells: {n_test:,} of {total:,}"
+            if self.cells == "test"
+            else f"all {total:,} cells"
+        )
+        notes = [which]
+        if self.n_trained_on:
+            notes.append(
+                f"{self.n_trained_on:,} of them were used in fine-tuning: the figures are better than on new cells"
+            )
+        if self.evaluation.n_without_truth:
+            notes.append(f"{self.evaluation.n_without_truth:,} cells without a {self.truth} are left out")
+        if self.unknown_types:
+            types = ", ".join(f"{name} ({n:,} cells)" for name, n in self.unknown_types.items())
+            notes.append(f"types that the model does not know, so that no best type can be right: {types}")
+        return notes
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in the types of JSON; what is undefined is None."""
+        return {
+            "labels": str(self.labels),
+            "model": self.model,
+            "truth": self.truth,
+            "cells": self.cells,
+            "column": self.column,
+            "n_by_split": self.n_by_split,
+            "n_trained_on": self.n_trained_on,
+            "calibration_error": None if math.isnan(self.calibration_error) else self.calibration_error,
+            "share_novel": self.share_novel,
+            "unknown_types": self.unknown_types,
+            "notes": self.notes,
+            **self.evaluation.to_dict(),
+        }
+
+    def text(self) -> list[str]:
+        """Lines to print: notes, figures, a table of the types and one of confusions."""
+        figures = {
+            "cells": f"{self.evaluation.n_cells:,}",
+            "accuracy": f"{self.evaluation.accuracy:.4f}",
+            "macro F1": f"{self.evaluation.macro_f1:.4f}",
+            "Cohen's kappa": f"{self.evaluation.kappa:.4f}",
+            "Jaccard, micro": f"{self.evaluation.jaccard_micro:.4f}",
+            "Jaccard, weighted": f"{self.evaluation.jaccard_weighted:.4f}",
+            "calibration error": f"{self.calibration_error:.4f}",
+            f"named {NOVEL}": f"{self.share_novel:.1%}",
+        }
+        width = max(map(len, figures))
+        per_type = self.evaluation.per_type.rename(columns={"cell_type": "type", "n": "cells"})
+        confusion = self.evaluation.confusion.rename_axis(index=None, columns=None)
+        return [
+            *self.notes,
+            "",
+            *(f"{name:<{width}}  {value:>8}" for name, value in figures.items()),
+            "",
+            *per_type.to_string(index=False, float_format="{:.4f}".format).splitlines(),
+            "",
+            f"rows: {self.truth}, columns: {self.column}",
+            *confusion.to_string().splitlines(),
+        ]
+
+
+def evaluate(
+    labels: Path | str,
+    store: IslandStore | Path | str,
+    truth: str,
+    *,
+    cells: str = "test",
+    column: str = "label",
+) -> EvaluationReport:
+    """Compare a labels data set with the true types of its cells.
+
+    labels: folder that ``predict`` wrote, complete; truth: obs column of the store; cells: "test", those that
+    fine-tuning held out, or "all"; column: "label", where Novel_cell_type is an error, or "best"
+
+    Raises InputError where parts or cells are missing, no cell was held out, or no cell has a truth.
+    """
+    _check_choice("--cells", cells, CELLS)
+    _check_choice("column", column, COLUMNS)
+    folder = LabelsFolder.open_complete(labels)
+    store = store if isinstance(store, IslandStore) else IslandStore.open(store)
+    rows, chances, n_by_split = _rows(folder, cells)
+    true_types = _true_types(folder, store, truth, rows)
+    evaluation = evaluate_labels(true_types, rows[column])
+    classes = folder.manifest.classes
+    n_true = evaluation.per_type.set_index("cell_type")["n"]
+    return EvaluationReport(
+        labels=folder.path,
+        model=folder.manifest.model,
+        truth=truth,
+        cells=cells,
+        column=column,
+        evaluation=evaluation,
+        n_by_split=n_by_split,
+        calibration_error=_calibration_error(chances, true_types, classes),
+        share_novel=float((rows["label"][true_types != ""] == NOVEL).mean()),
+        unknown_types={str(name): int(n) for name, n in n_true.items() if name not in classes},
+    )
+
+
+def _check_choice(name: str, found: str, choices: tuple[str, ...]) -> None:
+    if found not in choices:
+        raise InputError(f"{name}: found {found!r}, expected {' or '.join(choices)}")
+
+
+def _rows(folder: LabelsFolder, cells: str) -> tuple[pd.DataFrame, Floats, dict[str, int]]:
+    """The rows to evaluate, their probabilities [n, C], and the cells of the whole data set by split."""
+    n_by_split: Counter[str] = Counter()
+    rows, chances = [], []
+    for part in folder.manifest.parts:
+        table = folder.read(part, [*_READ, *COLUMNS])
+        split = table["split"].to_pandas().fillna(NO_SPLIT)
+        n_by_split.update(split)
+        kept = np.full(len(split), True) if cells == "all" else (split == "test").to_numpy()
+        flat = table["probabilities"].combine_chunks().flatten().to_numpy()
+        chances.append(flat.reshape(len(split), len(folder.manifest.classes))[kept])
+        rows.append(table.drop_columns("probabilities").to_pandas()[kept])
+    if cells == "test" and not n_by_split["test"]:
+        raise InputError(
+            f"{folder.path}: found no held-out cell among {sum(n_by_split.values()):,}, expected some with split test; "
+            "use --cells all, or predict the store that the model was fine-tuned on"
+        )
+    order = [name for name in (*SPLITS, NO_SPLIT) if n_by_split[name]]
+    return (
+        pd.concat(rows, ignore_index=True),
+        np.concatenate(chances),
+        {name: n_by_split[name] for name in order},
+    )
+
+
+def _true_types(folder: LabelsFolder, store: IslandStore, truth: str, rows: pd.DataFrame) -> Texts:
+    """The true type of each row as text, "" where there is none, object [n]."""
+    obs = store.obs([truth]).set_index(["sample", "barcode"])[truth]
+    place = obs.index.get_indexer(pd.MultiIndex.from_frame(rows[["sample", "barcode"]]))
+    absent = rows[place < 0]
+    if len(absent):
+        raise InputError(
+            f"{folder.path}: found {len(absent):,} of {len(rows):,} cells that {store.path} does not have, the first "
+            f"{absent['barcode'].iloc[0]!r} of sample {absent['sample'].iloc[0]!r}; give the store that was predicted"
+        )
+    return np.array([text.strip() for text in texts(obs.iloc[place])], object)
+
+
+def _calibration_error(chances: Floats, true_types: Texts, classes: tuple[str, ...]) -> float:
+    codes = pd.Index(classes).get_indexer(pd.Index(true_types, dtype=object))
+    known = codes >= 0
+    return expected_calibration_error(chances[known], codes[known]) if known.any() else math.nan

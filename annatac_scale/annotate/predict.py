@@ -1,0 +1,269 @@
+"""Prediction: the cells of a store through a fine-tuned model into a labels data set, one part at a time.
+
+A part is 16 blocks of one sample. It is cut into batches by a rule that looks at its cells alone, so that a cell
+shares its batch with the same cells whichever parts were there already: a run that was interrupted and gone on with
+writes the same values as one that was not. Memory holds one part.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from annatac_scale.annotate.confidence import NOVEL
+from annatac_scale.annotate.labels import (
+    PART_CELLS,
+    LabelsFolder,
+    Manifest,
+    Part,
+    SampleRecord,
+    labels_writer,
+)
+from annatac_scale.annotate.splits import Splits
+from annatac_scale.annotate.table import LabelRule
+from annatac_scale.errors import InputError, ModelError
+from annatac_scale.model.cell_typer import CellTyper
+from annatac_scale.model.folder import Model, read_model
+from annatac_scale.progress import Progress, Silent
+from annatac_scale.store.export import write_obs_into_h5ad
+from annatac_scale.store.open_islands import OpenIslands
+from annatac_scale.store.schema import SHARD_BLOCKS
+from annatac_scale.store.store import IslandStore, Sample
+from annatac_scale.stream.batch import Batch
+from annatac_scale.stream.tokens import TokenLister
+
+BATCH_TOKENS = 16_384
+"""Most tokens of a batch of several cells: about 200 MB at the size of the paper's encoder."""
+
+BATCH_CELLS = 256
+"""Most cells of a batch: each has some tensors of its own, however few its tokens."""
+
+OBS_PREFIX = "annatac_"
+
+
+@dataclass(frozen=True)
+class PredictReport:
+    """What a prediction did.
+
+    out: the data set; n_cells: its cells; n_parts: its parts; n_skipped: those that were there already
+    labels: cells of each label, most frequent first
+    dropped: for each sample the share of its open islands that the model has no token for
+    h5ad: the file with the labels in its obs, if one was asked for
+    """
+
+    out: Path
+    n_cells: int
+    n_parts: int
+    n_skipped: int
+    labels: dict[str, int]
+    dropped: dict[str, float]
+    h5ad: Path | None = None
+
+    @property
+    def n_novel(self) -> int:
+        """Cells whose type the model is not sure of."""
+        return self.labels.get(NOVEL, 0)
+
+
+def predict(
+    store: IslandStore | Path | str,
+    model: Model | Path | str,
+    out: Path | str,
+    *,
+    novel_threshold: float | None = None,
+    write_h5ad: Path | str | None = None,
+    progress: Progress | None = None,
+) -> PredictReport:
+    """Tell the type of every cell of a store, into the labels data set ``out`` (columns: LabelRule.schema).
+
+    novel_threshold: a cell whose confidence is below it is named Novel_cell_type, 0 names none; None: the model's own
+    write_h5ad: where to write the h5ad that the one sample was converted from, with the labels in its obs
+
+    Parts that are there already are skipped: the same command goes on after an interruption. ``split`` is copied from
+    split.parquet beside the model folder. Raises ModelError where the model has no cell types, does not fit the store
+    or is another one than made the labels in ``out``; InputError where ``out`` holds something else or labels made
+    with other options, and where ``write_h5ad`` asks for the impossible; ConfigError for a threshold out of range.
+    """
+    progress = progress or Silent()
+    store = store if isinstance(store, IslandStore) else IslandStore.open(store)
+    if not isinstance(model, Model):
+        model = read_model(model, "cuda" if torch.cuda.is_available() else "cpu")
+    predictor = _Predictor(store, model, novel_threshold)
+    source = None if write_h5ad is None else _h5ad_source(store)
+    with labels_writer(out, predictor.manifest) as folder:
+        n_skipped = _write_parts(folder, predictor, progress)
+        report = _report(folder, store, n_skipped)
+    for name, share in report.dropped.items():
+        progress.say(f"{name}: {share:.1%} of the open islands are not in the model's vocabulary")
+    if source is None or write_h5ad is None:
+        return report
+    write_obs_into_h5ad(source, _obs_columns(folder), write_h5ad)
+    return replace(report, h5ad=Path(write_h5ad))
+
+
+def _write_parts(folder: LabelsFolder, predictor: "_Predictor", progress: Progress) -> int:
+    """Write the parts that are missing; returns how many were there."""
+    parts = folder.manifest.parts
+    todo = [part for part in parts if not folder.has(part)]
+    n_cells = sum(part.n_cells for part in parts)
+    with progress.task("predict", n_cells, "cells") as advance:
+        advance(n_cells - sum(part.n_cells for part in todo))
+        for part in todo:
+            folder.write(part, predictor.table(part))
+            advance(part.n_cells)
+    if todo or not folder.manifest.complete:
+        folder.write_manifest(complete=True)
+    return len(parts) - len(todo)
+
+
+def _report(folder: LabelsFolder, store: IslandStore, n_skipped: int) -> PredictReport:
+    labels: Counter[str] = Counter()
+    n_read: Counter[str] = Counter()
+    parts = folder.manifest.parts
+    for part in parts:
+        table = folder.read(part, ["label", "n_open"])
+        labels.update({row["values"]: row["counts"] for row in table["label"].value_counts().to_pylist()})
+        n_read[part.sample] += int(np.sum(table["n_open"].to_numpy()))
+    dropped = {
+        name: 1 - n_read[name] / sample.n_open if sample.n_open else 0.0
+        for name, sample in store.samples.items()
+    }
+    n_cells = sum(part.n_cells for part in parts)
+    return PredictReport(folder.path, n_cells, len(parts), n_skipped, dict(labels.most_common()), dropped)
+
+
+class _Predictor:
+    """A model set up for a store: makes the table of any part of it."""
+
+    def __init__(self, store: IslandStore, model: Model, novel_threshold: float | None) -> None:
+        self._typer = _typer_of(model)
+        model.check_store(store)
+        info = model.info
+        threshold = info.novel_threshold if novel_threshold is None else novel_threshold
+        self._store = store
+        self._rule = LabelRule(info.labels, info.temperature, float(threshold))
+        self._attend = info.encoder.attend
+        self._lister = TokenLister(store, model.vocabulary, self._attend)
+        self._new_of_old = model.vocabulary.new_of_old()
+        self._splits = Splits.beside(model.path)
+        self._cells = _SampleCells("", np.empty(0, object), np.empty(0, object))
+        self.manifest = Manifest(
+            model=model.digest,
+            store=str(store.path),
+            samples={
+                name: SampleRecord(s.n_cells, s.x_sha256, s.digest) for name, s in store.samples.items()
+            },
+            novel_threshold=self._rule.novel_threshold,
+            split_sha256=self._splits.sha256,
+            classes=info.labels,
+            columns=tuple(self._rule.schema.names),
+        )
+
+    def table(self, part: Part) -> pa.Table:
+        """The rows of a part."""
+        sample = self._store.samples[part.sample]
+        blocks = range(part.unit * SHARD_BLOCKS, min((part.unit + 1) * SHARD_BLOCKS, sample.n_blocks))
+        rows = OpenIslands.concatenate([sample.read_block(block) for block in blocks])
+        rows = rows.renumber(self._new_of_old)
+        first = part.unit * PART_CELLS
+        logits = self._logits(sample.first_cell + first, rows)
+        cells, own = self._cells_of(sample), slice(first, first + part.n_cells)
+        return self._rule.table(sample.name, cells.barcodes[own], logits, rows.n_open, cells.split[own])
+
+    def _cells_of(self, sample: Sample) -> "_SampleCells":
+        """Kept from part to part, as a sample's parts follow each other."""
+        if self._cells.sample != sample.name:
+            barcodes = sample.obs().index.to_numpy(object)
+            self._cells = _SampleCells(sample.name, barcodes, self._splits.of(sample, barcodes))
+        return self._cells
+
+    def _logits(self, first_cell: int, rows: OpenIslands) -> NDArray[np.float32]:
+        """Logits [n, C] of the cells of a part, the first of which has the cell id ``first_cell``."""
+        logits = np.empty((len(rows), len(self._rule.classes)), np.float32)
+        for chosen in cut_batches(self._n_tokens(first_cell, rows)):
+            batch = Batch.from_open(first_cell + chosen, rows.take(chosen))
+            logits[chosen] = self._typer.predict(self._lister(batch))
+        return logits
+
+    def _n_tokens(self, first_cell: int, rows: OpenIslands) -> NDArray[np.int64]:
+        """Tokens that the lister will give each cell."""
+        if self._attend == "open":
+            return rows.n_open
+        sample = np.searchsorted(self._lister.first_cells, first_cell, side="right") - 1
+        return np.full(len(rows), len(self._lister.measured[sample]), np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class _SampleCells:
+    """A sample's barcodes and splits, object [n_cells]."""
+
+    sample: str
+    barcodes: NDArray[np.object_]
+    split: NDArray[np.object_]
+
+
+def _typer_of(model: Model) -> CellTyper:
+    if model.typer is None:
+        raise ModelError(
+            f"{model.path or 'model'}: a pretrained model that knows no cell types yet; make one that does with "
+            "`annatac finetune`"
+        )
+    if not model.digest:
+        raise ModelError(
+            "the model was never written, so its labels could not say what made them; write it first"
+        )
+    return model.typer
+
+
+def _h5ad_source(store: IslandStore) -> Path:
+    """The h5ad file that the store's one sample was converted from."""
+    names = list(store.samples)
+    if len(names) != 1:
+        raise InputError(
+            f"--write-h5ad: found {len(names):,} samples in {store.path}, expected one that was converted from an h5ad "
+            "file; leave the option out and join the table by sample and barcode"
+        )
+    conversion = store.samples[names[0]].conversion
+    paths = [Path(entry["path"]) for entry in conversion.get("inputs", []) if entry["role"] == "data"]
+    if conversion.get("kind") != "h5ad" or not paths:
+        raise InputError(
+            f"--write-h5ad: found sample {names[0]!r} converted from {conversion.get('kind') or 'no file'}, expected "
+            "an h5ad file; leave the option out and join the table by barcode"
+        )
+    if not paths[0].exists():
+        raise InputError(
+            f"{paths[0]}: not there any more, expected the file that sample {names[0]!r} was converted from; put it "
+            "back or leave out --write-h5ad"
+        )
+    return paths[0]
+
+
+def _obs_columns(folder: LabelsFolder) -> pd.DataFrame:
+    """The table but for its probabilities, indexed by barcode, columns named for obs."""
+    names = [name for name in folder.manifest.columns if name not in ("sample", "probabilities")]
+    table = pd.concat([folder.read(part, names).to_pandas() for part in folder.manifest.parts])
+    if table["split"].isna().all():
+        table = table.drop(columns="split")
+    return table.set_index("barcode").add_prefix(OBS_PREFIX)
+
+
+def cut_batches(n_tokens: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Cut cells into batches: positions int64 [B], every cell once.
+
+    n_tokens: int64 [n]. Cells of like length come together, in order of their tokens; a batch has BATCH_CELLS cells
+    and BATCH_TOKENS tokens at most, or one cell.
+    """
+    order = np.argsort(n_tokens, kind="stable")
+    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(n_tokens[order])])
+    start = 0
+    while start < len(order):
+        within = int(np.searchsorted(before, before[start] + BATCH_TOKENS, side="right")) - 1
+        stop = max(start + 1, min(within, start + BATCH_CELLS))
+        yield order[start:stop]
+        start = stop

@@ -1,0 +1,219 @@
+"""Figures of a labels data set equal those of pandas and scikit-learn on the cells that the report names."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn.metrics as sk
+from small_atlas import TYPES, add_sample, draw_sample, small_model, small_space, small_store, write_split
+
+from annatac_scale.annotate.confidence import NOVEL
+from annatac_scale.annotate.evaluate import EvaluationReport, evaluate
+from annatac_scale.annotate.labels import MANIFEST
+from annatac_scale.annotate.predict import predict
+from annatac_scale.errors import InputError
+from annatac_scale.store.store import IslandStore
+from annatac_scale.store.writer import create_store, replace_obs
+
+SPLITS = ["train", "train", "val", "calib", "test"]
+
+
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with atlas.zarr (two samples that share their barcodes), run/model, run/split.parquet and labels."""
+    path = tmp_path_factory.mktemp("evaluate")
+    create_store(path / "atlas.zarr", small_space(), "insertion")
+    rng = np.random.default_rng(0)
+    rows = []
+    for seed, (name, n) in enumerate({"a": 200, "b": 60, "none": 0}.items()):
+        barcodes = [f"c{i}" for i in range(n)]
+        truth = rng.choice([*TYPES, "glia", ""], n, p=[0.4, 0.2, 0.2, 0.15, 0.05]).astype(object)
+        number = rng.integers(0, 3, n).astype(float)
+        number[::7] = np.nan
+        obs = pd.DataFrame({"truth": truth, "number": number, "blank": None}, index=barcodes)
+        obs.loc[truth == "", "truth"] = None
+        add_sample(path / "atlas.zarr", name, draw_sample(n, seed), obs)
+        rows += [(name, barcode, SPLITS[i % 5]) for i, barcode in enumerate(barcodes) if i < 150]
+    store = IslandStore.open(path / "atlas.zarr")
+    small_model(path / "run/model")
+    write_split(path / "run/split.parquet", rows, {n: s.x_sha256 for n, s in store.samples.items()})
+    predict(store, path / "run/model", path / "labels")
+    return path
+
+
+def joined(atlas: Path) -> pd.DataFrame:
+    """Labels and truth side by side, by plain pandas."""
+    obs = IslandStore.open(atlas / "atlas.zarr").obs()
+    return pd.read_parquet(atlas / "labels").merge(obs, on=["sample", "barcode"], validate="1:1")
+
+
+def assert_figures(report: EvaluationReport, rows: pd.DataFrame, column: str) -> None:
+    known = rows[rows["truth"].notna()]
+    truth, label = known["truth"], known[column]
+    types = sorted(set(truth))
+    found = report.evaluation
+    assert found.n_cells == len(known)
+    assert found.n_without_truth == len(rows) - len(known)
+    assert found.accuracy == pytest.approx(sk.accuracy_score(truth, label))
+    assert found.macro_f1 == pytest.approx(
+        sk.f1_score(truth, label, labels=types, average="macro", zero_division=0)
+    )
+    assert found.kappa == pytest.approx(sk.cohen_kappa_score(truth, label))
+    crossed = pd.crosstab(truth, label)
+    for true_type in types:
+        for name in crossed.columns:
+            assert found.confusion.loc[true_type, name] == crossed.loc[true_type, name]
+    assert report.share_novel == pytest.approx((known["label"] == NOVEL).mean())
+    glia = int((truth == "glia").sum())
+    assert report.unknown_types == ({"glia": glia} if glia else {})
+
+
+def calibration_error(rows: pd.DataFrame) -> float:
+    """Over 15 bins of the cells whose type the model knows, by plain loops."""
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for row in rows[rows["truth"].isin(TYPES)].itertuples():
+        bins.setdefault(int(np.ceil(row.confidence * 15)), []).append((row.confidence, row.best == row.truth))
+    n = sum(map(len, bins.values()))
+    return sum(abs(sum(c - right for c, right in members)) for members in bins.values()) / n
+
+
+@pytest.mark.parametrize("column", ["label", "best"])
+def test_held_out_cells_alone_are_evaluated_unless_asked_otherwise(atlas: Path, column: str) -> None:
+    table = joined(atlas)
+    report = evaluate(atlas / "labels", atlas / "atlas.zarr", "truth", column=column)
+    test = table[table["split"] == "test"]
+    assert_figures(report, test, column)
+    assert report.calibration_error == pytest.approx(calibration_error(test), rel=1e-5)
+    assert report.n_by_split == {"train": 84, "val": 42, "calib": 42, "test": 42, "none": 50}
+    assert report.notes[0] == "held-out test cells: 42 of 260"
+    assert report.n_trained_on == 0
+    assert not any("fine-tuning" in note for note in report.notes)
+
+
+def test_all_cells_are_evaluated_with_a_warning_that_some_were_trained_on(atlas: Path) -> None:
+    table = joined(atlas)
+    report = evaluate(str(atlas / "labels"), IslandStore.open(atlas / "atlas.zarr"), "truth", cells="all")
+    assert_figures(report, table, "label")
+    assert report.calibration_error == pytest.approx(calibration_error(table), rel=1e-5)
+    assert report.notes[0] == "all 260 cells"
+    assert report.notes[1] == (
+        "168 of them were used in fine-tuning: the figures are better than on new cells"
+    )
+
+
+def test_types_that_the_model_does_not_know_and_cells_without_truth_are_counted(atlas: Path) -> None:
+    table = joined(atlas)
+    report = evaluate(atlas / "labels", atlas / "atlas.zarr", "truth", cells="all")
+    glia, missing = int((table["truth"] == "glia").sum()), int(table["truth"].isna().sum())
+    assert f"{missing} cells without a truth are left out" in report.notes
+    assert report.notes[-1].endswith(f"does not know, so that no best type can be right: glia ({glia} cells)")
+
+
+def test_the_report_is_json_and_text(atlas: Path) -> None:
+    report = evaluate(atlas / "labels", atlas / "atlas.zarr", "truth")
+    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert values["accuracy"] == report.evaluation.accuracy
+    assert values["n_by_split"] == report.n_by_split
+    assert values["cells"] == "test"
+    assert values["column"] == "label"
+    assert values["notes"] == report.notes
+    assert values["confusion"]["truth"] == report.evaluation.confusion.index.tolist()
+    lines = report.text()
+    assert lines[: len(report.notes)] == report.notes
+    assert any(line.split() == ["accuracy", f"{report.evaluation.accuracy:.4f}"] for line in lines)
+    for name, values in report.evaluation.confusion.iterrows():
+        assert any(line.split() == [*str(name).split(), *map(str, values)] for line in lines)
+    for row in report.evaluation.per_type.itertuples():
+        figures = [str(row.n), *(f"{value:.4f}" for value in (row.precision, row.recall, row.f1))]
+        assert any(line.split() == [*row.cell_type.split(), *figures] for line in lines)
+
+
+def test_truths_of_numbers_are_compared_as_text(atlas: Path, tmp_path: Path) -> None:
+    small_model(tmp_path / "run/model", types=("0", "1", "9"))
+    predict(atlas / "atlas.zarr", tmp_path / "run/model", tmp_path / "labels", novel_threshold=0)
+    report = evaluate(tmp_path / "labels", atlas / "atlas.zarr", "number", cells="all")
+    table = pd.read_parquet(tmp_path / "labels").merge(
+        IslandStore.open(atlas / "atlas.zarr").obs(["number"]), on=["sample", "barcode"]
+    )
+    known = table[table["number"].notna()]
+    right = [str(int(number)) == best for number, best in zip(known["number"], known["best"], strict=True)]
+    assert report.evaluation.accuracy == pytest.approx(np.mean(right))
+    assert list(report.unknown_types) == ["2"]
+
+
+def test_spaces_around_a_type_do_not_make_it_another(tmp_path: Path) -> None:
+    store = small_store(tmp_path / "atlas.zarr", {"a": draw_sample(50, 1)})
+    small_model(tmp_path / "model")
+    predict(store, tmp_path / "model", tmp_path / "labels", novel_threshold=0)
+    best = pd.read_parquet(tmp_path / "labels")["best"]
+    obs = store.samples["a"].obs()
+    replace_obs(store.path, "a", obs.assign(truth=[f" {name}  " for name in best]))
+    report = evaluate(tmp_path / "labels", store.path, "truth", cells="all")
+    assert report.evaluation.accuracy == 1
+    assert report.unknown_types == {}
+
+
+def test_without_a_held_out_cell_all_must_be_asked_for(atlas: Path, tmp_path: Path) -> None:
+    small_model(tmp_path / "model")
+    predict(atlas / "atlas.zarr", tmp_path / "model", tmp_path / "labels")
+    with pytest.raises(InputError, match=r"found no held-out cell among 260, .* use --cells all"):
+        evaluate(tmp_path / "labels", atlas / "atlas.zarr", "truth")
+    report = evaluate(tmp_path / "labels", atlas / "atlas.zarr", "truth", cells="all")
+    assert report.n_by_split == {"none": 260}
+    assert report.notes[0] == "all 260 cells"
+    assert not any("fine-tuning" in note for note in report.notes)
+
+
+def test_incomplete_data_sets_are_refused_with_the_parts_that_are_missing(
+    atlas: Path, tmp_path: Path
+) -> None:
+    store = atlas / "atlas.zarr"
+    predict(store, atlas / "run/model", tmp_path / "labels")
+    manifest = tmp_path / "labels" / MANIFEST
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"complete": true', '"complete": false'))
+    with pytest.raises(InputError, match=r"found 3 of 3 parts, 0 are missing; .*annatac predict"):
+        evaluate(tmp_path / "labels", store, "truth")
+    manifest.write_text(text)
+    (tmp_path / "labels/a-00000.parquet").unlink()
+    with pytest.raises(InputError, match=r"found 2 of 3 parts, 1 are missing; .*annatac predict"):
+        evaluate(tmp_path / "labels", store, "truth")
+    with pytest.raises(InputError, match=r"found no _manifest\.json, expected a folder of labels"):
+        evaluate(tmp_path / "nowhere", store, "truth")
+
+
+def test_damage_inside_a_part_is_noticed(atlas: Path, tmp_path: Path) -> None:
+    predict(atlas / "atlas.zarr", atlas / "run/model", tmp_path / "labels")
+    part = tmp_path / "labels/a-00000.parquet"
+    data = bytearray(part.read_bytes())
+    data[data.index(b"PAR1") + 200] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(InputError, match=r"a-00000\.parquet: cannot be read"):
+        evaluate(tmp_path / "labels", atlas / "atlas.zarr", "truth")
+
+
+def test_labels_of_another_store_are_refused(atlas: Path, tmp_path: Path) -> None:
+    other = small_store(tmp_path / "other.zarr", {"a": draw_sample(3, 1)})
+    obs = other.samples["a"].obs().assign(truth="neuron")
+    replace_obs(other.path, "a", obs)
+    with pytest.raises(
+        InputError, match=r"found 42 of 42 cells that .*other\.zarr does not have, the first 'c4'"
+    ):
+        evaluate(atlas / "labels", other.path, "truth")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"truth": "type"}, "no obs column 'type'"),
+        ({"truth": "blank"}, "truth: found no label in any of 42 cells"),
+        ({"truth": "truth", "cells": "train"}, "--cells: found 'train', expected test or all"),
+        ({"truth": "truth", "column": "second"}, "column: found 'second', expected label or best"),
+    ],
+)
+def test_questions_without_an_answer_are_refused(atlas: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate(atlas / "labels", atlas / "atlas.zarr", **options)

@@ -1,0 +1,563 @@
+"""Every cell gets the row that the model gives it alone, whatever was interrupted, and nothing else is overwritten."""
+
+import fcntl
+import itertools
+import json
+import multiprocessing
+import multiprocessing.synchronize
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import sparse
+from small_atlas import (
+    NOVEL_THRESHOLD,
+    TEMPERATURE,
+    TYPES,
+    VOCABULARY,
+    SmallSample,
+    add_sample,
+    draw_sample,
+    one_by_one,
+    small_model,
+    small_store,
+    write_split,
+)
+
+from annatac_scale.annotate import predict as predict_module
+from annatac_scale.annotate.confidence import NOVEL
+from annatac_scale.annotate.labels import MANIFEST
+from annatac_scale.annotate.predict import BATCH_CELLS, BATCH_TOKENS, cut_batches, predict
+from annatac_scale.errors import ConfigError, InputError, ModelError
+from annatac_scale.genome.assembly import Assembly
+from annatac_scale.genome.islands import IslandSpace
+from annatac_scale.ingest.convert import convert
+from annatac_scale.model.folder import read_model
+from annatac_scale.progress import Advance, Silent
+from annatac_scale.store.store import IslandStore
+from annatac_scale.store.writer import replace_obs
+from annatac_scale.stream.batch import Batch
+from annatac_scale.stream.tokens import TokenLister
+from annatac_scale.train.splits import LabelledCells
+from annatac_scale.train.splits import write_split as write_split_of_finetune
+
+COLUMNS = [
+    *("sample", "barcode", "best", "label", "confidence", "second", "second_confidence"),
+    *("probabilities", "n_open", "split"),
+]
+SIZES = {"many": 300, "none": 0, "one": 1, "three": 3}
+
+
+@pytest.fixture(scope="module")
+def samples() -> dict[str, SmallSample]:
+    return {name: draw_sample(n, seed) for seed, (name, n) in enumerate(SIZES.items())}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, samples: dict[str, SmallSample]) -> IslandStore:
+    return small_store(tmp_path_factory.mktemp("predict") / "atlas.zarr", samples)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    small_model(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def table_of(labels: Path) -> pd.DataFrame:
+    """The data set as any reader of Parquet reads it."""
+    return pd.read_parquet(labels).sort_values(["sample", "barcode"], ignore_index=True)
+
+
+def assert_same_bytes(left: Path, right: Path) -> None:
+    for folder, other in ((left, right), (right, left)):
+        for file in folder.glob("*.parquet"):
+            assert file.read_bytes() == (other / file.name).read_bytes(), file.name
+
+
+def expected_rows(logits: np.ndarray, threshold: float) -> pd.DataFrame:
+    """best, label, confidence, second and its confidence from logits, by plain loops."""
+    rows = []
+    for row in logits.astype(np.float64):
+        powers = np.exp((row - row.max()) / TEMPERATURE)
+        chances = (powers / powers.sum()).astype(np.float32)
+        first, second = sorted(range(len(row)), key=lambda i: -row[i])[:2]
+        label = NOVEL if chances[first] < threshold else TYPES[first]
+        rows.append((TYPES[first], label, chances[first], TYPES[second], chances[second]))
+    return pd.DataFrame(rows, columns=COLUMNS[2:7])
+
+
+@pytest.mark.parametrize("attend", ["open", "all"])
+@pytest.mark.parametrize("head", ["pooled", "cnn", "subtype"])
+def test_every_cell_gets_what_the_model_says_of_it_alone(
+    tmp_path: Path, store: IslandStore, samples: dict[str, SmallSample], head: str, attend: str
+) -> None:
+    model = small_model(tmp_path / "model", head, attend=attend)
+    predict(store.path, tmp_path / "model", tmp_path / "labels")
+    for name, sample in samples.items():
+        found = pd.read_parquet(tmp_path / "labels" / f"{name}-00000.parquet")
+        assert list(found.columns) == COLUMNS
+        assert found["barcode"].tolist() == [f"{name}-{i}" for i in range(SIZES[name])]
+        assert set(found["sample"]) <= {name}
+        assert found["n_open"].tolist() == (sample.levels[:, VOCABULARY] > 0).sum(1).tolist()
+        expected = expected_rows(one_by_one(model, sample), NOVEL_THRESHOLD)
+        # Which type is best may turn on rounding where two are as likely: no such cell is in these samples.
+        pd.testing.assert_frame_equal(
+            found[expected.columns], expected, check_dtype=False, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_the_columns_agree_with_the_probabilities(tmp_path: Path, store: IslandStore, model: Path) -> None:
+    report = predict(store, read_model(model), tmp_path / "labels", novel_threshold=0.7)
+    table = table_of(tmp_path / "labels")
+    chances = np.stack(table["probabilities"])
+    assert chances.dtype == np.float32
+    np.testing.assert_allclose(chances.sum(axis=1), 1, atol=1e-6)
+    assert table["best"].tolist() == [TYPES[i] for i in chances.argmax(axis=1)]
+    np.testing.assert_array_equal(table["confidence"], chances.max(axis=1))
+    np.testing.assert_array_equal(table["second_confidence"], np.sort(chances, axis=1)[:, -2])
+    novel = table["confidence"] < 0.7
+    assert 0 < novel.sum() < len(table)
+    assert table["label"].tolist() == np.where(novel, NOVEL, table["best"]).tolist()
+    assert report.labels == table["label"].value_counts().to_dict()
+    assert report.n_novel == novel.sum()
+    assert (report.n_cells, report.n_parts, report.n_skipped) == (304, 4, 0)
+
+
+def test_one_read_gives_the_whole_table_and_the_classes(
+    tmp_path: Path, store: IslandStore, model: Path
+) -> None:
+    predict(store, model, tmp_path / "labels")
+    table = pd.read_parquet(tmp_path / "labels")
+    assert sorted(table["barcode"]) == sorted(store.obs([])["barcode"])
+    for file in (tmp_path / "labels").glob("*.parquet"):
+        assert json.loads(pq.read_schema(file).metadata[b"classes"]) == list(TYPES)
+    manifest = json.loads((tmp_path / "labels" / MANIFEST).read_text())
+    assert manifest["complete"] is True
+    assert manifest["model"] == read_model(model).digest
+    assert manifest["store"] == str(store.path)
+    assert manifest["novel_threshold"] == NOVEL_THRESHOLD
+    assert manifest["classes"] == list(TYPES)
+    assert manifest["columns"] == COLUMNS
+    assert {n: s["digest"] for n, s in manifest["samples"].items()} == {
+        n: s.digest for n, s in store.samples.items()
+    }
+    assert [(p["file"], p["n_cells"]) for p in manifest["parts"]] == [
+        (f"{name}-00000.parquet", n) for name, n in SIZES.items()
+    ]
+
+
+def test_the_models_own_threshold_is_the_default_and_0_names_none(
+    tmp_path: Path, store: IslandStore, model: Path
+) -> None:
+    predict(store, model, tmp_path / "own")
+    predict(store, model, tmp_path / "none", novel_threshold=0)
+    predict(store, model, tmp_path / "said", novel_threshold=NOVEL_THRESHOLD)
+    own, none = table_of(tmp_path / "own"), table_of(tmp_path / "none")
+    assert (own["label"] == NOVEL).sum() == (own["confidence"] < NOVEL_THRESHOLD).sum() > 0
+    assert none["label"].tolist() == none["best"].tolist() == own["best"].tolist()
+    assert_same_bytes(tmp_path / "own", tmp_path / "said")
+    with pytest.raises(ConfigError, match="novel threshold"):
+        predict(store, model, tmp_path / "wrong", novel_threshold=50)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_model_of_one_type_has_no_second(tmp_path: Path, store: IslandStore) -> None:
+    small_model(tmp_path / "model", types=("T cell",))
+    predict(store, tmp_path / "model", tmp_path / "labels")
+    table = table_of(tmp_path / "labels")
+    assert set(table["best"]) == {"T cell"}
+    assert (table["confidence"] == 1).all()
+    assert table[["second", "second_confidence"]].isna().all(axis=None)
+
+
+def test_what_a_cell_gets_does_not_depend_on_the_other_samples(
+    tmp_path: Path, samples: dict[str, SmallSample], store: IslandStore, model: Path
+) -> None:
+    small_store(tmp_path / "alone.zarr", {"many": samples["many"]})
+    predict(tmp_path / "alone.zarr", model, tmp_path / "alone")
+    predict(store, model, tmp_path / "labels")
+    assert (tmp_path / "alone/many-00000.parquet").read_bytes() == (
+        tmp_path / "labels/many-00000.parquet"
+    ).read_bytes()
+
+
+@given(st.lists(st.one_of(st.integers(0, 3000), st.integers(0, 10**6)), max_size=700))
+def test_batches_hold_every_cell_once_within_their_limits(counts: list[int]) -> None:
+    n_tokens = np.array(counts, np.int64)
+    batches = list(cut_batches(n_tokens))
+    whole = np.concatenate([np.empty(0, np.int64), *batches])
+    assert sorted(whole) == list(range(len(counts)))
+    assert (np.diff(n_tokens[whole]) >= 0).all()
+    for batch in batches:
+        assert len(batch) <= BATCH_CELLS
+        assert len(batch) == 1 or n_tokens[batch].sum() <= BATCH_TOKENS
+    for batch, following in itertools.pairwise(batches):
+        more = np.concatenate([batch, following[:1]])
+        assert len(more) > BATCH_CELLS or n_tokens[more].sum() > BATCH_TOKENS
+
+
+def test_no_batch_crosses_a_part_and_its_tokens_are_counted_before(
+    tmp_path: Path, store: IslandStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_model(tmp_path / "model", attend="all")
+    seen = []
+    listing = TokenLister.__call__
+
+    def spy(self: TokenLister, batch: Batch) -> Batch:
+        listed = listing(self, batch)
+        seen.append((listed.cell_ids, len(listed.tokens)))
+        return listed
+
+    monkeypatch.setattr(TokenLister, "__call__", spy)
+    monkeypatch.setattr(predict_module, "BATCH_TOKENS", 100)
+    predict(store, tmp_path / "model", tmp_path / "labels")
+    borders = np.cumsum([0, *SIZES.values()])
+    for cells, n_tokens in seen:
+        assert len(set(np.searchsorted(borders, cells, side="right"))) == 1
+        assert n_tokens <= 100
+    assert sorted(np.concatenate([cells for cells, _ in seen])) == list(range(304))
+
+
+def test_the_share_of_islands_that_the_model_does_not_know_is_reported(
+    tmp_path: Path, samples: dict[str, SmallSample], store: IslandStore, model: Path
+) -> None:
+    lines: list[str] = []
+    progress = Silent()
+    progress.say = lines.append  # type: ignore[method-assign]
+    report = predict(store, model, tmp_path / "labels", progress=progress)
+    for name, sample in samples.items():
+        opened = sample.levels > 0
+        expected = 1 - opened[:, VOCABULARY].sum() / max(opened.sum(), 1) if opened.any() else 0.0
+        assert report.dropped[name] == pytest.approx(expected)
+        assert f"{name}: {expected:.1%} of the open islands are not in the model's vocabulary" in lines
+
+
+class Interrupted(Silent):
+    """Stops the process for good after the given number of steps of a task."""
+
+    def __init__(self, steps: int, reached: multiprocessing.synchronize.Event) -> None:
+        self.steps, self.reached = steps, reached
+
+    @contextmanager
+    def task(self, name: str, total: int | None, unit: str) -> Iterator[Advance]:
+        left = [self.steps]
+
+        def advance(n: int) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                self.reached.set()
+                signal.pause()
+
+        yield advance
+
+
+def predict_and_hang(
+    store: Path, model: Path, out: Path, steps: int, reached: multiprocessing.synchronize.Event
+) -> None:
+    predict(store, model, out, progress=Interrupted(steps, reached))
+
+
+def test_a_run_that_was_killed_goes_on_and_gives_the_same_table(tmp_path: Path) -> None:
+    store = small_store(tmp_path / "atlas.zarr", {"big": draw_sample(8100, 1), "small": draw_sample(5, 2)})
+    small_model(tmp_path / "model")
+    predict(store, tmp_path / "model", tmp_path / "undisturbed")
+    out = tmp_path / "labels"
+    context = multiprocessing.get_context("spawn")
+    reached = context.Event()
+    arguments = (store.path, tmp_path / "model", out, 3, reached)  # 1 for what is there, 2 parts
+    process = context.Process(target=predict_and_hang, args=arguments)
+    process.start()
+    assert reached.wait(100)
+    with pytest.raises(InputError, match="another process is writing labels here"):
+        predict(store, tmp_path / "model", out)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    assert sorted(file.name for file in out.glob("*.parquet")) == ["big-00000.parquet", "big-00001.parquet"]
+    assert json.loads((out / MANIFEST).read_text())["complete"] is False
+    (out / ".big-00002.parquet.partial").write_bytes(b"torn")
+    kept = (out / "big-00000.parquet").stat().st_ino
+    report = predict(store, tmp_path / "model", out)
+    assert (report.n_skipped, report.n_parts, report.n_cells) == (2, 4, 8105)
+    assert (out / "big-00000.parquet").stat().st_ino == kept
+    assert not list(out.glob(".*"))
+    assert_same_bytes(tmp_path / "undisturbed", out)
+    assert (out / MANIFEST).read_text() == (tmp_path / "undisturbed" / MANIFEST).read_text()
+    table = pd.read_parquet(out)
+    assert sorted(table["barcode"]) == sorted(store.obs([])["barcode"])
+
+
+def test_running_again_writes_nothing(tmp_path: Path, store: IslandStore, model: Path) -> None:
+    first = predict(store, model, tmp_path / "labels")
+
+    def stamps() -> dict[str, tuple[int, int]]:
+        stats = {file.name: file.stat() for file in (tmp_path / "labels").iterdir()}
+        return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
+
+    before = stamps()
+    again = predict(store, model, tmp_path / "labels")
+    assert stamps() == before
+    assert again.n_skipped == again.n_parts == 4
+    assert (again.labels, again.dropped) == (first.labels, first.dropped)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-20]), lambda file: file.write_text("")],
+)
+def test_a_part_that_is_lost_or_cut_is_made_again(
+    tmp_path: Path, store: IslandStore, model: Path, damage: object
+) -> None:
+    predict(store, model, tmp_path / "labels")
+    part = tmp_path / "labels/many-00000.parquet"
+    before = part.read_bytes()
+    damage(part)  # type: ignore[operator]
+    assert predict(store, model, tmp_path / "labels").n_skipped == 3
+    assert part.read_bytes() == before
+
+
+def test_a_part_of_other_labels_is_made_again(tmp_path: Path, store: IslandStore, model: Path) -> None:
+    predict(store, model, tmp_path / "labels")
+    predict(store, model, tmp_path / "other", novel_threshold=0.9)
+    part = tmp_path / "labels/many-00000.parquet"
+    before = part.read_bytes()
+    part.write_bytes((tmp_path / "other/many-00000.parquet").read_bytes())
+    assert predict(store, model, tmp_path / "labels").n_skipped == 3
+    assert part.read_bytes() == before
+
+
+def test_other_models_options_and_cells_are_refused_over_the_same_folder(
+    tmp_path: Path, store: IslandStore, model: Path
+) -> None:
+    out = tmp_path / "labels"
+    predict(store, model, out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    small_model(tmp_path / "other", seed=5)
+    with pytest.raises(ModelError, match=r"holds labels of model \w{12}, now asked for model \w{12}; choose"):
+        predict(store, tmp_path / "other", out)
+    with pytest.raises(InputError, match=r"novel_threshold 0\.8, now asked for 0\.6; choose another --out"):
+        predict(store, model, out, novel_threshold=0.6)
+    changed = small_store(tmp_path / "changed.zarr", {"many": draw_sample(300, 9)})
+    with pytest.raises(InputError, match="labels of sample 'many', but the store has other cells under that"):
+        predict(changed, model, out)
+    fewer = small_store(tmp_path / "fewer.zarr", {"new": draw_sample(3, 9)})
+    with pytest.raises(InputError, match="labels of sample 'many', but the store has no such sample"):
+        predict(fewer, model, out)
+    write_split(tmp_path / "split.parquet", [("many", "many-0", "test")], {})
+    with pytest.raises(InputError, match=r"split_sha256 none, now asked for \w{12}"):
+        predict(store, model, out)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_new_samples_are_added_and_new_obs_changes_nothing(tmp_path: Path, model: Path) -> None:
+    store = small_store(tmp_path / "atlas.zarr", {"a": draw_sample(20, 1)})
+    predict(store, model, tmp_path / "labels")
+    replace_obs(store.path, "a", store.samples["a"].obs().assign(cell_type="x"))
+    assert predict(store.path, model, tmp_path / "labels").n_skipped == 1
+    add_sample(store.path, "b", draw_sample(10, 2))
+    report = predict(store.path, model, tmp_path / "labels")
+    assert (report.n_skipped, report.n_parts, report.n_cells) == (1, 2, 30)
+    assert len(pd.read_parquet(tmp_path / "labels")) == 30
+
+
+def test_folders_that_hold_something_else_are_left_alone(
+    tmp_path: Path, store: IslandStore, model: Path
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"found 'thesis\.txt', expected a new folder or one of labels"):
+        predict(store, model, tmp_path / "full")
+    assert [file.name for file in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+    with pytest.raises(InputError, match="found a file, expected a folder"):
+        predict(store, model, tmp_path / "full/thesis.txt")
+    for wrong in (store.path, model):
+        with pytest.raises(InputError, match="expected a new folder or one of labels"):
+            predict(store, model, wrong)
+
+
+def test_a_folder_left_by_a_kill_before_its_manifest_is_gone_on_with(
+    tmp_path: Path, store: IslandStore, model: Path
+) -> None:
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / f".{MANIFEST}.partial").write_text('{"form')
+    assert predict(store, model, tmp_path / "labels").n_cells == 304
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"format": "annatac_scale.labels", "version": "1.0"}', "\xff"]
+)
+def test_a_damaged_manifest_is_refused(tmp_path: Path, store: IslandStore, model: Path, content: str) -> None:
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / MANIFEST).write_bytes(content.encode("latin1"))
+    with pytest.raises(InputError, match=r"_manifest\.json: cannot be read"):
+        predict(store, model, tmp_path / "labels")
+
+
+def test_a_manifest_of_a_newer_format_is_refused(tmp_path: Path, store: IslandStore, model: Path) -> None:
+    predict(store, model, tmp_path / "labels")
+    file = tmp_path / "labels" / MANIFEST
+    file.write_text(file.read_text().replace('"version": "1.0"', '"version": "2.0"'))
+    with pytest.raises(InputError, match=r"found format annatac_scale\.labels 2\.0, expected"):
+        predict(store, model, tmp_path / "labels")
+
+
+def test_a_folder_locked_by_another_writer_is_refused(
+    tmp_path: Path, store: IslandStore, model: Path
+) -> None:
+    (tmp_path / "labels").mkdir()
+    lock = os.open(tmp_path / "labels", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(InputError, match="another process is writing labels here"):
+        predict(store, model, tmp_path / "labels")
+    os.close(lock)
+    assert predict(store, model, tmp_path / "labels").n_cells == 304
+
+
+def test_models_without_types_or_digest_and_other_stores_are_refused(
+    tmp_path: Path, store: IslandStore, samples: dict[str, SmallSample]
+) -> None:
+    small_model(tmp_path / "pretrained", head=None)
+    with pytest.raises(ModelError, match=r"pretrained: .*annatac finetune"):
+        predict(store, tmp_path / "pretrained", tmp_path / "labels")
+    unwritten = small_model(tmp_path / "model")
+    with pytest.raises(ModelError, match="never written"):
+        predict(store, unwritten, tmp_path / "labels")
+    other = small_store(tmp_path / "other.zarr", {"one": samples["one"]}, counting="fragment")
+    with pytest.raises(ModelError, match=r"counting fragment \(model: insertion\)"):
+        predict(other, tmp_path / "model", tmp_path / "labels")
+    assert not (tmp_path / "labels").exists()
+
+
+def test_logits_that_are_not_finite_are_refused(tmp_path: Path, store: IslandStore, model: Path) -> None:
+    broken = read_model(model)
+    broken.typer.head.classifier.bias.data[0] = np.nan
+    with pytest.raises(ModelError, match="not finite"):
+        predict(store, broken, tmp_path / "labels")
+
+
+def test_an_empty_store_gives_an_empty_data_set(tmp_path: Path, model: Path) -> None:
+    store = small_store(tmp_path / "atlas.zarr", {"none": draw_sample(0, 1)})
+    assert predict(store, model, tmp_path / "labels").n_cells == 0
+    table = pd.read_parquet(tmp_path / "labels")
+    assert (len(table), list(table.columns)) == (0, COLUMNS)
+
+
+def test_splits_are_copied_for_the_very_cells_of_the_fine_tuning(
+    tmp_path: Path, store: IslandStore, model: Path
+) -> None:
+    rows = [("many", f"many-{i}", ["train", "val", "calib", "test"][i % 4]) for i in range(0, 300, 3)]
+    rows += [("one", "one-0", "test"), ("three", "three-1", "test"), ("gone", "many-1", "train")]
+    digests = {name: sample.x_sha256 for name, sample in store.samples.items()} | {"one": "0" * 64}
+    write_split(tmp_path / "split.parquet", rows, digests)
+    predict(store, model, tmp_path / "labels")
+    expected = store.obs([]).merge(
+        pd.DataFrame(rows, columns=["sample", "barcode", "split"]), on=["sample", "barcode"], how="left"
+    )
+    expected.loc[expected["sample"] == "one", "split"] = None
+    expected = expected.sort_values(["sample", "barcode"])["split"]
+    found = table_of(tmp_path / "labels")["split"]
+    assert found.where(found.notna(), None).tolist() == expected.where(expected.notna(), None).tolist()
+    assert found.notna().sum() == 101
+
+
+def test_the_split_that_finetune_writes_is_read(tmp_path: Path, store: IslandStore, model: Path) -> None:
+    cells = np.array([3, 299, 303])
+    split = np.array(["train", "val", "test"], object)
+    labelled = LabelledCells(cells, np.zeros(3, np.int64), split, ("x", "y"), 301)
+    write_split_of_finetune(tmp_path / "split.parquet", store, labelled)
+    predict(store, read_model(model), tmp_path / "labels")
+    table = table_of(tmp_path / "labels").set_index("barcode")["split"].dropna()
+    assert table.to_dict() == {"many-3": "train", "many-299": "val", "three-2": "test"}
+
+
+def test_without_a_split_the_column_is_empty(tmp_path: Path, store: IslandStore, model: Path) -> None:
+    predict(store, model, tmp_path / "labels")
+    assert table_of(tmp_path / "labels")["split"].isna().all()
+
+
+def test_splits_that_cannot_be_read_are_refused(tmp_path: Path, store: IslandStore, model: Path) -> None:
+    split = tmp_path / "split.parquet"
+    for damage in (lambda: split.write_text("x"), lambda: pd.DataFrame({"sample": ["a"]}).to_parquet(split)):
+        damage()
+        with pytest.raises(ModelError, match=r"split\.parquet: cannot be read"):
+            predict(store, model, tmp_path / "labels")
+    rows = [("many", "many-1", "train"), ("many", "many-1", "test")]
+    write_split(split, rows, {"many": store.samples["many"].x_sha256})
+    with pytest.raises(ModelError, match="sample 'many' has cell 'many-1' twice"):
+        predict(store, model, tmp_path / "labels")
+
+
+ASSEMBLY = Assembly("toy", ("chr1",), (200_000,))
+
+
+def write_h5ad(path: Path, n_cells: int = 30) -> anndata.AnnData:
+    rng = np.random.default_rng(4)
+    peaks = [f"chr1:{5000 * i}-{5000 * i + 500}" for i in range(40)]
+    data = anndata.AnnData(
+        sparse.csr_matrix(rng.poisson(0.3, (n_cells, 40)).astype(np.float32)),
+        pd.DataFrame({"donor": rng.choice(["d1", "d2"], n_cells)}, index=[f"c{i}" for i in range(n_cells)]),
+        pd.DataFrame(index=peaks),
+    )
+    data.write_h5ad(path)
+    return data
+
+
+def test_labels_are_written_into_a_copy_of_the_input(tmp_path: Path) -> None:
+    given = write_h5ad(tmp_path / "cells.h5ad")
+    bytes_before = (tmp_path / "cells.h5ad").read_bytes()
+    convert(tmp_path / "cells.h5ad", assembly=ASSEMBLY, out=tmp_path / "a.zarr", select="all")
+    small_model(tmp_path / "model", space=IslandStore.open(tmp_path / "a.zarr").space)
+    out = tmp_path / "labelled.h5ad"
+    report = predict(tmp_path / "a.zarr", tmp_path / "model", tmp_path / "labels", write_h5ad=out)
+    assert report.h5ad == out
+    assert (tmp_path / "cells.h5ad").read_bytes() == bytes_before
+    found = anndata.read_h5ad(out)
+    table = pd.read_parquet(tmp_path / "labels").set_index("barcode").loc[found.obs_names]
+    assert list(found.obs.columns) == [
+        "donor",
+        *(f"annatac_{name}" for name in COLUMNS[2:7]),
+        "annatac_n_open",
+    ]
+    assert found.obs["donor"].tolist() == given.obs["donor"].tolist()
+    for name in [*COLUMNS[2:7], "n_open"]:
+        assert found.obs[f"annatac_{name}"].tolist() == table[name].tolist()
+    assert (found.X != given.X).nnz == 0
+
+
+def test_labels_can_be_written_into_the_input_of_a_finished_run(tmp_path: Path) -> None:
+    write_h5ad(tmp_path / "cells.h5ad")
+    convert(tmp_path / "cells.h5ad", assembly=ASSEMBLY, out=tmp_path / "a.zarr", select="all")
+    small_model(tmp_path / "model", space=IslandStore.open(tmp_path / "a.zarr").space)
+    predict(tmp_path / "a.zarr", tmp_path / "model", tmp_path / "labels")
+    path = tmp_path / "cells.h5ad"
+    assert (
+        predict(tmp_path / "a.zarr", tmp_path / "model", tmp_path / "labels", write_h5ad=path).n_skipped == 1
+    )
+    assert "annatac_label" in anndata.read_h5ad(path).obs
+
+
+def test_an_h5ad_is_asked_for_in_vain(tmp_path: Path, store: IslandStore, model: Path) -> None:
+    out = tmp_path / "x.h5ad"
+    with pytest.raises(InputError, match=r"--write-h5ad: found 4 samples in .*atlas\.zarr, expected one"):
+        predict(store, model, tmp_path / "labels", write_h5ad=out)
+    small_store(tmp_path / "one.zarr", {"a": draw_sample(3, 1)})
+    with pytest.raises(
+        InputError, match="--write-h5ad: found sample 'a' converted from fragments, expected an"
+    ):
+        predict(tmp_path / "one.zarr", model, tmp_path / "labels", write_h5ad=out)
+    write_h5ad(tmp_path / "cells.h5ad")
+    convert(tmp_path / "cells.h5ad", assembly=ASSEMBLY, out=tmp_path / "a.zarr", select="all")
+    small_model(tmp_path / "model", space=IslandSpace.all(ASSEMBLY))
+    (tmp_path / "cells.h5ad").unlink()
+    with pytest.raises(InputError, match=r"cells\.h5ad: not there any more, expected the file"):
+        predict(tmp_path / "a.zarr", tmp_path / "model", tmp_path / "labels", write_h5ad=out)
+    assert not (tmp_path / "labels").exists()
