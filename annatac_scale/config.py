@@ -48,7 +48,7 @@ def from_dict(kind: type[C], values: Mapping[str, Any], base: C | None = None, p
             given[key] = from_dict(hints[key], value, inner, f"{place}{key}.")  # type: ignore[arg-type]
         else:
             given[key] = _checked(value, hints[key], f"{place}{key}")
-    return dataclasses.replace(base, **given) if base is not None else kind(**given)  # type: ignore[type-var]
+    return dataclasses.replace(base, **given) if base is not None else kind(**given)
 
 
 def read_toml(kind: type[C], path: Path | str, base: C | None = None) -> C:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from annatac_scale.annotate.confidence import NOVEL
 from annatac_scale.annotate.labels import LabelsFolder
 from annatac_scale.annotate.metrics import Evaluation, evaluate_labels
-from annatac_scale.annotate.metrics import _texts as texts
 from annatac_scale.errors import InputError
 from annatac_scale.model.calibration import expected_calibration_error
+from annatac_scale.model.labels import label_texts
 from annatac_scale.store.store import IslandStore
 
 CELLS = ("test", "all")
@@ -201,7 +201,7 @@ def _true_types(folder: LabelsFolder, store: IslandStore, truth: str, rows: pd.D
             f"{folder.path}: found {len(absent):,} of {len(rows):,} cells that {store.path} does not have, the first "
             f"{absent['barcode'].iloc[0]!r} of sample {absent['sample'].iloc[0]!r}; give the store that was predicted"
         )
-    return np.array([text.strip() for text in texts(obs.iloc[place])], object)
+    return label_texts(obs.iloc[place])
 
 
 def _calibration_error(chances: Floats, true_types: Texts, classes: tuple[str, ...]) -> float:

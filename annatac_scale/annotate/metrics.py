@@ -1,7 +1,6 @@
 """How good labels are: figures of one set of cells with known types, all derived from its confusion table."""
 
 import math
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from annatac_scale.errors import InputError
+from annatac_scale.model.labels import label_texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ def evaluate_labels(truth: ArrayLike, predicted: ArrayLike) -> Evaluation:
     (NaN, None, blank) are left out and counted. Raises InputError if the lengths differ, no cell has a truth,
     or a cell with a truth has no predicted label.
     """
-    true_label, label = _texts(truth), _texts(predicted)
+    true_label, label = label_texts(truth), label_texts(predicted)
     if len(true_label) != len(label):
         raise InputError(
             f"evaluation: found {len(true_label):,} true and {len(label):,} predicted labels; "
@@ -86,20 +86,6 @@ def _check_cells(known: NDArray[np.bool_], label: NDArray[np.object_]) -> None:
         raise InputError(
             f"predicted labels: found none for {n_blank:,} cells; expected one each; predict these cells too"
         )
-
-
-def _texts(labels: ArrayLike) -> NDArray[np.object_]:
-    """Labels as text, "" where missing, object [n]; each distinct value is looked at once."""
-    codes, values = pd.factorize(pd.Series(labels))
-    # A missing value has the code -1 and so takes the last text.
-    return np.array([*map(_text, values), ""], object)[codes]
-
-
-def _text(value: Hashable) -> str:
-    # A column of whole numbers with gaps comes as floats from pandas: 3.0 is the label 3.
-    whole = isinstance(value, float | np.floating) and value.is_integer()
-    text = f"{value:.0f}" if whole else str(value)
-    return text if text.strip() else ""
 
 
 def _confusion(truth: NDArray[np.object_], predicted: NDArray[np.object_]) -> pd.DataFrame:

@@ -5,6 +5,7 @@ which Ray starts again after a failure goes on from the last checkpoint. ``out``
 workers share.
 """
 
+import logging
 import os
 import uuid
 from pathlib import Path
@@ -50,7 +51,7 @@ def pretrain_on_ray(
     if started:
         # Usage reports need the internet; the dashboard is Ray's own business when a cluster is at hand.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(logging_level="error", include_dashboard=False, log_to_driver=True)
+        ray.init(logging_level=logging.ERROR, include_dashboard=False, log_to_driver=True)
     try:
         resources = {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}
         trainer = TorchTrainer(

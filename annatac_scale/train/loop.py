@@ -51,7 +51,8 @@ class TrainOptions:
     clip: float = 1.0
     """Largest norm of the gradient."""
     patience: int = 10
-    """Validations without a better score after which training stops."""
+    """Validations after which training stops when none of them gained ``min_gain`` in score."""
+    min_gain: float = 1e-3
     bf16: bool = False
     seed: int = 0
 
@@ -118,37 +119,51 @@ class Ranks:
 
 @dataclass
 class _State:
-    """Where training is; with the stream's state, the weights and the optimizer's all that a checkpoint holds."""
+    """Where training is; with the weights, the optimizer's and the stream's state all that a checkpoint holds."""
 
     step: int = 0
     best_score: float = -math.inf
     best_epoch: int = -1
-    validations_since_best: int = 0
+    gained_score: float = -math.inf
+    validations_since_gain: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Loop:
+    """What a run of the loop works with."""
+
+    task: Task
+    stream: IslandStream
+    options: TrainOptions
+    run: RunFolder
+    ranks: Ranks
+    progress: Progress
+    optimizer: torch.optim.Optimizer
+    state: _State
 
 
 def train(
     task: Task, stream: IslandStream, options: TrainOptions, run: RunFolder, ranks: Ranks, progress: Progress
 ) -> dict[str, float]:
-    """Train until the last epoch or until validation stops improving; leaves the best weights in ``task.module``.
+    """Train until the last epoch or until validation stops gaining; leaves the best weights in ``task.module``.
 
     Resumes from the run's last checkpoint when there is one. Returns the figures of the best validation.
-    Raises AnnatacError when the loss is not finite.
+    Raises AnnatacError when a gradient is not finite.
     """
     module = ranks.wrap(task.module)
-    groups = task.parameter_groups(options)
-    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay, betas=(0.9, 0.999))
-    base_rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer = torch.optim.AdamW(task.parameter_groups(options), weight_decay=options.weight_decay)
+    rates = [group["lr"] for group in optimizer.param_groups]
     state = _resume(task, optimizer, stream, run, progress)
+    loop = _Loop(task, stream, options, run, ranks, progress, optimizer, state)
     epoch = stream.state_dict()["epoch"]
-    n_steps = options.epochs * len(stream)
-    with progress.task("Training", n_steps, "steps") as advance:
+    with progress.task("Training", options.epochs * len(stream), "steps") as advance:
         advance(state.step)
-        while epoch < options.epochs and state.validations_since_best < options.patience:
+        while epoch < options.epochs and state.validations_since_gain < options.patience:
             meter = _Meter(task.loss_weights)
             task.module.train()
             for batch in stream:
                 factor = rate_factor(options, state.step, len(stream))
-                for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
                 _seed_step(options.seed, state.step, ranks.rank)
                 losses = accumulate(task, module, task.prepare(batch, epoch), options, ranks)
@@ -161,16 +176,10 @@ def train(
                 advance(1)
                 if state.step % LOG_EVERY == 0 and ranks.rank == 0:
                     run.log(
-                        {
-                            "step": state.step,
-                            "epoch": epoch,
-                            "rate": base_rates[0] * factor,
-                            **meter.figures(),
-                        }
+                        {"step": state.step, "epoch": epoch, "rate": rates[0] * factor, **meter.figures()}
                     )
             epoch += 1
-            figures = task.validate(ranks)
-            _after_epoch(epoch, figures, meter, state, task, optimizer, stream, run, ranks, progress)
+            _after_epoch(loop, epoch, meter)
     return _load_best(task, run, ranks)
 
 
@@ -258,42 +267,31 @@ class _Meter:
         return figures
 
 
-def _after_epoch(
-    epoch: int,
-    figures: dict[str, float],
-    meter: _Meter,
-    state: _State,
-    task: Task,
-    optimizer: torch.optim.Optimizer,
-    stream: IslandStream,
-    run: RunFolder,
-    ranks: Ranks,
-    progress: Progress,
-) -> None:
-    """Keep what validated best, write the checkpoint, log."""
+def _after_epoch(loop: "_Loop", epoch: int, meter: "_Meter") -> None:
+    """Validate, keep what validated best, write the checkpoint, log."""
+    task, state, run = loop.task, loop.state, loop.run
+    figures = task.validate(loop.ranks)
     better = figures["score"] > state.best_score
-    state.validations_since_best = 0 if better else state.validations_since_best + 1
     if better:
         state.best_score, state.best_epoch = figures["score"], epoch
-    if ranks.rank != 0:
+    if figures["score"] > state.gained_score + loop.options.min_gain:
+        state.gained_score, state.validations_since_gain = figures["score"], 0
+    else:
+        state.validations_since_gain += 1
+    if loop.ranks.rank != 0:
         return
+    weights = task.module.state_dict()
     if better:
-        run.save("best", {"module": task.module.state_dict(), "figures": {**figures, "epoch": epoch}})
-    run.save(
-        "last",
-        {
-            "module": task.module.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "state": vars(state),
-            "stream": {**stream.state_dict(), "epoch": epoch, "step": 0},
-        },
-    )
-    record = {f"validation_{name}": value for name, value in figures.items()}
-    run.log({"step": state.step, "epoch": epoch, **record})
-    trained = "  ".join(f"{k} {v:.4g}" for k, v in meter.figures().items())
-    progress.say(
-        f"epoch {epoch}: {trained}  |  validation " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
-    )
+        run.save("best", {"module": weights, "figures": {**figures, "epoch": epoch}})
+    stream = {**loop.stream.state_dict(), "epoch": epoch, "step": 0}
+    optimizer = loop.optimizer.state_dict()
+    run.save("last", {"module": weights, "optimizer": optimizer, "state": vars(state), "stream": stream})
+    run.log({"step": state.step, "epoch": epoch, **{f"validation_{name}": v for name, v in figures.items()}})
+    loop.progress.say(f"epoch {epoch}: {_shown(meter.figures())}  |  validation {_shown(figures)}")
+
+
+def _shown(figures: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in figures.items() if name != "score")
 
 
 def _resume(

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import dask
 import numpy as np
+from dask.base import compute
+from dask.delayed import delayed
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -79,10 +80,10 @@ def truncated_svd(
                     advance(len(ids))
                 return total
 
-            total = dask.delayed(0)
+            total = delayed(0)
             for run in runs:
-                total = dask.delayed(_add)(total, dask.delayed(one)(run))
-            result: Floats = dask.compute(total, scheduler="threads", num_workers=workers)[0]
+                total = delayed(_add)(total, delayed(one)(run))
+            result: Floats = compute(total, scheduler="threads", num_workers=workers)[0]
         return result
 
     for number in range(1, PASSES + 1):
@@ -90,7 +91,7 @@ def truncated_svd(
     gram = over_runs(partial(_gram, basis), f"SVD, pass {PASSES + 1} of {PASSES + 1}")
     eigenvalues, rotation = np.linalg.eigh(gram.astype(np.float64))
     leading = np.argsort(eigenvalues)[::-1][:rank]
-    components = basis @ rotation[:, leading].astype(np.float32)
+    components: Floats = basis @ np.asarray(rotation.real[:, leading], np.float32)
     largest = np.abs(components).argmax(axis=0)
     components *= np.where(components[largest, np.arange(rank)] < 0, -1, 1).astype(np.float32)
     return Svd(components, np.sqrt(np.maximum(eigenvalues[leading], 0)).astype(np.float32))
@@ -135,4 +136,5 @@ def _add(total: Any, part: Any) -> Any:
 
 
 def _orthonormal(columns: Floats) -> Floats:
-    return np.linalg.qr(columns)[0]
+    orthonormal: Floats = np.linalg.qr(columns)[0]
+    return orthonormal

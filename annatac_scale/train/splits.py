@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from annatac_scale.errors import InputError
+from annatac_scale.model.labels import label_texts
 from annatac_scale.store.store import IslandStore
 
 SPLITS = ("train", "val", "calib", "test")
@@ -64,16 +65,17 @@ def split_cells(
     """
     group, _, value = holdout.partition("=") if isinstance(holdout, str) else ("", "", "")
     obs = store.obs([labels, *([group] if group and group != labels else [])])
-    text = obs[labels].astype("object").where(obs[labels].notna(), "").map(str).str.strip()
-    known = (text != "") & (text.str.lower() != "nan")
+    text = pd.Series(label_texts(obs[labels]), index=obs.index)
+    known = text != ""
     rank = pd.Series(_hashes(obs, seed), index=obs.index)[known].sort_values().index
     split = pd.Series("train", index=rank)
     if group:
-        held_out = obs.loc[rank, group].map(_text) == value
+        values = pd.Series(label_texts(obs[group]), index=obs.index)
+        held_out = values[rank] == value
         if not held_out.any():
             raise InputError(
                 f"--holdout {holdout}: no labelled cell of {store.path} has {group} {value!r}; "
-                f"there are {', '.join(sorted(set(obs[group].map(_text)))[:10])}"
+                f"there are {', '.join(sorted(set(values))[:10])}"
             )
         split[held_out] = "test"
         shares = (0.0, validation_share, calibration_share)
@@ -108,11 +110,6 @@ def _dealt(n: int, shares: tuple[float, float, float]) -> list[str]:
 def _hashes(obs: pd.DataFrame, seed: int) -> list[str]:
     cells = zip(obs["sample"], obs["barcode"], strict=True)
     return [hashlib.blake2b(f"{seed}\t{s}\t{b}".encode(), digest_size=8).hexdigest() for s, b in cells]
-
-
-def _text(value: object) -> str:
-    """A group's value as the user writes it: 3.0, from a column with missing values, is 3."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def write_split(path: Path, store: IslandStore, labelled: LabelledCells) -> None:
