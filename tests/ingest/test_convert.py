@@ -25,6 +25,7 @@ from annatac_scale.store.store import IslandStore
 
 Convert = Callable[..., ConvertReport]
 
+BM0828 = Path(__file__).parent.parent / "data" / "bm0828_slice.h5ad"
 CEREBELLUM = Path(str(resources.files("annatac_scale") / "data" / "cerebellum.h5ad"))
 PBSMALL = Path(str(resources.files("annatac_scale") / "data" / "archr_PBSmall.tsv.gz"))
 
@@ -82,6 +83,14 @@ def pandas_script(path: Path, tss: pd.DataFrame | None) -> pd.DataFrame:
     return sums.sort_values(["barcode", "chrom", "bin"], ignore_index=True)[
         ["barcode", "chrom", "bin", "level"]
     ]
+
+
+@pytest.mark.parametrize("select", ["tss", "all"])
+def test_bm0828_has_the_islands_of_a_pandas_script(tmp_path: Path, select: str) -> None:
+    convert(BM0828, assembly="hg19", out=tmp_path / "atlas.zarr", select=select)
+    expected = pandas_script(BM0828, builtin_tss("hg19") if select == "tss" else None)
+    assert expected["level"].value_counts().min() > 10
+    pd.testing.assert_frame_equal(islands_of(tmp_path / "atlas.zarr"), expected, check_dtype=False)
 
 
 @pytest.mark.parametrize("select", ["tss", "all"])

@@ -1,0 +1,36 @@
+# `make demo` and `make test` set up what they need: one virtual environment, made once.
+# Without a GPU they keep to the CPU build of torch (constraints-cpu.txt); with one: make demo CONSTRAINT=
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINT ?= constraints-cpu.txt
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+WITH := $(if $(CONSTRAINT),-c $(CONSTRAINT))
+
+.PHONY: demo demo-full test lint bench clean
+
+demo: $(READY)
+	$(BIN)/annatac demo
+
+demo-full: $(READY)
+	$(BIN)/annatac demo --full
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/bench_road.py
+
+$(READY): pyproject.toml constraints-cpu.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "annatac_scale needs Python 3.11 or later: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[test,dev]' $(WITH)
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) demo
