@@ -4,10 +4,11 @@ Heavy libraries are imported inside the functions: asking for help must not wait
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from annatac_scale.errors import InputError
 from annatac_scale.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -52,15 +53,56 @@ def islands(
 def convert(
     inputs: AnyPath | Sequence[AnyPath] = (),
     *,
-    assembly: str,
     out: AnyPath,
+    assembly: str | None = None,
+    obs: AnyPath | None = None,
+    sheet: AnyPath | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> "ConvertReport":
-    """Convert inputs into the island store ``out``; options as in ``ingest.convert.ConvertOptions``."""
+    """Convert inputs, or those of a ``sheet``, into the island store ``out``; without any, join ``obs`` to its cells.
+
+    assembly: needed with inputs; obs: table of labels
+    options: as in ``ingest.convert.ConvertOptions``, for inputs only
+    """
     from annatac_scale.ingest.convert import convert as run
 
-    return run(inputs, assembly=assembly, out=out, progress=progress, **options)
+    inputs = [inputs] if isinstance(inputs, str | Path) else list(inputs)
+    if obs is not None and not inputs and sheet is None:
+        return _join(Path(obs), Path(out), assembly, options, progress)
+    if assembly is None:
+        raise InputError(
+            "--assembly: found none; expected hg38, hg19, mm10, mm9, or a name together with --chrom-sizes; "
+            "name the assembly that the inputs were aligned to"
+        )
+    return run(inputs, assembly=assembly, out=out, obs=obs, sheet=sheet, progress=progress, **options)
+
+
+def _join(
+    obs: Path, store: Path, assembly: str | None, options: dict[str, Any], progress: Progress | None
+) -> "ConvertReport":
+    """Join labels to the cells of a store. Raises InputError for options that only inputs can have."""
+    from annatac_scale.ingest.convert import ConvertOptions, ConvertReport
+    from annatac_scale.ingest.labels import join_obs, read_labels
+    from annatac_scale.store.store import IslandStore
+
+    if not (store / "zarr.json").exists():
+        raise InputError(
+            f"{store}: found no store to join {obs} to, and no inputs; expected one of both; give the inputs"
+        )
+    there = IslandStore.open(store)
+    default, given = ConvertOptions(), ConvertOptions(**options)
+    idle = [f.name for f in fields(default) if getattr(given, f.name) != getattr(default, f.name)]
+    if assembly is not None and assembly != there.attributes["assembly"]:
+        idle.append("assembly")
+    if idle:
+        raise InputError(
+            f"--{idle[0].replace('_', '-')}: found without inputs; expected --out and --obs alone, which join labels "
+            f"to {store}; leave it out, or give the inputs"
+        )
+    join_obs(store, obs, progress)
+    labels = read_labels(obs)
+    return ConvertReport(store, relabelled=[name for name in there.samples if len(labels.of(name))])
 
 
 def info(store: AnyPath) -> "StoreInfo":
@@ -144,7 +186,19 @@ def finetune(
         chosen = replace(chosen, freeze_encoder=True)
     if epochs is not None:
         chosen = replace(chosen, train=replace(chosen.train, epochs=epochs))
-    return run(IslandStore.open(store), model, labels, out, chosen, holdout, progress)
+    return run(IslandStore.open(store), model, labels, out, chosen, _holdout(holdout), progress)
+
+
+def _holdout(holdout: float | str) -> float | str:
+    """A share, which may be given as text, as a number; "column=value" as it is."""
+    try:
+        return float(holdout)
+    except ValueError as error:
+        if "=" in str(holdout):
+            return holdout
+        raise InputError(
+            f"--holdout {holdout}: expected a share from 0 up to 1, or column=value; give one of these"
+        ) from error
 
 
 def predict(

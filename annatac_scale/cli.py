@@ -1,9 +1,11 @@
 """The command ``annatac``: parse, call one function of the API, print. Commands stand in the order of the work."""
 
+import errno
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ class TerminalProgress:
 
     def say(self, line: str) -> None:
         """Print a line above the bars."""
-        self.console.print(line, markup=False)
+        self.console.print(line, markup=False, emoji=False)
 
     @contextmanager
     def task(self, name: str, total: int | None, unit: str) -> Iterator[Advance]:
@@ -44,75 +46,117 @@ class TerminalProgress:
 
 
 class OrderedGroup(click.Group):
-    """Lists commands in the order of the work, and turns errors on purpose into one line and exit code 2."""
+    """Lists commands in the order of the work, and turns the user's mistakes into one line and exit code 2."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In order of definition."""
         return list(self.commands)
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse what stands before the command."""
+        with _one_line_errors():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        try:
+        with _one_line_errors():
             return super().invoke(ctx)
-        except AnnatacError as error:
-            raise _Refused(" ".join(str(error).split())) from error
-        except OSError as error:
-            if error.filename is None:
-                raise
-            raise _Refused(f"{error.filename}: {error.strerror}") from error
-        except KeyboardInterrupt:
-            click.echo("interrupted; run the same command again to go on", err=True)
-            sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "annatac"
+        raise _Refused(f"{error.format_message()} See `{command} --help`.") from error
+    except AnnatacError as error:
+        raise _Refused(str(error)) from error
+    except OSError as error:
+        raise _Refused(_explained(error)) from error
+    except KeyboardInterrupt:
+        click.echo("annatac: interrupted; run the same command again to go on", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def _explained(error: OSError) -> str:
+    """What the system says, and what to do about it. Raises the error again where it is nothing a user could mend."""
+    place = "" if error.filename is None else f"{error.filename}: "
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{place}{error.strerror}; free some space and run the same command again"
+    if error.filename is None:
+        raise error
+    return f"{place}{error.strerror}; check the path, and that you may read and write there"
 
 
 class _Refused(click.ClickException):
     exit_code = USER_ERROR
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"annatac: error: {self.message}", err=True)
+        click.echo(f"annatac: error: {' '.join(self.message.split())}", err=True)
 
 
-@click.group(
-    cls=OrderedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
-)
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
+
+
+@click.group(cls=OrderedGroup, context_settings=CONTEXT)
 @click.version_option(package_name="annatac_scale")
 def main() -> None:
     """Annotate the cell types of scATAC-seq atlases: convert, pretrain, fine-tune, predict, evaluate."""
 
 
-def _assembly_options(command: Any) -> Any:
-    for option in (
-        click.option("--gtf", type=Path, help="GTF file with the genes of the assembly."),
-        click.option("--tss", type=Path, help="TSS table (chrom tss0 strand gene type) or BED6."),
-        click.option(
-            "--chrom-sizes", type=Path, help="Chromosome sizes, for an assembly that is not built in."
-        ),
-        click.option(
-            "--select", default="tss", show_default=True, help="tss, all, or a BED file of windows."
-        ),
-        click.option(
-            "--assembly", required=True, help="hg38, hg19, mm10, mm9, or a name with --chrom-sizes."
-        ),
-    ):
-        command = option(command)
-    return command
+_file = partial(click.option, type=Path, metavar="FILE")
+_folder = partial(click.option, type=Path, metavar="FOLDER")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def _training_options(command: Any) -> Any:
-    for option in (
+def _store(command: Any) -> Any:
+    return click.argument("store", type=Path)(command)
+
+
+def _together(*options: Any) -> Any:
+    """One decorator of several options, which help lists in the given order."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _islands_options(assembly_needed: bool) -> Any:
+    return _together(
         click.option(
-            "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override one setting; repeatable."
+            "--assembly", metavar="NAME", required=assembly_needed,
+            help="hg38, hg19, mm10, mm9, or any name with --chrom-sizes"
+            + ("." if assembly_needed else "; needed with INPUTS."),
         ),
-        click.option("--config", type=Path, help="TOML file of settings over the preset."),
-        click.option("--epochs", type=int, help="Epochs, in place of the preset's."),
-    ):
-        command = option(command)
-    return command
+        click.option(
+            "--select", default="tss", metavar="tss|all|FILE",
+            help="Islands: bins with a TSS, all bins, or the windows of a BED file.",
+        ),
+        _file("--chrom-sizes", help="Chromosome sizes, for an assembly that is not built in."),
+        _file("--tss", help="TSS table (chrom, tss0, strand, gene, type) or BED6."),
+        _file("--gtf", help="GTF file with the genes of the assembly, in place of --tss."),
+    )  # fmt: skip
+
+
+_training_options = _together(
+    click.option("--epochs", type=click.IntRange(min=1), help="Epochs, in place of the preset's."),
+    _file("--config", help="TOML file of settings over the preset's."),
+    click.option(
+        "--set", "settings", multiple=True, metavar="KEY=VALUE",
+        help="One setting over all others, as train.learning_rate=1e-3; repeatable.",
+    ),
+)  # fmt: skip
 
 
 @main.command()
-@_assembly_options
-@click.option("--out", type=Path, help="Write the islands here (tsv.gz).")
+@_islands_options(assembly_needed=True)
+@_file("--out", help="Write the islands here (tsv.gz).")
 def islands(out: Path | None, **options: Any) -> None:
     """Show the islands of an assembly, or write them."""
     space = api.islands(out=out, progress=TerminalProgress(), **options)
@@ -125,33 +169,31 @@ def islands(out: Path | None, **options: Any) -> None:
 
 @main.command()
 @click.argument("inputs", nargs=-1, type=Path)
-@_assembly_options
+@_islands_options(assembly_needed=False)
+@_folder("--out", required=True, help="The island store; one that is there gets the samples added.")
+@_file("--sheet", help="Table of inputs: sample, path, peaks, barcodes, obs; others become obs columns.")
 @click.option(
-    "--out", type=Path, required=True, help="The island store; samples are added to one that is there."
+    "--sample", multiple=True, metavar="NAME", help="Name of an input, in their order; none: after the files."
+)
+@_file("--peaks", help="BED file of peaks, for fragment files.")
+@_file("--barcodes", help="List of the cells to keep, one barcode a line; each gets a row.")
+@click.option(
+    "--min-fragments", default=1000, type=click.IntRange(min=0), help="Fragments that make a barcode a cell."
 )
 @click.option(
-    "--sheet", type=Path, help="Table of inputs: sample, path, peaks, barcodes, obs, further obs columns."
-)
-@click.option("--sample", multiple=True, help="Name of an input, in their order; default: the file's name.")
-@click.option("--peaks", type=Path, help="BED file of peaks, for fragment files.")
-@click.option(
-    "--barcodes", type=Path, help="List of the cells to keep, one barcode a line; each keeps a row."
-)
-@click.option(
-    "--min-fragments", default=1000, show_default=True, help="Fragments that make a barcode a cell."
-)
-@click.option(
-    "--counting", default="insertion", show_default=True,
-    type=click.Choice(["insertion", "fragment", "paired-insertion"]), help="What is counted in a peak.",
+    "--counting", default="insertion", help="What is counted in a peak.",
+    type=click.Choice(["insertion", "fragment", "paired-insertion"]),
 )  # fmt: skip
-@click.option(
-    "--obs", type=Path, help="Table of labels: barcode, optional sample, any columns. X stays untouched."
-)
-@click.option("--layer", help="Layer of an h5ad that holds the counts.")
-@click.option("--use-raw", is_flag=True, help="Counts are in raw/X of the h5ad.")
-@click.option("--workers", default=1, show_default=True, help="Threads that work at the same time.")
+@_file("--obs", help="Table of labels: barcode, optional sample, any columns; X stays untouched.")
+@click.option("--layer", metavar="NAME", help="Layer of an h5ad that holds the counts.")
+@click.option("--use-raw", is_flag=True, help="The counts are in raw/X of the h5ad.")
+@click.option("--workers", default=1, type=click.IntRange(min=1), help="Threads that work at the same time.")
 def convert(inputs: Sequence[Path], **options: Any) -> None:
-    """Convert h5ad, 10x h5, 10x mtx folders and fragments.tsv.gz into an island store."""
+    """Convert peak matrices and fragment files into an island store.
+
+    INPUTS are h5ad, 10x h5 and fragment files and 10x mtx folders, each a sample. Those that the store has already
+    are skipped. Without INPUTS, --obs joins labels to the cells of the store.
+    """
     report = api.convert(list(inputs), progress=TerminalProgress(), **options)
     for state in ("converted", "skipped", "relabelled"):
         names = list(getattr(report, state))
@@ -161,28 +203,38 @@ def convert(inputs: Sequence[Path], **options: Any) -> None:
 
 
 @main.command()
-@click.argument("store", type=Path)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_store
+@_json
 def info(store: Path, as_json: bool) -> None:
     """Show what a store holds and where it came from."""
     found = api.info(store)
-    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else found.text())
+    click.echo(_dumped(found.to_dict()) if as_json else found.text())
 
 
 @main.command()
-@click.argument("store", type=Path)
-@click.option("--out", type=Path, required=True, help="Folder of the run; the model is OUT/model.")
-@click.option("--preset", default="tiny", show_default=True, type=click.Choice(["tiny", "small", "paper"]))
+@_store
+@_folder("--out", required=True, help="Folder of the run; the model is FOLDER/model.")
 @click.option(
-    "--attend", type=click.Choice(["all", "open"]), help="Which islands are tokens; default: the preset's."
-)
+    "--preset", default="tiny", type=click.Choice(["tiny", "small", "paper"]),
+    help="Size, objective and rates; paper: as published.",
+)  # fmt: skip
+@click.option(
+    "--attend", type=click.Choice(["all", "open"]),
+    help="Which islands are tokens; none: open, but all in preset paper.",
+)  # fmt: skip
 @_training_options
 @click.option(
-    "--workers", default=0, show_default=True, help="Processes on Ray Train; 0: this process alone."
+    "--workers",
+    default=0,
+    type=click.IntRange(min=0),
+    help="Processes on Ray Train; 0: this one, without Ray.",
 )
 @click.option("--gpus", is_flag=True, help="One GPU a worker.")
 def pretrain(store: Path, **options: Any) -> None:
-    """Pretrain an encoder on the cells of a store."""
+    """Pretrain an encoder on the cells of a store.
+
+    Run again, the same command goes on after the last complete epoch.
+    """
     report = api.pretrain(store, progress=TerminalProgress(), **options)
     click.echo(
         f"{report.model}: {report.n_cells:,} cells, {report.n_islands:,} islands, {_figures(report.figures)}"
@@ -190,20 +242,26 @@ def pretrain(store: Path, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("store", type=Path)
-@click.option("--model", type=Path, required=True, help="Folder of the pretrained model.")
-@click.option("--labels", required=True, help="obs column with the cell types.")
-@click.option("--out", type=Path, required=True, help="Folder of the run; the model is OUT/model.")
+@_store
+@_folder("--model", required=True, help="The pretrained model.")
+@click.option("--labels", required=True, metavar="COLUMN", help="obs column with the cell types.")
+@_folder("--out", required=True, help="Folder of the run; the model is FOLDER/model.")
 @click.option(
-    "--head", type=click.Choice(["pooled", "cnn", "subtype"]), help="Default: pooled; cnn after preset paper."
+    "--head",
+    type=click.Choice(["pooled", "cnn", "subtype"]),
+    help="none: pooled, but cnn after preset paper.",
 )
 @click.option(
-    "--holdout", default="0.2", show_default=True, help="Share of cells to test on, or column=value."
-)
+    "--holdout", default="0.2", metavar="SHARE|COLUMN=VALUE",
+    help="Cells to test on, never trained on: a share of each type, or all with a value, as donor=D5.",
+)  # fmt: skip
 @click.option("--freeze-encoder", is_flag=True, help="Train the head alone.")
 @_training_options
 def finetune(store: Path, **options: Any) -> None:
-    """Fine-tune a pretrained model on the labelled cells of a store."""
+    """Fine-tune a pretrained model on the labelled cells of a store.
+
+    Run again, the same command goes on after the last complete epoch.
+    """
     report = api.finetune(store, progress=TerminalProgress(), **options)
     click.echo(f"{report.model}: {len(report.types)} types, val {_figures(report.figures)}")
     if report.test:
@@ -211,44 +269,51 @@ def finetune(store: Path, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("store", type=Path)
-@click.option("--model", type=Path, required=True, help="Folder of the fine-tuned model.")
-@click.option("--out", type=Path, required=True, help="Folder for the Parquet tables.")
+@_store
+@_folder("--model", required=True, help="The fine-tuned model.")
+@_folder("--out", required=True, help="Folder for the labels, a Parquet data set.")
 @click.option(
-    "--novel-threshold",
-    type=float,
-    help="Confidence below which a cell is Novel_cell_type; 0: none. Default 0.5.",
-)
-@click.option("--write-h5ad", type=Path, help="Also write the input h5ad with the labels in its obs.")
+    "--novel-threshold", type=float,
+    help="Confidence below which a cell is Novel_cell_type, 0: none is; none: the model's own, 0.5 as published.",
+)  # fmt: skip
+@_file("--write-h5ad", help="Also write the h5ad that was converted, with the labels in its obs.")
 def predict(store: Path, **options: Any) -> None:
-    """Label every cell of a store."""
+    """Label every cell of a store.
+
+    Run again, the same command goes on after the last complete part.
+    """
     report = api.predict(store, progress=TerminalProgress(), **options)
     click.echo(f"{report.out}: {report.n_cells:,} cells, {report.n_novel:,} named Novel_cell_type")
 
 
 @main.command()
 @click.argument("labels", type=Path)
-@click.option("--store", type=Path, required=True, help="The store with the true types.")
-@click.option("--truth", required=True, help="obs column with the true types.")
+@_folder("--store", required=True, help="The store with the true types.")
+@click.option("--truth", required=True, metavar="COLUMN", help="obs column with the true types.")
 @click.option(
-    "--cells", default="test", show_default=True, type=click.Choice(["test", "all"]), help="Held-out or all."
+    "--cells", default="test", type=click.Choice(["test", "all"]), help="Held-out test cells, or all cells."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_json
 def evaluate(labels: Path, as_json: bool, **options: Any) -> None:
-    """Compare predicted labels with the truth, on held-out cells."""
+    """Compare the labels of predict with the truth, on held-out cells."""
     report = api.evaluate(labels, **options)
-    click.echo(json.dumps(report.to_dict(), indent=1) if as_json else "\n".join(report.text()))
+    click.echo(_dumped(report.to_dict()) if as_json else "\n".join(report.text()))
 
 
 @main.command()
-@click.option("--out", type=Path, default=Path("demo"), show_default=True, help="Folder to work in.")
+@_folder("--out", default=Path("demo"), help="Folder to work in.")
 @click.option("--full", is_flag=True, help="All five folds of each data set, pooled.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@_json
 def demo(out: Path, full: bool, as_json: bool) -> None:
     """Run the whole road on real data that the package ships."""
     figures = api.demo(out, full=full, progress=TerminalProgress())
     if as_json:
-        click.echo(json.dumps(figures, indent=1))
+        click.echo(_dumped(figures))
+
+
+def _dumped(values: Any) -> str:
+    # NaN is no JSON: a report that holds one is our mistake.
+    return json.dumps(values, indent=1, allow_nan=False)
 
 
 def _figures(figures: dict[str, float]) -> str:
