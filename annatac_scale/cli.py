@@ -145,11 +145,11 @@ def _islands_options(assembly_needed: bool) -> Any:
 
 
 _training_options = _together(
-    click.option("--epochs", type=click.IntRange(min=1), help="Epochs, in place of the preset's."),
+    click.option("--epochs", metavar="N", type=click.IntRange(min=1), help="Epochs, in place of the preset's."),
     _file("--config", help="TOML file of settings over the preset's."),
     click.option(
         "--set", "settings", multiple=True, metavar="KEY=VALUE",
-        help="One setting over all others, as train.learning_rate=1e-3; repeatable.",
+        help="One setting over preset and file, as train.learning_rate=1e-3; repeatable.",
     ),
 )  # fmt: skip
 
@@ -173,12 +173,19 @@ def islands(out: Path | None, **options: Any) -> None:
 @_folder("--out", required=True, help="The island store; one that is there gets the samples added.")
 @_file("--sheet", help="Table of inputs: sample, path, peaks, barcodes, obs; others become obs columns.")
 @click.option(
-    "--sample", multiple=True, metavar="NAME", help="Name of an input, in their order; none: after the files."
+    "--sample",
+    multiple=True,
+    metavar="NAME",
+    help="Name of an input, in their order; default: after the files.",
 )
 @_file("--peaks", help="BED file of peaks, for fragment files.")
 @_file("--barcodes", help="List of the cells to keep, one barcode a line; each gets a row.")
 @click.option(
-    "--min-fragments", default=1000, type=click.IntRange(min=0), help="Fragments that make a barcode a cell."
+    "--min-fragments",
+    default=1000,
+    metavar="N",
+    type=click.IntRange(min=0),
+    help="Fragments that make a barcode a cell.",
 )
 @click.option(
     "--counting", default="insertion", help="What is counted in a peak.",
@@ -187,7 +194,13 @@ def islands(out: Path | None, **options: Any) -> None:
 @_file("--obs", help="Table of labels: barcode, optional sample, any columns; X stays untouched.")
 @click.option("--layer", metavar="NAME", help="Layer of an h5ad that holds the counts.")
 @click.option("--use-raw", is_flag=True, help="The counts are in raw/X of the h5ad.")
-@click.option("--workers", default=1, type=click.IntRange(min=1), help="Threads that work at the same time.")
+@click.option(
+    "--workers",
+    default=1,
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Threads that work at the same time.",
+)
 def convert(inputs: Sequence[Path], **options: Any) -> None:
     """Convert peak matrices and fragment files into an island store.
 
@@ -220,12 +233,13 @@ def info(store: Path, as_json: bool) -> None:
 )  # fmt: skip
 @click.option(
     "--attend", type=click.Choice(["all", "open"]),
-    help="Which islands are tokens; none: open, but all in preset paper.",
+    help="Which islands are tokens; default: open, but all in preset paper.",
 )  # fmt: skip
 @_training_options
 @click.option(
     "--workers",
     default=0,
+    metavar="N",
     type=click.IntRange(min=0),
     help="Processes on Ray Train; 0: this one, without Ray.",
 )
@@ -249,7 +263,7 @@ def pretrain(store: Path, **options: Any) -> None:
 @click.option(
     "--head",
     type=click.Choice(["pooled", "cnn", "subtype"]),
-    help="none: pooled, but cnn after preset paper.",
+    help="Default: pooled, but cnn after preset paper.",
 )
 @click.option(
     "--holdout", default="0.2", metavar="SHARE|COLUMN=VALUE",
@@ -273,8 +287,8 @@ def finetune(store: Path, **options: Any) -> None:
 @_folder("--model", required=True, help="The fine-tuned model.")
 @_folder("--out", required=True, help="Folder for the labels, a Parquet data set.")
 @click.option(
-    "--novel-threshold", type=float,
-    help="Confidence below which a cell is Novel_cell_type, 0: none is; none: the model's own, 0.5 as published.",
+    "--novel-threshold", metavar="SHARE", type=float,
+    help="Confidence below which a cell is Novel_cell_type; 0: none is; default: the model's own, 0.5.",
 )  # fmt: skip
 @_file("--write-h5ad", help="Also write the h5ad that was converted, with the labels in its obs.")
 def predict(store: Path, **options: Any) -> None:
