@@ -33,11 +33,16 @@ def islands(
     gtf: AnyPath | None = None,
     progress: Progress | None = None,
 ) -> "IslandSpace":
-    """The islands of an assembly: "tss", "all", or the windows of a BED file; written to ``out`` (tsv.gz) if given."""
+    """The islands of an assembly: "tss", "all", or the windows of a BED file; written to ``out`` (tsv.gz) if given.
+
+    chrom_sizes, tss, gtf: files that describe an assembly which is not built in, or other TSS for one that is
+    """
     from annatac_scale.genome.annotation import read_gtf, read_tss
     from annatac_scale.genome.assembly import Assembly
     from annatac_scale.genome.islands import select_islands
 
+    if tss is not None and gtf is not None:
+        raise InputError("found both a TSS table and a GTF file; expected one; leave out --tss or --gtf")
     genome = (
         Assembly.builtin(assembly)
         if chrom_sizes is None

@@ -71,7 +71,7 @@ def _one_line_errors() -> Iterator[None]:
         raise
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "annatac"
-        raise _Refused(f"{error.format_message()} See `{command} --help`.") from error
+        raise _Refused(f"{error.format_message().rstrip('.')}; see `{command} --help`") from error
     except AnnatacError as error:
         raise _Refused(str(error)) from error
     except OSError as error:
@@ -83,10 +83,11 @@ def _one_line_errors() -> Iterator[None]:
 
 def _explained(error: OSError) -> str:
     """What the system says, and what to do about it. Raises the error again where it is nothing a user could mend."""
-    place = "" if error.filename is None else f"{error.filename}: "
+    path = error.filename2 or error.filename
+    place = "" if path is None else f"{path}: "
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{place}{error.strerror}; free some space and run the same command again"
-    if error.filename is None:
+    if path is None:
         raise error
     return f"{place}{error.strerror}; check the path, and that you may read and write there"
 
