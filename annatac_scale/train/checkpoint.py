@@ -1,17 +1,21 @@
 """A run's folder: its configuration, log and checkpoints. Checkpoints are written aside and renamed.
 
-config.toml           the configuration, as used
+run.json              what the run is of; a run with other settings or inputs is refused
+config.toml           the configuration; ``--config`` takes it back
 metrics.jsonl         one line a logged step or validation
 checkpoints/last.pt   where to go on; best.pt: the weights that validated best
-model/                the model folder, written when the run is complete
+model/                the model folder, written last: a run that has one is complete
 """
 
 import fcntl
 import json
 import os
+import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,27 +23,32 @@ import torch
 from annatac_scale.config import to_dict, to_toml
 from annatac_scale.errors import ConfigError, InputError, ModelError
 
+_CHECKPOINTS = "checkpoints"
+_BEFORE_THE_RUN = frozenset({".lock", "config.toml", ".run.json.part", ".config.toml.part"})
+"""What a folder may hold in which a run was killed before it began."""
+
 
 class RunFolder:
     """The folder of one training run.
 
-    Raises InputError when the folder holds something else or another process uses it; ConfigError when it holds
-    a run of another configuration.
+    config: the configuration, a frozen dataclass
+    identity: JSON-able facts that a resumed run must share with the first one: digests of its inputs
     """
 
     def __init__(self, path: Path | str, config: Any, identity: Mapping[str, Any]) -> None:
-        """identity: JSON-able facts that a resumed run must share with the first one: store digests, inputs."""
         self.path = Path(path)
         self.model = self.path / "model"
-        self.config = config
-        self._identity = {"config": to_dict(config), **identity}
+        self._config = config
+        self._identity = json.loads(json.dumps({"config": to_dict(config), **identity}))
 
     @contextmanager
     def use(self) -> Iterator["RunFolder"]:
-        """Hold the folder for this process."""
-        started = self.path / "run.json"
-        if self.path.exists() and not started.exists() and any(self.path.iterdir()):
-            raise InputError(f"{self.path}: exists and holds no run; choose another --out")
+        """Hold the folder for this process, and make it where there is none.
+
+        Raises InputError when it holds something else or another process uses it; ConfigError when it holds a run
+        of another configuration or other inputs.
+        """
+        self._check_kind()
         self.path.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -47,23 +56,40 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(f"{self.path}: another process is using this run; wait for it") from error
-            if started.exists():
-                self._check_identity(json.loads(started.read_text()))
-            else:
-                write_aside(started, json.dumps(self._identity, indent=1).encode())
-                (self.path / "config.toml").write_text(to_toml(self.config))
+            self._begin()
             yield self
         finally:
             os.close(lock)
 
-    def _check_identity(self, found: dict[str, Any]) -> None:
-        here, there = _flat(json.loads(json.dumps(self._identity))), _flat(found)
+    def _check_kind(self) -> None:
+        if not self.path.exists() or (self.path / "run.json").exists():
+            return
+        if not self.path.is_dir() or any(file.name not in _BEFORE_THE_RUN for file in self.path.iterdir()):
+            raise InputError(f"{self.path}: exists and holds no run; choose another --out")
+
+    def _begin(self) -> None:
+        started = self.path / "run.json"
+        if started.exists():
+            self._check_identity(_read_json(started))
+        else:
+            _write_aside(self.path / "config.toml", to_toml(self._config))
+            _write_aside(started, json.dumps(self._identity, indent=1) + "\n")
+        (self.path / _CHECKPOINTS).mkdir(exist_ok=True)
+        for left_over in self.path.glob(f".{self.model.name}.*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+
+    def _check_identity(self, found: Mapping[str, Any]) -> None:
+        here, there = _flat(self._identity), _flat(found)
         differing = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
         if differing:
-            shown = "; ".join(f"{key} {there.get(key)} (now {here.get(key)})" for key in differing[:5])
+            shown = "; ".join(
+                f"{key.removeprefix('config.')} {there.get(key)} (now {here.get(key)})"
+                for key in differing[:5]
+            )
+            more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
             raise ConfigError(
-                f"{self.path}: holds a run with other settings: {shown}; use the same settings to resume it, "
-                "or choose another --out"
+                f"{self.path}: holds a run with other settings or inputs: {shown}{more}; "
+                "use the same ones to resume it, or choose another --out"
             )
 
     @property
@@ -76,10 +102,13 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 
+    def has(self, name: str) -> bool:
+        """Whether there is a checkpoint ``name``."""
+        return self._checkpoint(name).exists()
+
     def save(self, name: str, state: Mapping[str, Any]) -> None:
         """Write checkpoint ``name``: nested dicts of tensors and plain values."""
-        target = self.path / "checkpoints" / f"{name}.pt"
-        target.parent.mkdir(exist_ok=True)
+        target = self._checkpoint(name)
         aside = target.with_suffix(".part")
         with aside.open("wb") as file:
             torch.save(dict(state), file)
@@ -87,28 +116,42 @@ class RunFolder:
             os.fsync(file.fileno())
         os.replace(aside, target)
 
-    def load(self, name: str) -> dict[str, Any] | None:
-        """Read checkpoint ``name``, None when there is none. Raises ModelError when it is damaged."""
-        source = self.path / "checkpoints" / f"{name}.pt"
-        if not source.exists():
-            return None
+    def load(self, name: str) -> dict[str, Any]:
+        """Read checkpoint ``name``. Raises ModelError when it is damaged, FileNotFoundError when there is none."""
+        source = self._checkpoint(name)
         try:
+            # torch does not look at the sums that it writes.
+            with zipfile.ZipFile(source) as archive:
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
             state: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, ValueError) as error:
+        except (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError, UnpicklingError) as error:
             raise ModelError(
-                f"{source}: damaged checkpoint ({error}); delete the run and start again"
+                f"{source}: damaged checkpoint ({error}); delete {source.parent} to train from the start"
             ) from error
         return state
 
+    def _checkpoint(self, name: str) -> Path:
+        return self.path / _CHECKPOINTS / f"{name}.pt"
 
-def write_aside(path: Path, data: bytes) -> None:
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); choose another --out") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _write_aside(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     aside = path.with_name(f".{path.name}.part")
-    aside.write_bytes(data)
+    aside.write_text(text)
     os.replace(aside, path)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, its keys dotted."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -1,31 +1,44 @@
-"""Pretraining on Ray Train: the same loop, one process a worker, gradients averaged by DDP.
+"""Pretraining on Ray Train: the same loop, one process a worker, gradients summed over the workers.
 
 Every worker opens the store itself and reads its own lanes. The run's folder holds all state, so that a worker group
-which Ray starts again after a failure goes on from the last checkpoint. ``out`` must be on a file system that all
-workers share.
+which Ray starts again after a failure goes on from the last checkpoint. Store and folder must be on a file system that
+all workers share.
 """
 
+import json
 import logging
 import os
+import shutil
+import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from annatac_scale import errors
 from annatac_scale.config import from_dict, to_dict
 from annatac_scale.errors import AnnatacError, ConfigError
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.store import IslandStore
+from annatac_scale.train.checkpoint import RunFolder
 from annatac_scale.train.loop import Ranks
 from annatac_scale.train.presets import PretrainConfig
-from annatac_scale.train.pretrain import PretrainReport, pretrain
+from annatac_scale.train.pretrain import PretrainReport, pretrain_folder, pretrain_rank, report_of
 
 RESTARTS = 3
 """Times that Ray starts the workers again after a failure before it gives up."""
+
+COLLECTIVE_TIMEOUT_S = 6 * 3600
+"""Workers wait for the first one, which computes the positions."""
+
+SHOW_EVERY_S = 0.5
+"""Seconds between two looks at what the workers said."""
 
 
 def pretrain_on_ray(
@@ -36,70 +49,152 @@ def pretrain_on_ray(
     gpus: bool = False,
     progress: Progress | None = None,
 ) -> PretrainReport:
-    """Pretrain with ``workers`` processes on the Ray cluster at hand, or on one started on this machine.
+    """Pretrain with ``workers`` processes on Ray; errors and the result are those of ``pretrain``.
 
-    Raises AnnatacError when the workers failed more often than Ray restarts them.
+    Uses the cluster that this process is connected to, else the one that RAY_ADDRESS names, else one that it starts on
+    this machine for the time of the run. Raises ConfigError when this machine has too few CPUs or GPUs,
+    AnnatacError when the workers failed more often than Ray restarts them.
     """
     progress = progress or Silent()
-    if workers < 1 or workers > config.train.global_batch_size:
+    if not 1 <= workers <= config.train.global_batch_size:
         raise ConfigError(
             f"--workers {workers}: expected 1 to the global batch size, {config.train.global_batch_size}"
         )
     store, out = store.resolve(), out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    started = not ray.is_initialized()
-    if started:
-        # Usage reports need the internet; the dashboard is Ray's own business when a cluster is at hand.
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(logging_level=logging.ERROR, include_dashboard=False, log_to_driver=True)
+    run = pretrain_folder(IslandStore.open(store), out, config, workers)
+    with run.use():
+        if run.complete:
+            progress.say(f"{run.path}: complete already; its model stays as it is")
+        else:
+            with _ray(workers, gpus), _scratch(run) as scratch, _shown(scratch / _LINES, progress):
+                arguments = {"store": str(store), "out": str(out), "config": to_dict(config)}
+                _fit({**arguments, "scratch": str(scratch)}, scratch, workers, gpus)
+                _raise_what_workers_met(scratch)
+    return report_of(run)
+
+
+_LINES, _ERROR = "lines.txt", "error.json"
+
+
+@contextmanager
+def _ray(workers: int, gpus: bool) -> Iterator[None]:
+    """Ray, connected to or started."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # they need the internet
+    # Without an address Ray would join any cluster that it finds a trace of on this machine, dead ones too.
+    address = os.environ.get("RAY_ADDRESS", "local")
+    ray.init(address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=None)
     try:
-        resources = {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"store": str(store), "out": str(out), "config": to_dict(config)},
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker=resources),
-            run_config=RunConfig(
-                # The same name would make Ray resume its own state; ours is in the run's folder.
-                name=f"{out.name}-{uuid.uuid4().hex[:8]}",
-                storage_path=str(out.parent / f".{out.name}.ray"),
-                failure_config=FailureConfig(max_failures=RESTARTS),
-            ),
-        )
-        progress.say(f"Ray Train: {workers} workers, {'one GPU each' if gpus else 'CPU'}")
-        try:
-            result = trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise AnnatacError(
-                f"{out}: the workers failed: {_last_line(error)}; run the command again to resume"
-            ) from error
+        if address == "local":
+            _check_resources(workers, gpus)
+        yield
     finally:
-        if started:
-            ray.shutdown()
-    return _report(result.metrics or {})
+        ray.shutdown()
+
+
+def _check_resources(workers: int, gpus: bool) -> None:
+    for kind in ("CPU", "GPU") if gpus else ("CPU",):
+        there = int(ray.cluster_resources().get(kind, 0))
+        if there < workers:
+            raise ConfigError(
+                f"--workers {workers}: this machine has {there} {kind}s, expected one for each worker; ask for fewer, "
+                "or set RAY_ADDRESS to a cluster"
+            )
+
+
+@contextmanager
+def _scratch(run: RunFolder) -> Iterator[Path]:
+    """A folder in the run's for what lasts no longer than the workers."""
+    folder = run.path / ".ray"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fit(arguments: dict[str, Any], scratch: Path, workers: int, gpus: bool) -> None:
+    resources = {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=arguments,
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker=resources),
+        run_config=RunConfig(
+            # The same name would make Ray resume its own state; ours is in the run's folder.
+            name=uuid.uuid4().hex,
+            storage_path=str(scratch),
+            failure_config=FailureConfig(max_failures=RESTARTS),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise AnnatacError(
+            f"{arguments['out']}: the workers failed: {reason}; run the command again to resume"
+        ) from error
 
 
 def _worker(arguments: dict[str, Any]) -> None:
-    """What each worker runs."""
+    """What each worker runs. An error that a restart would meet again is noted, not raised: Ray would restart it."""
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), get_device())
-    config = from_dict(PretrainConfig, arguments["config"])
-    report = pretrain(IslandStore.open(arguments["store"]), arguments["out"], config, ranks, _Lines())
-    ray.train.report({"report": {**vars(report), "model": str(report.model)}})
+    scratch = Path(arguments["scratch"])
+    progress = _Lines(scratch / _LINES) if ranks.rank == 0 else Silent()
+    try:
+        config = from_dict(PretrainConfig, arguments["config"])
+        store = IslandStore.open(arguments["store"])
+        run = pretrain_folder(store, arguments["out"], config, ranks.world_size)
+        pretrain_rank(store, run, config, ranks, progress)
+    except AnnatacError as error:
+        note = json.dumps({"kind": type(error).__name__, "message": str(error)})
+        (scratch / _ERROR).write_text(note)
+
+
+def _raise_what_workers_met(scratch: Path) -> None:
+    if (scratch / _ERROR).exists():
+        met = json.loads((scratch / _ERROR).read_text())
+        raise getattr(errors, met["kind"])(met["message"])
 
 
 class _Lines(Silent):
-    """Prints lines; Ray carries a worker's output to the driver."""
+    """Writes lines to a file that the driver shows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
 
     def say(self, line: str) -> None:
-        print(line, flush=True)
+        """Append the line."""
+        with self._path.open("a") as file:
+            file.write(f"{line}\n")
 
 
-def _report(metrics: dict[str, Any]) -> PretrainReport:
-    values = metrics["report"]
-    return PretrainReport(
-        **{**values, "model": Path(values["model"]), "level_shares": tuple(values["level_shares"])}
-    )
+@contextmanager
+def _shown(lines: Path, progress: Progress) -> Iterator[None]:
+    """Show in the meantime what the first worker says."""
+    done = threading.Event()
+    n_shown = 0
 
+    def show() -> None:
+        nonlocal n_shown
+        said = lines.read_text().split("\n")[:-1] if lines.exists() else []
+        for line in said[n_shown:]:
+            progress.say(line)
+        n_shown = len(said)
 
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1]
+    def watch() -> None:
+        while not done.wait(SHOW_EVERY_S):
+            show()
+        show()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

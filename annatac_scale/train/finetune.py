@@ -3,13 +3,13 @@
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import logsumexp
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,7 +17,7 @@ from torch.nn import functional
 from annatac_scale.errors import InputError
 from annatac_scale.model.calibration import fit_temperature
 from annatac_scale.model.cell_typer import CellTyper, batch_tokens, build_head
-from annatac_scale.model.folder import Model, read_model, write_model
+from annatac_scale.model.folder import Model, ModelInfo, read_model, write_model
 from annatac_scale.model.heads import LossSum, PooledHead
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.store import IslandStore
@@ -31,7 +31,8 @@ from annatac_scale.train.checkpoint import RunFolder
 from annatac_scale.train.loop import Ranks, TrainOptions, micro_batches, train
 from annatac_scale.train.positions import inverse_document_frequency, truncated_svd
 from annatac_scale.train.presets import FinetuneConfig
-from annatac_scale.train.splits import SPLITS, LabelledCells, split_cells, write_split
+from annatac_scale.train.provenance import earlier_sight, made_by, run_inputs, sample_facts
+from annatac_scale.train.splits import LabelledCells, SplitRule, split_cells, write_split
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,12 @@ class CellTypeModel(nn.Module):
         self._labelled = labelled
 
     def forward(self, batch: Batch) -> dict[str, LossSum]:
-        """The loss named "type" over the cells of a batch; all of them are labelled."""
+        """The loss named "type" over the cells of a batch; all of them have a code of at least 0."""
         device = self.class_weights.device
         logits = self.typer(*batch_tokens(batch, device)).float()
         target = torch.from_numpy(self._labelled.codes_of(batch.cell_ids)).to(device)
         loss = functional.cross_entropy(logits, target, self.class_weights, reduction="sum")
-        count = torch.tensor(len(target))
+        count = torch.tensor(len(target), device=device)
         return {"type": LossSum(loss, count, (logits.argmax(1) == target).sum())}
 
 
@@ -90,14 +91,14 @@ class FinetuneTask:
         """Head, its tables, and the encoder unless it is frozen, each at its rate."""
         typer = self.module.typer
         tables = typer.head.table_parameters()
-        rest = [p for p in typer.head.parameters() if all(p is not table for table in tables)]
+        ids = {id(table) for table in tables}
         groups = [
-            {"params": rest, "lr": options.learning_rate, "weight_decay": 0.0},
-            {"params": tables, "lr": options.table_learning_rate},
+            {"params": [p for p in typer.head.parameters() if id(p) not in ids], "lr": options.learning_rate},
+            {"params": tables, "lr": options.table_learning_rate, "weight_decay": options.weight_decay},
         ]
-        if not self._config.freeze_encoder:
-            encoder = [p for p in typer.encoder.parameters() if p.requires_grad]
-            groups.append({"params": encoder, "lr": options.encoder_learning_rate, "weight_decay": 0.0})
+        encoder = [p for p in typer.encoder.parameters() if p.requires_grad]
+        if encoder:
+            groups.append({"params": encoder, "lr": options.encoder_learning_rate})
         return groups
 
     def prepare(self, batch: Batch, epoch: int) -> Batch:
@@ -109,42 +110,49 @@ class FinetuneTask:
         return {"type": len(batch)}
 
     def validate(self, ranks: Ranks) -> dict[str, float]:
-        """Accuracy and macro F1 of the val cells, their mean loss breaking ties in the score."""
-        logits, truth = self.logits(self._labelled.of("val"))
-        return figures_of(logits, truth)
+        """Figures of the val cells; score is macro F1, the loss breaking ties."""
+        figures = figures_of(*self.logits(self._labelled.of("val")))
+        return {"score": figures["macro_f1"] - 0.01 * figures["loss"], **figures}
 
     def logits(self, cells: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Logits [n, types] and true codes [n] of the given cells, in order of their ids."""
-        parts, ids = [], []
-        renumbering = self._lister.vocabulary.new_of_old()
-        for block_ids, rows in sequential(self._store, cells):
-            batch = self._lister(Batch.from_open(block_ids, rows.renumber(renumbering)))
-            parts += [
-                self.module.typer.predict(piece)
-                for piece in micro_batches(batch, self._config.train.micro_tokens)
-            ]
-            ids.append(block_ids)
-        n_types = len(self._labelled.types)
-        logits = np.concatenate(parts) if parts else np.empty((0, n_types), np.float32)
-        return logits, self._labelled.codes_of(np.concatenate(ids)) if ids else np.empty(0, np.int64)
+        """Logits [n, types] and true codes [n] of labelled cells, in order of their ids."""
+        parts = [np.empty((0, len(self._labelled.types)), np.float32)]
+        new_of_old = self._lister.vocabulary.new_of_old()
+        for ids, rows in sequential(self._store, cells):
+            batch = self._lister(Batch.from_open(ids, rows.renumber(new_of_old)))
+            pieces = micro_batches(batch, self._config.train.micro_tokens)
+            parts += [self.module.typer.predict(piece) for piece in pieces]
+        return np.concatenate(parts), self._labelled.codes_of(np.sort(cells))
 
 
 def figures_of(logits: NDArray[np.float32], truth: NDArray[np.int64]) -> dict[str, float]:
-    """accuracy, macro_f1 (over the types in the truth), loss, and score = macro F1 less a hundredth of the loss."""
+    """accuracy, macro_f1 over the types in the truth, and loss over the cells of types that the model knows.
+
+    truth: codes; those below 0 are types that the model does not know, whose cells are errors. Empty without cells.
+    """
     if not len(truth):
         return {}
     best = logits.argmax(axis=1)
-    known = truth >= 0
-    shifted = logits[known] - logits[known].max(axis=1, keepdims=True)
-    own = shifted[np.arange(len(shifted)), truth[known]]
-    loss = float(np.mean(np.log(np.exp(shifted).sum(axis=1)) - own)) if known.any() else float("nan")
-    macro_f1 = float(f1_score(truth, best, labels=np.unique(truth), average="macro", zero_division=0))
-    return {
-        "score": macro_f1 - 0.01 * loss,
-        "accuracy": float(accuracy_score(truth, best)),
-        "macro_f1": macro_f1,
-        "loss": loss,
-    }
+    macro_f1 = f1_score(truth, best, labels=np.unique(truth), average="macro", zero_division=0)
+    figures = {"accuracy": float(accuracy_score(truth, best)), "macro_f1": float(macro_f1)}
+    known = np.flatnonzero(truth >= 0)
+    if len(known):
+        scores = logits[known].astype(np.float64)
+        own = scores[np.arange(len(known)), truth[known]]
+        figures["loss"] = float(np.mean(logsumexp(scores, axis=1) - own))
+    return figures
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """What a fine-tuning works with."""
+
+    store: IslandStore
+    pretrained: Model
+    labels: str
+    labelled: LabelledCells
+    config: FinetuneConfig
+    holdout: str
 
 
 def finetune(
@@ -159,75 +167,112 @@ def finetune(
     """Fine-tune a pretrained model on the cells of a store that have a label; the model folder is ``out``/model.
 
     labels: obs column with the cell types; cells without one are left out and counted
-    holdout: share of cells, or "column=value", that test and are never trained on
-    Run again with the same arguments, it goes on after the last complete epoch.
+    holdout: share of each type's cells, or "column=value", that test and are never trained on
+
+    Run again with the same arguments, it goes on after the last complete epoch; a complete run is left as it is.
+    Raises InputError where there are too few labelled cells, ModelError where model and store do not fit.
     """
     progress = progress or Silent()
     pretrained = read_model(model)
     pretrained.check_store(store)
-    labelled = split_cells(
-        store, labels, holdout, config.validation_share, config.calibration_share, config.train.seed
-    )
-    split = {name: int((labelled.split == name).sum()) for name in SPLITS}
-    progress.say(
-        f"labels {labels}: {len(labelled.types)} types, "
-        + ", ".join(f"{n:,} {name}" for name, n in split.items())
-        + f"; {labelled.n_without_label:,} cells without a label"
-    )
-    if not split["val"]:
+    rule = SplitRule(holdout, config.validation_share, config.calibration_share, config.train.seed)
+    labelled = split_cells(store, labels, rule)
+    progress.say(_split_line(labels, labelled))
+    if not labelled.sizes["val"]:
         raise InputError(
-            f"--labels {labels}: too few labelled cells of each type to hold any out for validation"
+            f"--labels {labels}: too few labelled cells of each type to hold any out for validation; label more "
+            "cells, or --set validation_share=0.3"
         )
-    task = _task(store, pretrained, labelled, config, progress)
-    run = RunFolder(
-        out, config, {"kind": "finetune", **_identity(store, pretrained, labels, holdout, labelled)}
-    )
+    work = _Work(store, pretrained, labels, labelled, config, str(holdout))
+    run = RunFolder(out, config, _identity(work))
     with run.use():
-        stream = IslandStream(
-            store,
-            cells=labelled.of("train"),
-            vocabulary=pretrained.vocabulary,
-            global_batch_size=min(config.train.global_batch_size, split["train"]),
-            seed=config.train.seed,
-        )
-        figures = train(task, stream, config.train, run, Ranks(), progress)
-        temperature = fit_temperature(*task.logits(labelled.of("val")))
-        test = figures_of(*task.logits(labelled.of("test")))
-        write_split(run.path / "split.parquet", store, labelled)
-        trained = _model(store, pretrained, task, labelled, config, temperature)
-        trained.info.provenance.update(
-            labels=labels, holdout=str(holdout), split=split, validation=figures, test=test
-        )
-        write_model(run.model, trained, finetuned_card(trained.info, trained.vocabulary))
-    return FinetuneReport(
-        run.model, labelled.types, split, labelled.n_without_label, temperature, figures, test
+        if run.complete:
+            progress.say(f"{run.path}: complete already; its model stays as it is")
+        else:
+            _finetune(work, run, progress)
+    return _report(run)
+
+
+def _split_line(labels: str, labelled: LabelledCells) -> str:
+    sizes = ", ".join(f"{n:,} {name}" for name, n in labelled.sizes.items())
+    return f"labels {labels}: {len(labelled.types)} types, {sizes}; {labelled.n_without_label:,} cells without a label"
+
+
+def _identity(work: _Work) -> dict[str, Any]:
+    labelled = work.labelled
+    cells = hashlib.sha256(labelled.cells.tobytes() + labelled.codes.tobytes())
+    cells.update("\n".join([*labelled.split, *labelled.types]).encode())
+    return {
+        "kind": "finetune",
+        "model": work.pretrained.digest,
+        "labels": work.labels,
+        "holdout": work.holdout,
+        "labelled_cells": cells.hexdigest(),
+        **run_inputs(work.store),
+    }
+
+
+def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
+    """Train, fit the temperature, test, and write split and model."""
+    ranks, options, labelled = Ranks(), work.config.train, work.labelled
+    torch.manual_seed(options.seed)
+    task = _task(work, ranks)
+    if not run.has("last"):
+        _initialise(task.module.typer, work, progress)
+    stream = IslandStream(
+        work.store,
+        cells=labelled.of("train"),
+        vocabulary=work.pretrained.vocabulary,
+        global_batch_size=options.global_batch_size,
+        seed=options.seed,
+        lanes=options.lanes or None,
     )
+    figures = train(task, stream, options, run, ranks, progress)
+    facts = {
+        "labels": work.labels,
+        "holdout": work.holdout,
+        "split": labelled.sizes,
+        "n_without_label": labelled.n_without_label,
+        "validation": figures,
+        "test": figures_of(*task.logits(labelled.of("test"))),
+    }
+    info = _info(work, fit_temperature(*task.logits(labelled.of("val"))), facts)
+    pretrained = work.pretrained
+    model = Model(info, pretrained.vocabulary, pretrained.islands, pretrained.encoder, task.module.typer)
+    write_split(run.path / "split.parquet", work.store, labelled)
+    write_model(run.model, model, finetuned_card(info, model.vocabulary))
 
 
-def _task(
-    store: IslandStore, pretrained: Model, labelled: LabelledCells, config: FinetuneConfig, progress: Progress
-) -> FinetuneTask:
-    torch.manual_seed(config.train.seed)
-    vocabulary = pretrained.vocabulary
-    head = build_head(config.head, pretrained.info.encoder, len(vocabulary), len(labelled.types))
-    if isinstance(head, PooledHead):
-        training = labelled.of("train")
-        idf = inverse_document_frequency(count_open(store, training)[vocabulary.islands], len(training))
-        rank = config.head.pooled
-        svd = truncated_svd(store, vocabulary, training, rank, config.train.seed, idf, progress=progress)
-        head.initialise(torch.from_numpy(idf), torch.from_numpy(svd.components * svd.singular_values))
+def _task(work: _Work, ranks: Ranks) -> FinetuneTask:
+    """Pretrained encoder and new head, its start still to be set."""
+    pretrained, labelled, config = work.pretrained, work.labelled, work.config
+    n_types = len(labelled.types)
+    head = build_head(config.head, pretrained.info.encoder, len(pretrained.vocabulary), n_types)
     if config.freeze_encoder:
         pretrained.encoder.requires_grad_(False)
-    codes = labelled.codes_of(labelled.of("train"))
-    weights = class_weights(np.bincount(codes, minlength=len(labelled.types)), config.class_weights)
-    module = CellTypeModel(CellTyper(pretrained.encoder, head), torch.from_numpy(weights), labelled)
-    lister = TokenLister(store, vocabulary, pretrained.info.encoder.attend)
-    return FinetuneTask(module, config, lister, store, labelled)
+    counts = np.bincount(labelled.codes_of(labelled.of("train")), minlength=n_types)
+    weights = torch.from_numpy(class_weights(counts, config.class_weights))
+    module = CellTypeModel(CellTyper(pretrained.encoder, head), weights, labelled).to(ranks.device)
+    lister = TokenLister(work.store, pretrained.vocabulary, pretrained.info.encoder.attend)
+    return FinetuneTask(module, config, lister, work.store, labelled)
+
+
+def _initialise(typer: CellTyper, work: _Work, progress: Progress) -> None:
+    """Start a pooled head as the best linear model: idf and SVD of the training cells."""
+    if not isinstance(typer.head, PooledHead):
+        return
+    training, vocabulary = work.labelled.of("train"), work.pretrained.vocabulary
+    counts = count_open(work.store, training, progress)[vocabulary.islands]
+    idf = inverse_document_frequency(counts, len(training))
+    rank, seed = work.config.head.pooled, work.config.train.seed
+    svd = truncated_svd(work.store, vocabulary, training, rank, seed, idf, progress=progress)
+    typer.head.initialise(torch.from_numpy(idf), torch.from_numpy(svd.components * svd.singular_values))
 
 
 def class_weights(counts: NDArray[np.int64], rule: str) -> NDArray[np.float32]:
     """Weight of each type in the loss, float32 [n_types].
 
+    counts: training cells of each type, all above 0
     balanced: n / (types x count); paper: (1 - frequency)^2, as annATAC's released code; none: 1
     """
     frequency = counts / counts.sum()
@@ -236,50 +281,37 @@ def class_weights(counts: NDArray[np.int64], rule: str) -> NDArray[np.float32]:
     return ((1 - frequency) ** 2 if rule == "paper" else np.ones(len(counts))).astype(np.float32)
 
 
-def _identity(
-    store: IslandStore, pretrained: Model, labels: str, holdout: float | str, labelled: LabelledCells
-) -> dict[str, Any]:
-    cells = hashlib.sha256(labelled.cells.tobytes() + labelled.codes.tobytes())
-    cells.update("\n".join(labelled.split).encode())
-    return {
-        "model": pretrained.digest,
-        "labels": labels,
-        "holdout": str(holdout),
-        "samples": {name: sample.x_sha256 for name, sample in store.samples.items()},
-        "labelled_cells": cells.hexdigest(),
-    }
-
-
-def _model(
-    store: IslandStore,
-    pretrained: Model,
-    task: FinetuneTask,
-    labelled: LabelledCells,
-    config: FinetuneConfig,
-    temperature: float,
-) -> Model:
-    before = pretrained.info.provenance
-    same = {s.digest for s in store.samples.values()} & set(before["samples"].values())
-    about = (
-        "pretraining saw all cells of these samples without their labels, the test cells among them"
-        if same
-        else "pretraining saw none of these cells"
-    )
+def _info(work: _Work, temperature: float, facts: dict[str, Any]) -> ModelInfo:
+    labelled, before = work.labelled, work.pretrained.info.provenance
     counts = Counter(labelled.types[code] for code in labelled.codes_of(labelled.of("train")))
-    info = replace(
-        pretrained.info,
-        head=config.head,
+    return replace(
+        work.pretrained.info,
+        head=work.config.head,
         labels=labelled.types,
         temperature=temperature,
         provenance={
-            "made_by": f"annatac_scale {version('annatac_scale')}",
+            "made_by": made_by(),
             "kind": "finetuned",
-            "pretrained": {"digest": pretrained.digest, **before},
-            "pretraining_cells": about,
-            "samples": {name: sample.digest for name, sample in store.samples.items()},
+            **facts,
+            "samples": sample_facts(work.store),
             "training_cells_per_type": {name: counts[name] for name in labelled.types},
-            "class_weights": config.class_weights,
-            "seed": config.train.seed,
+            "class_weights": work.config.class_weights,
+            "seed": work.config.train.seed,
+            "pretraining_cells": earlier_sight(before, work.store),
+            "pretrained": {"digest": work.pretrained.digest, **before},
         },
     )
-    return Model(info, pretrained.vocabulary, pretrained.islands, pretrained.encoder, task.module.typer)
+
+
+def _report(run: RunFolder) -> FinetuneReport:
+    info = read_model(run.model).info
+    facts = info.provenance
+    return FinetuneReport(
+        run.model,
+        info.labels,
+        facts["split"],
+        facts["n_without_label"],
+        info.temperature,
+        facts["validation"],
+        facts["test"],
+    )

@@ -2,20 +2,18 @@
 
 It runs alone in one process and, unchanged, as one of several ranks. A loss is a sum over targets divided by the
 number of targets of the *global* batch: how cells are dealt to ranks and micro-steps changes rounding only. Random
-numbers of a step are seeded by (seed, epoch, step, rank), so that a resumed run needs no generator state.
+numbers of a step are seeded by (seed, step, rank), so that a resumed run needs no generator state.
 """
 
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from annatac_scale.errors import AnnatacError, ConfigError
 from annatac_scale.model.heads import LossSum
@@ -26,6 +24,7 @@ from annatac_scale.train.checkpoint import RunFolder
 
 SCHEDULES = ("step", "cosine")
 LOG_EVERY = 20
+"""Steps between two lines of metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,9 @@ class TrainOptions:
 
     epochs: int = 20
     global_batch_size: int = 64
+    """Cells of a step, over all ranks."""
+    lanes: int = 0
+    """Runs of cells read side by side, a divisor of the global batch, at least the ranks; 0: the one nearest 36."""
     micro_tokens: int = 12_000
     """Tokens of a micro-step: bounds memory; changes the result by rounding only."""
     learning_rate: float = 1e-3
@@ -42,10 +44,11 @@ class TrainOptions:
     encoder_learning_rate: float = 1e-3
     """Rate of the encoder where a head is trained with it."""
     weight_decay: float = 0.0
-    """Decoupled decay of tables and matrices (AdamW)."""
+    """Decoupled decay (AdamW) of the tables, and of nothing else."""
     schedule: str = "cosine"
     """"step" multiplies the rate by ``decay`` every ``decay_epochs``; "cosine" falls to 0 over all epochs."""
     warmup_steps: int = 0
+    """Steps in which the rate rises from nearly 0, under either schedule."""
     decay_epochs: int = 10
     decay: float = 0.9
     clip: float = 1.0
@@ -54,6 +57,7 @@ class TrainOptions:
     """Validations after which training stops when none of them gained ``min_gain`` in score."""
     min_gain: float = 1e-3
     bf16: bool = False
+    """Forward and backward in bfloat16 (autocast); weights, sums and optimizer stay in float32."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,23 +66,26 @@ class TrainOptions:
         for name in ("epochs", "global_batch_size", "micro_tokens", "decay_epochs", "patience"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: found {getattr(self, name)}, expected at least 1")
-        for name in ("learning_rate", "table_learning_rate", "encoder_learning_rate", "clip"):
-            if not getattr(self, name) > 0:
+        for name in ("learning_rate", "table_learning_rate", "encoder_learning_rate", "clip", "decay"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: found {getattr(self, name)}, expected more than 0")
+        for name in ("lanes", "weight_decay", "warmup_steps", "min_gain", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}: found {getattr(self, name)}, expected at least 0")
 
 
 class Task(Protocol):
     """What is trained. ``module`` maps a prepared batch to summed losses by name."""
+
+    loss_weights: dict[str, float]
 
     @property
     def module(self) -> nn.Module:
         """What is trained."""
         ...
 
-    loss_weights: dict[str, float]
-
     def parameter_groups(self, options: TrainOptions) -> list[dict[str, Any]]:
-        """Optimizer groups, each with params and lr."""
+        """Optimizer groups, each with params and lr; those that decay with weight_decay."""
         ...
 
     def prepare(self, batch: Batch, epoch: int) -> Batch:
@@ -90,31 +97,72 @@ class Task(Protocol):
         ...
 
     def validate(self, ranks: "Ranks") -> dict[str, float]:
-        """Figures on the held-out cells; ``score`` is what early stopping maximises."""
+        """Figures on the held-out cells, the same on every rank; ``score`` is what early stopping maximises."""
         ...
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train together; alone by default."""
+    """The processes that train together, and the device of this one; alone by default."""
 
     rank: int = 0
     world_size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = field(default_factory=default_device)
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums over all ranks, in float64."""
         if self.world_size == 1:
             return values
-        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(totals)
-        return totals.tolist()
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(sums)
+        return sums.tolist()
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module, its gradients averaged over the ranks."""
+    def sum_gradients(self, module: nn.Module) -> None:
+        """Replace every gradient by its sum over all ranks, in one exchange: the order of additions is fixed."""
         if self.world_size == 1:
-            return module
-        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+            return
+        trained = [p for p in module.parameters() if p.requires_grad]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        torch.distributed.all_reduce(flat)
+        for parameter, grad in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
+            parameter.grad = grad.view_as(parameter)
+
+    def share(self, module: nn.Module) -> None:
+        """Give all ranks the weights and buffers of rank 0."""
+        if self.world_size > 1:
+            for tensor in module.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
+
+    def agree(self, value: float) -> bool:
+        """Whether all ranks hold the same number."""
+        if self.world_size == 1:
+            return True
+        extremes = torch.tensor([value, -value], dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
+        return extremes.tolist() == [value, -value]
+
+    def wait(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+
+@dataclass(frozen=True)
+class LossTotal:
+    """A loss over the global batches of some steps, not yet divided by the targets."""
+
+    sum: float = 0.0
+    count: float = 0.0
+    correct: float = 0.0
+
+    def __add__(self, other: "LossTotal") -> "LossTotal":
+        return LossTotal(self.sum + other.sum, self.count + other.count, self.correct + other.correct)
 
 
 @dataclass
@@ -124,8 +172,19 @@ class _State:
     step: int = 0
     best_score: float = -math.inf
     best_epoch: int = -1
+    best_figures: dict[str, float] = field(default_factory=dict)
     gained_score: float = -math.inf
     validations_since_gain: int = 0
+
+    def judge(self, figures: dict[str, float], epoch: int, min_gain: float) -> None:
+        """Take in a validation."""
+        score = figures["score"]
+        if score > self.best_score:
+            self.best_score, self.best_epoch, self.best_figures = score, epoch, {**figures, "epoch": epoch}
+        if score > self.gained_score + min_gain:
+            self.gained_score, self.validations_since_gain = score, 0
+        else:
+            self.validations_since_gain += 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +198,6 @@ class _Loop:
     ranks: Ranks
     progress: Progress
     optimizer: torch.optim.Optimizer
-    state: _State
 
 
 def train(
@@ -148,25 +206,25 @@ def train(
     """Train until the last epoch or until validation stops gaining; leaves the best weights in ``task.module``.
 
     Resumes from the run's last checkpoint when there is one. Returns the figures of the best validation.
-    Raises AnnatacError when a gradient is not finite.
+    Raises AnnatacError when a gradient is not finite, ModelError when a checkpoint is damaged.
     """
-    module = ranks.wrap(task.module)
-    optimizer = torch.optim.AdamW(task.parameter_groups(options), weight_decay=options.weight_decay)
+    optimizer = torch.optim.AdamW(task.parameter_groups(options), weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
-    state = _resume(task, optimizer, stream, run, progress)
-    loop = _Loop(task, stream, options, run, ranks, progress, optimizer, state)
+    loop = _Loop(task, stream, options, run, ranks, progress, optimizer)
+    state = _resume(loop)
+    ranks.share(task.module)
     epoch = stream.state_dict()["epoch"]
     with progress.task("Training", options.epochs * len(stream), "steps") as advance:
         advance(state.step)
         while epoch < options.epochs and state.validations_since_gain < options.patience:
-            meter = _Meter(task.loss_weights)
+            meter = _Meter(ranks.world_size)
             task.module.train()
             for batch in stream:
                 factor = rate_factor(options, state.step, len(stream))
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
                 _seed_step(options.seed, state.step, ranks.rank)
-                losses = accumulate(task, module, task.prepare(batch, epoch), options, ranks)
+                losses = accumulate(task, task.prepare(batch, epoch), options, ranks)
                 norm = nn.utils.clip_grad_norm_(task.module.parameters(), options.clip)
                 _check_finite(norm, batch, state.step)
                 optimizer.step()
@@ -175,43 +233,33 @@ def train(
                 state.step += 1
                 advance(1)
                 if state.step % LOG_EVERY == 0 and ranks.rank == 0:
-                    run.log(
-                        {"step": state.step, "epoch": epoch, "rate": rates[0] * factor, **meter.figures()}
-                    )
+                    rate = rates[0] * factor
+                    run.log({"step": state.step, "epoch": epoch, "rate": rate, **meter.figures()})
             epoch += 1
-            _after_epoch(loop, epoch, meter)
-    return _load_best(task, run, ranks)
+            _after_epoch(loop, state, epoch, meter)
+    return _load_best(loop, state)
 
 
-def accumulate(
-    task: Task, module: nn.Module, batch: Batch, options: TrainOptions, ranks: Ranks
-) -> dict[str, tuple[float, float, float]]:
-    """Add the gradient of this rank's share of a global batch in micro-steps.
+def accumulate(task: Task, batch: Batch, options: TrainOptions, ranks: Ranks) -> dict[str, LossTotal]:
+    """Add the gradient of the mean losses over the global batch, in micro-steps; returns the losses by name.
 
-    Returns by loss name (sum, count, correct) over the global batch.
+    batch: this rank's share, prepared; a rank without targets takes part all the same
     """
     names = list(task.loss_weights)
     own = task.counts(batch)
-    totals = dict(zip(names, ranks.sum([float(own[name]) for name in names]), strict=True))
-    sums = dict.fromkeys(names, (0.0, 0.0))
-    pieces = list(micro_batches(batch, options.micro_tokens))
-    for number, piece in enumerate(pieces):
-        last = number == len(pieces) - 1
-        held = nullcontext() if last or ranks.world_size == 1 else module.no_sync()  # type: ignore[operator]
-        with held:
-            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=options.bf16):
-                losses: dict[str, LossSum] = module(piece)
-            # DDP averages gradients over ranks, the loss is a mean over the global batch: hence world_size.
-            terms = [
-                task.loss_weights[name] * losses[name].sum * (ranks.world_size / max(totals[name], 1.0))
-                for name in names
-            ]
-            torch.stack(terms).sum().backward()
-        for name in names:
-            loss_sum, correct = sums[name]
-            sums[name] = loss_sum + losses[name].sum.item(), correct + losses[name].correct.item()
-    reduced = ranks.sum([value for name in names for value in sums[name]])
-    return {name: (reduced[2 * i], totals[name], reduced[2 * i + 1]) for i, name in enumerate(names)}
+    counts = ranks.sum([float(own[name]) for name in names])
+    scales = [task.loss_weights[name] / max(n, 1.0) for name, n in zip(names, counts, strict=True)]
+    found = torch.zeros(2, len(names), dtype=torch.float64, device=ranks.device)
+    for piece in micro_batches(batch, options.micro_tokens):
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=options.bf16):
+            losses: dict[str, LossSum] = task.module(piece)
+        sums = torch.stack([losses[name].sum for name in names])
+        (sums * sums.new_tensor(scales)).sum().backward()
+        found[0] += sums.detach()
+        found[1] += torch.stack([losses[name].correct for name in names]).to(found.device)
+    ranks.sum_gradients(task.module)
+    totals = ranks.sum(found.flatten().tolist())
+    return {name: LossTotal(totals[i], counts[i], totals[len(names) + i]) for i, name in enumerate(names)}
 
 
 def micro_batches(batch: Batch, max_tokens: int) -> Iterator[Batch]:
@@ -226,7 +274,7 @@ def micro_batches(batch: Batch, max_tokens: int) -> Iterator[Batch]:
 
 
 def rate_factor(options: TrainOptions, step: int, steps_per_epoch: int) -> float:
-    """What the learning rates are multiplied by in a step: a function of the step alone."""
+    """What the learning rates are multiplied by in a step (from 0): a function of the step alone."""
     warm = min(1.0, (step + 1) / (options.warmup_steps + 1))
     if options.schedule == "step":
         return float(warm * options.decay ** (step // steps_per_epoch // options.decay_epochs))
@@ -241,52 +289,57 @@ def _check_finite(norm: Tensor, batch: Batch, step: int) -> None:
     if not torch.isfinite(norm):
         cells = ", ".join(str(cell) for cell in batch.cell_ids[:5])
         raise AnnatacError(
-            f"step {step}: the gradient is not finite (cells {cells}, ...); lower the learning rate with "
-            "--set train.learning_rate=..., and start again from the last checkpoint"
+            f"step {step}: the gradient is not finite (cells {cells}, ...); train again into another --out with a "
+            "lower rate, as --set train.learning_rate=1e-4"
         )
 
 
 class _Meter:
     """Mean losses and accuracies over the steps of an epoch so far."""
 
-    def __init__(self, names: dict[str, float]) -> None:
-        self._sums = {name: np.zeros(3) for name in names}
+    def __init__(self, world_size: int) -> None:
+        self._totals: dict[str, LossTotal] = {}
+        self._world_size = world_size
         self._cells = 0
         self._start = time.monotonic()
 
-    def add(self, losses: dict[str, tuple[float, float, float]], n_cells: int) -> None:
-        for name, values in losses.items():
-            self._sums[name] += values
+    def add(self, losses: dict[str, LossTotal], n_cells: int) -> None:
+        """Take in a step; n_cells: cells of this rank."""
+        for name, loss in losses.items():
+            self._totals[name] = self._totals.get(name, LossTotal()) + loss
         self._cells += n_cells
 
     def figures(self) -> dict[str, float]:
-        figures = {"cells_per_s": round(self._cells / max(time.monotonic() - self._start, 1e-9), 1)}
-        for name, (loss, count, correct) in self._sums.items():
-            figures[f"{name}_loss"] = loss / max(count, 1.0)
-            figures[f"{name}_accuracy"] = correct / max(count, 1.0)
+        """Figures by name; cells_per_s takes the ranks for equally loaded."""
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        figures = {"cells_per_s": round(self._cells * self._world_size / seconds, 1)}
+        for name, loss in self._totals.items():
+            figures[f"{name}_loss"] = loss.sum / max(loss.count, 1.0)
+            figures[f"{name}_accuracy"] = loss.correct / max(loss.count, 1.0)
         return figures
 
 
-def _after_epoch(loop: "_Loop", epoch: int, meter: "_Meter") -> None:
-    """Validate, keep what validated best, write the checkpoint, log."""
-    task, state, run = loop.task, loop.state, loop.run
-    figures = task.validate(loop.ranks)
-    better = figures["score"] > state.best_score
-    if better:
-        state.best_score, state.best_epoch = figures["score"], epoch
-    if figures["score"] > state.gained_score + loop.options.min_gain:
-        state.gained_score, state.validations_since_gain = figures["score"], 0
-    else:
-        state.validations_since_gain += 1
+def _after_epoch(loop: _Loop, state: _State, epoch: int, meter: _Meter) -> None:
+    """Validate, write the checkpoints, log."""
+    figures = loop.task.validate(loop.ranks)
+    state.judge(figures, epoch, loop.options.min_gain)
     if loop.ranks.rank != 0:
         return
-    weights = task.module.state_dict()
-    if better:
-        run.save("best", {"module": weights, "figures": {**figures, "epoch": epoch}})
-    stream = {**loop.stream.state_dict(), "epoch": epoch, "step": 0}
-    optimizer = loop.optimizer.state_dict()
-    run.save("last", {"module": weights, "optimizer": optimizer, "state": vars(state), "stream": stream})
-    run.log({"step": state.step, "epoch": epoch, **{f"validation_{name}": v for name, v in figures.items()}})
+    weights = loop.task.module.state_dict()
+    loop.run.save(
+        "last",
+        {
+            "module": weights,
+            "optimizer": loop.optimizer.state_dict(),
+            "state": vars(state),
+            "stream": {**loop.stream.state_dict(), "epoch": epoch, "step": 0},
+        },
+    )
+    # After "last", which names the best epoch: where a run ends in between, ``_resume`` makes up for it.
+    if state.best_epoch == epoch:
+        loop.run.save("best", {"module": weights})
+    validated = {f"validation_{name}": value for name, value in figures.items()}
+    loop.run.log({"step": state.step, "epoch": epoch, **validated})
     loop.progress.say(f"epoch {epoch}: {_shown(meter.figures())}  |  validation {_shown(figures)}")
 
 
@@ -294,25 +347,31 @@ def _shown(figures: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in figures.items() if name != "score")
 
 
-def _resume(
-    task: Task, optimizer: torch.optim.Optimizer, stream: IslandStream, run: RunFolder, progress: Progress
-) -> _State:
-    saved = run.load("last")
-    if saved is None:
-        return _State()
-    task.module.load_state_dict(saved["module"])
-    optimizer.load_state_dict(saved["optimizer"])
-    stream.load_state_dict(saved["stream"])
-    progress.say(f"resuming {run.path} after epoch {saved['stream']['epoch']}, step {saved['state']['step']}")
-    return _State(**saved["state"])
+def _resume(loop: _Loop) -> _State:
+    """Go to the last checkpoint, on every rank to the same one."""
+    state, run = _State(), loop.run
+    if run.has("last"):
+        saved = run.load("last")
+        loop.task.module.load_state_dict(saved["module"])
+        loop.optimizer.load_state_dict(saved["optimizer"])
+        loop.stream.load_state_dict(saved["stream"])
+        state = _State(**saved["state"])
+        epoch = saved["stream"]["epoch"]
+        loop.progress.say(f"resuming {run.path} after epoch {epoch}, step {state.step}")
+        if loop.ranks.rank == 0:
+            run.log({"step": state.step, "epoch": epoch, "resumed": True})
+            if state.best_epoch == epoch:
+                run.save("best", {"module": saved["module"]})
+    if not loop.ranks.agree(state.step):
+        raise AnnatacError(f"{run.path}: rank {loop.ranks.rank} sees another last checkpoint than the others")
+    return state
 
 
-def _load_best(task: Task, run: RunFolder, ranks: Ranks) -> dict[str, float]:
-    if ranks.world_size > 1:
-        torch.distributed.barrier()
-    best = run.load("best")
-    if best is None:
-        raise AnnatacError(f"{run.path}: no validation score was a number; lower the learning rate")
-    task.module.load_state_dict(best["module"])
-    figures: dict[str, float] = best["figures"]
-    return figures
+def _load_best(loop: _Loop, state: _State) -> dict[str, float]:
+    if state.best_epoch < 0:
+        raise AnnatacError(
+            f"{loop.run.path}: no validation gave a number; train again into another --out with a lower rate"
+        )
+    loop.ranks.wait()
+    loop.task.module.load_state_dict(loop.run.load("best")["module"])
+    return state.best_figures

@@ -111,14 +111,17 @@ def position_table(svd: Svd, width: int, rms: float) -> Floats:
 
 
 def _matrix(rows: OpenIslands, n_islands: int, idf: Floats | None) -> sparse.csr_matrix:
-    if idf is None:
-        values = rows.levels.astype(np.float32)
-    else:
-        values = idf[rows.islands]
-        squares = np.concatenate([np.zeros(1), np.cumsum(np.square(values, dtype=np.float64))])
-        norms = np.sqrt(np.diff(squares[rows.offsets]))
-        values = values / np.repeat(np.maximum(norms, 1e-12), rows.n_open).astype(np.float32)
+    """The cells as a matrix of levels, or of idf with rows of length 1."""
+    values = rows.levels.astype(np.float32) if idf is None else _unit_rows(idf[rows.islands], rows)
     return sparse.csr_matrix((values, rows.islands, rows.offsets), shape=(len(rows), n_islands))
+
+
+def _unit_rows(values: Floats, rows: OpenIslands) -> Floats:
+    """The values, one an open island, divided by the Euclidean length of their cell's."""
+    squares = np.concatenate([np.zeros(1), np.cumsum(np.square(values, dtype=np.float64))])
+    lengths: NDArray[np.float64] = np.sqrt(squares[rows.offsets[1:]] - squares[rows.offsets[:-1]])
+    unit: Floats = np.divide(values, np.repeat(lengths, rows.n_open).astype(np.float32))
+    return unit
 
 
 def _power(basis: Floats, x: sparse.csr_matrix) -> Floats:

@@ -42,6 +42,9 @@ class PretrainConfig:
             )
         if not 0 < self.validation_share < 1:
             raise ConfigError(f"validation_share: found {self.validation_share}, expected between 0 and 1")
+        if self.min_cells < 1:
+            raise ConfigError(f"min_cells: found {self.min_cells}, expected at least 1")
+        _ = self.masking  # checks its values
 
     @property
     def masking(self) -> MaskingOptions:

@@ -1,7 +1,6 @@
 """Pretraining: masked open islands predicted by the encoder, on the cells of a store."""
 
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from annatac_scale.errors import ConfigError, InputError
 from annatac_scale.model.cell_typer import batch_tokens
-from annatac_scale.model.folder import Model, ModelInfo, vocabulary_islands, write_model
+from annatac_scale.model.folder import Model, ModelInfo, read_model, vocabulary_islands, write_model
 from annatac_scale.model.heads import LossSum, MaskedIslandHead
 from annatac_scale.model.linformer import Encoder
 from annatac_scale.progress import Progress, Silent
@@ -29,6 +28,7 @@ from annatac_scale.train.checkpoint import RunFolder
 from annatac_scale.train.loop import Ranks, TrainOptions, micro_batches, train
 from annatac_scale.train.positions import inverse_document_frequency, position_table, truncated_svd
 from annatac_scale.train.presets import PretrainConfig, with_tokens_per_cell
+from annatac_scale.train.provenance import made_by, run_inputs, sample_facts, store_identity
 
 MOST_LEVEL_ONE = 0.97
 """Above this share of one level among the open islands, guessing the level is guessing a constant."""
@@ -36,10 +36,13 @@ MOST_LEVEL_ONE = 0.97
 VALIDATION_EPOCH = 2**31
 """Masks of the validation cells are those of an epoch that training never reaches: the same each time."""
 
+_SPLIT = 1
+"""Sets the random numbers of the split of cells apart from others of the same seed."""
+
 
 @dataclass(frozen=True)
 class PretrainReport:
-    """What a pretraining run made."""
+    """What a pretraining run made. figures: of the validation cells; n_parameters: trained ones of the encoder."""
 
     model: Path
     n_cells: int
@@ -79,7 +82,11 @@ def _targets(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 class PretrainTask:
-    """Masked-island pretraining as the loop sees it."""
+    """Masked-island pretraining as the loop sees it.
+
+    validation: the validation cells, this rank's share of them
+    sampler: draws the closed islands of objective "level+open"
+    """
 
     def __init__(
         self,
@@ -87,27 +94,24 @@ class PretrainTask:
         config: PretrainConfig,
         lister: TokenLister,
         sampler: ClosedSampler | None,
+        validation: IslandStream,
     ) -> None:
         self.module = module
-        self.loss_weights = (
-            {"level": 1.0, "open": 1.0} if config.objective == "level+open" else {"level": 1.0}
-        )
+        self.loss_weights = dict.fromkeys(config.objective.split("+"), 1.0)
         self._config = config
         self._lister = lister
         self._sampler = sampler
-        self._validation: IslandStream | None = None
-
-    def validate_on(self, stream: IslandStream) -> None:
-        """Take the validation batches from ``stream``, this rank's share of them."""
-        self._validation = stream
+        self._validation = validation
 
     def parameter_groups(self, options: TrainOptions) -> list[dict[str, Any]]:
-        """The encoder's projection E, a table with a row for each island, and all else, each at its rate."""
-        table = self.module.encoder.projection
-        rest = [p for p in self.module.parameters() if p.requires_grad and p is not table]
+        """The tables with a row for each island, E and learned positions, and all else, each at its rate."""
+        encoder = self.module.encoder
+        tables = [p for p in (encoder.projection, encoder.positions) if p.requires_grad]
+        ids = {id(table) for table in tables}
+        rest = [p for p in self.module.parameters() if p.requires_grad and id(p) not in ids]
         return [
             {"params": rest, "lr": options.learning_rate},
-            {"params": [table], "lr": options.table_learning_rate},
+            {"params": tables, "lr": options.table_learning_rate, "weight_decay": options.weight_decay},
         ]
 
     def prepare(self, batch: Batch, epoch: int) -> Batch:
@@ -124,136 +128,185 @@ class PretrainTask:
     @torch.no_grad()
     def validate(self, ranks: Ranks) -> dict[str, float]:
         """Mean losses and accuracies on the held-out cells; the score is the negative sum of the losses."""
-        assert self._validation is not None
         self.module.eval()
+        names = list(self.loss_weights)
+        totals = np.zeros((len(names), 3))
         self._validation.set_epoch(0)
-        totals = dict.fromkeys(self.loss_weights, np.zeros(3))
         for batch in self._validation:
-            for piece in micro_batches(
-                self.prepare(batch, VALIDATION_EPOCH), self._config.train.micro_tokens
-            ):
-                for name, loss in self.module(piece).items():
-                    totals[name] = totals[name] + [loss.sum.item(), loss.count.item(), loss.correct.item()]
-        flat = ranks.sum([float(v) for name in self.loss_weights for v in totals[name]])
-        figures: dict[str, float] = {"score": 0.0}
-        for i, name in enumerate(self.loss_weights):
-            loss_sum, count, correct = flat[3 * i : 3 * i + 3]
-            figures[f"{name}_loss"] = loss_sum / max(count, 1.0)
-            figures[f"{name}_accuracy"] = correct / max(count, 1.0)
-            figures["score"] -= figures[f"{name}_loss"]
+            prepared = self.prepare(batch, VALIDATION_EPOCH)
+            for piece in micro_batches(prepared, self._config.train.micro_tokens):
+                losses = self.module(piece)
+                totals += [
+                    [losses[name].sum.item(), losses[name].count.item(), losses[name].correct.item()]
+                    for name in names
+                ]
+        totals = np.reshape(ranks.sum(totals.ravel().tolist()), totals.shape)
+        means = totals[:, [0, 2]] / np.maximum(totals[:, 1:2], 1)
+        figures = {"score": -float(means[:, 0].sum())}
+        for name, (loss, accuracy) in zip(names, means.tolist(), strict=True):
+            figures |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
         return figures
 
 
+@dataclass(frozen=True, eq=False)
+class PretrainData:
+    """What pretraining takes from a store.
+
+    training, validation: int64 cell ids, increasing
+    counts: int64 [len(vocabulary)], training cells in which an island is open
+    level_shares: of the levels 1 to 5 among the open islands of the training cells
+    """
+
+    store: IslandStore
+    training: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    vocabulary: Vocabulary
+    counts: NDArray[np.int64]
+    level_shares: tuple[float, ...]
+
+    @classmethod
+    def of(cls, store: IslandStore, config: PretrainConfig, progress: Progress) -> "PretrainData":
+        """Split the cells and count; two passes over the store."""
+        training, validation = _split(store, config)
+        counts = count_open(store, training, progress)
+        vocabulary = Vocabulary.fit(store, training, config.min_cells, counts)
+        shares = level_shares(store, training)
+        return cls(store, training, validation, vocabulary, counts[vocabulary.islands], shares)
+
+    @property
+    def tokens_per_cell(self) -> float:
+        """Mean open islands of a training cell."""
+        return float(self.counts.sum() / len(self.training))
+
+    def stream(self, cells: NDArray[np.int64], options: TrainOptions, ranks: Ranks) -> IslandStream:
+        """Batches of the given cells, this rank's share."""
+        return IslandStream(
+            self.store,
+            cells=cells,
+            vocabulary=self.vocabulary,
+            global_batch_size=options.global_batch_size,
+            seed=options.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            lanes=options.lanes or None,
+        )
+
+
 def pretrain(
-    store: IslandStore,
-    out: Path | str,
-    config: PretrainConfig,
-    ranks: Ranks | None = None,
-    progress: Progress | None = None,
+    store: IslandStore, out: Path | str, config: PretrainConfig, progress: Progress | None = None
 ) -> PretrainReport:
     """Pretrain an encoder on all cells of a store; the model folder is ``out``/model.
 
-    Run again with the same arguments, it goes on after the last complete epoch.
-    Raises ConfigError when the objective can teach nothing on this data, InputError when there are too few cells.
+    Run again with the same arguments, it goes on after the last complete epoch; a complete run is left as it is.
+    Raises ConfigError when the objective can teach nothing on this data or the run is of other settings, InputError
+    when there are too few cells.
     """
-    ranks, progress = ranks or Ranks(), progress or Silent()
-    if ranks.rank != 0:
-        progress = Silent()
-    samples = {name: sample.x_sha256 for name, sample in store.samples.items()}
-    run = RunFolder(out, config, {"kind": "pretrain", "samples": samples, "world_size": ranks.world_size})
-    training, validation = _split(store, config)
-    counts = count_open(store, training, progress)
-    vocabulary = Vocabulary.fit(store, training, config.min_cells, counts)
-    shares = level_shares(store, training)
-    progress.say(_histogram(shares))
-    _check_objective(config, shares)
-    config = with_tokens_per_cell(config, counts[vocabulary.islands].sum() / len(training))
+    progress = progress or Silent()
+    run = pretrain_folder(store, out, config, world_size=1)
+    with run.use():
+        if run.complete:
+            progress.say(f"{run.path}: complete already; its model stays as it is")
+        else:
+            pretrain_rank(store, run, config, Ranks(), progress)
+    return report_of(run)
+
+
+def pretrain_folder(
+    store: IslandStore, out: Path | str, config: PretrainConfig, world_size: int
+) -> RunFolder:
+    """The folder of a pretraining run, not yet in use."""
+    return RunFolder(out, config, {"kind": "pretrain", **run_inputs(store), "world_size": world_size})
+
+
+def report_of(run: RunFolder) -> PretrainReport:
+    """What a complete pretraining run made."""
+    model = read_model(run.model)
+    facts = model.info.provenance
+    n_parameters = sum(p.numel() for p in model.encoder.parameters())
+    shares = tuple(facts["level_shares"])
+    return PretrainReport(
+        run.model, facts["n_training_cells"], len(model.vocabulary), n_parameters, shares, facts["validation"]
+    )
+
+
+def pretrain_rank(
+    store: IslandStore, run: RunFolder, config: PretrainConfig, ranks: Ranks, progress: Progress
+) -> None:
+    """What each rank does; rank 0 writes into ``run``, which its caller holds. Errors are the same on every rank."""
+    data = PretrainData.of(store, config, progress)
+    progress.say(
+        "levels of open islands: "
+        + ", ".join(f"{level}: {share:.1%}" for level, share in enumerate(data.level_shares, 1))
+    )
+    _check_objective(config, data.level_shares)
+    config = with_tokens_per_cell(config, data.tokens_per_cell)
     torch.manual_seed(config.train.seed)
-    encoder = _encoder(store, vocabulary, counts, training, config, progress)
+    task = _task(data, config, ranks)
+    encoder = task.module.encoder
+    if ranks.rank == 0 and not run.has("last"):
+        _place(encoder, data, config, progress)
+    progress.say(
+        f"{len(data.training):,} cells to train, {len(data.validation):,} to validate, "
+        f"{len(data.vocabulary):,} islands, {sum(p.numel() for p in encoder.parameters()):,} parameters to train, "
+        f"attend {config.encoder.attend}"
+    )
+    stream = data.stream(data.training, config.train, ranks)
+    figures = train(task, stream, config.train, run, ranks, progress)
+    if ranks.rank == 0:
+        model = _model(data, config, encoder, figures)
+        write_model(run.model, model, pretrained_card(model.info, model.vocabulary))
+
+
+def _task(data: PretrainData, config: PretrainConfig, ranks: Ranks) -> PretrainTask:
+    """A new model, its positions still to be placed, and its validation."""
+    encoder = Encoder(config.encoder, len(data.vocabulary))
     head = MaskedIslandHead(config.encoder.width, config.objective)
     module = MaskedIslandModel(encoder, head).to(ranks.device)
-    lister = TokenLister(store, vocabulary, config.encoder.attend)
+    lister = TokenLister(data.store, data.vocabulary, config.encoder.attend)
     sampler = None
     if config.objective == "level+open":
-        sampler = ClosedSampler(counts[vocabulary.islands], lister.measured, lister.first_cells)
-    task = PretrainTask(module, config, lister, sampler)
-    task.validate_on(_stream(store, validation, vocabulary, config, ranks))
-    n_parameters = sum(p.numel() for p in encoder.parameters())
-    progress.say(
-        f"{len(training):,} cells to train, {len(validation):,} to validate, {len(vocabulary):,} islands, "
-        f"{n_parameters:,} trainable parameters, attend {config.encoder.attend}"
-    )
-    if ranks.rank == 0:
-        with run.use():
-            return _train(
-                store, task, vocabulary, config, (training, shares, n_parameters), run, ranks, progress
-            )
-    train(task, _stream(store, training, vocabulary, config, ranks), config.train, run, ranks, progress)
-    return PretrainReport(run.model, len(training), len(vocabulary), n_parameters, shares, {})
+        sampler = ClosedSampler(data.counts, lister.measured, lister.first_cells)
+    return PretrainTask(module, config, lister, sampler, data.stream(data.validation, config.train, ranks))
 
 
-def _train(
-    store: IslandStore,
-    task: PretrainTask,
-    vocabulary: Vocabulary,
-    config: PretrainConfig,
-    facts: tuple[NDArray[np.int64], tuple[float, ...], int],
-    run: RunFolder,
-    ranks: Ranks,
-    progress: Progress,
-) -> PretrainReport:
-    training, shares, n_parameters = facts
-    stream = _stream(store, training, vocabulary, config, ranks)
-    figures = train(task, stream, config.train, run, ranks, progress)
+def _place(encoder: Encoder, data: PretrainData, config: PretrainConfig, progress: Progress) -> None:
+    """Set the encoder's positions to the SVD of the training cells."""
+    idf = None
+    if config.position_values == "idf":
+        idf = inverse_document_frequency(data.counts, len(data.training))
+    width, seed = config.encoder.width, config.train.seed
+    svd = truncated_svd(data.store, data.vocabulary, data.training, width, seed, idf, progress=progress)
+    with torch.no_grad():
+        encoder.positions.copy_(torch.from_numpy(position_table(svd, width, encoder.token_rms)))
+
+
+def _model(data: PretrainData, config: PretrainConfig, encoder: Encoder, figures: dict[str, float]) -> Model:
     info = ModelInfo(
-        **store_identity(store),
+        **store_identity(data.store),
         preset=config.preset,
         encoder=config.encoder,
         provenance={
-            "made_by": f"annatac_scale {version('annatac_scale')}",
+            "made_by": made_by(),
             "kind": "pretrained",
             "objective": config.objective,
-            "samples": {name: sample.digest for name, sample in store.samples.items()},
-            "n_training_cells": len(training),
-            "level_shares": list(shares),
+            "samples": sample_facts(data.store),
+            "n_training_cells": len(data.training),
+            "level_shares": list(data.level_shares),
             "seed": config.train.seed,
             "validation": figures,
         },
     )
-    islands = vocabulary_islands(store.space, vocabulary)
-    write_model(
-        run.model, Model(info, vocabulary, islands, task.module.encoder), pretrained_card(info, vocabulary)
-    )
-    return PretrainReport(run.model, len(training), len(vocabulary), n_parameters, shares, figures)
-
-
-def store_identity(store: IslandStore) -> dict[str, Any]:
-    """What a model keeps of the store that it was trained on."""
-    a = store.attributes
-    return {
-        "assembly": a["assembly"],
-        "width_bp": a["width_bp"],
-        "selection": a["selection"],
-        "counting": store.counting,
-        "space_sha256": store.islands_sha256,
-        "n_space": store.n_islands,
-    }
+    return Model(info, data.vocabulary, vocabulary_islands(data.store.space, data.vocabulary), encoder)
 
 
 def level_shares(store: IslandStore, cells: NDArray[np.int64]) -> tuple[float, ...]:
-    """Share of each level among the open islands of the cells."""
+    """Share of each level among the open islands of the cells. Raises InputError where none is open."""
     totals = np.zeros(N_LEVELS, np.int64)
     for _, rows in sequential(store, cells):
         totals += np.bincount(rows.levels, minlength=N_LEVELS + 1)[1:]
     if not totals.sum():
         raise InputError(f"{store.path}: no cell has an open island; check the peaks and the assembly")
     return tuple((totals / totals.sum()).tolist())
-
-
-def _histogram(shares: tuple[float, ...]) -> str:
-    return "levels of open islands: " + ", ".join(
-        f"{level}: {share:.1%}" for level, share in enumerate(shares, 1)
-    )
 
 
 def _check_objective(config: PretrainConfig, shares: tuple[float, ...]) -> None:
@@ -266,47 +319,11 @@ def _check_objective(config: PretrainConfig, shares: tuple[float, ...]) -> None:
 
 
 def _split(store: IslandStore, config: PretrainConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Training and validation cells, each in order of their ids."""
+    """Training and validation cells."""
     n_validation = max(1, round(store.n_cells * config.validation_share))
     if store.n_cells - n_validation < 1:
         raise InputError(
             f"{store.path}: {store.n_cells} cells are too few to pretrain on; expected at least 2"
         )
-    order = np.random.default_rng([config.train.seed, 1]).permutation(store.n_cells)
+    order = np.random.default_rng([config.train.seed, _SPLIT]).permutation(store.n_cells)
     return np.sort(order[n_validation:]), np.sort(order[:n_validation])
-
-
-def _encoder(
-    store: IslandStore,
-    vocabulary: Vocabulary,
-    counts: NDArray[np.int64],
-    training: NDArray[np.int64],
-    config: PretrainConfig,
-    progress: Progress,
-) -> Encoder:
-    """A new encoder whose positions are the SVD of the training cells."""
-    idf = None
-    if config.position_values == "idf":
-        idf = inverse_document_frequency(counts[vocabulary.islands], len(training))
-    svd = truncated_svd(
-        store, vocabulary, training, config.encoder.width, config.train.seed, idf, progress=progress
-    )
-    encoder = Encoder(config.encoder, len(vocabulary))
-    table = position_table(svd, config.encoder.width, encoder.token_rms)
-    with torch.no_grad():
-        encoder.positions.copy_(torch.from_numpy(table))
-    return encoder
-
-
-def _stream(
-    store: IslandStore, cells: NDArray[np.int64], vocabulary: Vocabulary, config: PretrainConfig, ranks: Ranks
-) -> IslandStream:
-    return IslandStream(
-        store,
-        cells=cells,
-        vocabulary=vocabulary,
-        global_batch_size=config.train.global_batch_size,
-        seed=config.train.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )

@@ -20,20 +20,24 @@ from annatac_scale.store.store import IslandStore
 
 SPLITS = ("train", "val", "calib", "test")
 FEWEST_TRAIN_TYPES = 2
+_VALUES_SHOWN = 10
+
+Texts = NDArray[np.object_]
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledCells:
     """The labelled cells of a store and their splits.
 
-    cells: int64 cell ids; codes: int64, index into ``types``; split: object, one of SPLITS
+    cells: int64 cell ids, increasing; split: object, one of SPLITS
+    codes: int64, index into ``types``; below 0, a number for each, where a type has no training cells
     types: the cell types that have training cells, sorted
     n_without_label: cells of the store without a label
     """
 
     cells: NDArray[np.int64]
     codes: NDArray[np.int64]
-    split: NDArray[np.object_]
+    split: Texts
     types: tuple[str, ...]
     n_without_label: int
 
@@ -42,74 +46,119 @@ class LabelledCells:
         return self.cells[self.split == split]
 
     def codes_of(self, cells: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Codes of the given cells, -1 for a type without training cells."""
-        order = np.argsort(self.cells)
-        return self.codes[order[np.searchsorted(self.cells, cells, sorter=order)]]
+        """Codes of the given labelled cells."""
+        return self.codes[np.searchsorted(self.cells, cells)]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Cells of each split."""
+        return {name: int((self.split == name).sum()) for name in SPLITS}
 
 
-def split_cells(
-    store: IslandStore,
-    labels: str,
-    holdout: float | str,
-    validation_share: float,
-    calibration_share: float,
-    seed: int,
-) -> LabelledCells:
-    """Split the labelled cells of a store.
+@dataclass(frozen=True)
+class SplitRule:
+    """How labelled cells are split.
 
-    labels: obs column with the cell types
     holdout: share of each type's cells that test, or "column=value": all cells with that value (a donor, a fold)
-    The other cells are split by type too. Cells are ordered by a hash of (seed, sample, barcode): a cell's split does
-    not depend on the order of samples. A type with few cells trains before it validates, calibrates or tests.
-    Raises InputError when nothing is left to train on.
+    validation_share, calibration_share: of the cells that do not test
     """
-    group, _, value = holdout.partition("=") if isinstance(holdout, str) else ("", "", "")
-    obs = store.obs([labels, *([group] if group and group != labels else [])])
-    text = pd.Series(label_texts(obs[labels]), index=obs.index)
-    known = text != ""
-    rank = pd.Series(_hashes(obs, seed), index=obs.index)[known].sort_values().index
-    split = pd.Series("train", index=rank)
-    if group:
-        values = pd.Series(label_texts(obs[group]), index=obs.index)
-        held_out = values[rank] == value
-        if not held_out.any():
-            raise InputError(
-                f"--holdout {holdout}: no labelled cell of {store.path} has {group} {value!r}; "
-                f"there are {', '.join(sorted(set(values))[:10])}"
-            )
-        split[held_out] = "test"
-        shares = (0.0, validation_share, calibration_share)
-    else:
-        share = float(holdout)
+
+    holdout: float | str
+    validation_share: float
+    calibration_share: float
+    seed: int
+
+    @property
+    def group(self) -> tuple[str, str] | None:
+        """Column and value of the cells that test, None where a share of all cells does."""
+        column, equals, value = str(self.holdout).partition("=")
+        return (column.strip(), value.strip()) if equals else None
+
+    @property
+    def test_share(self) -> float:
+        """Share of each type's cells that test. Raises InputError where ``holdout`` is none."""
+        if self.group:
+            return 0.0
+        try:
+            share = float(self.holdout)
+        except ValueError:
+            share = -1.0
         if not 0 <= share < 1:
-            raise InputError(f"--holdout {holdout}: expected a share from 0 up to 1, or column=value")
-        rest = 1 - share
-        shares = (share, validation_share * rest, calibration_share * rest)
-    for _, members in split[split == "train"].groupby(text[rank]):
-        split[members.index] = _dealt(len(members), shares)
-    types = tuple(sorted(set(text[rank][split == "train"])))
+            raise InputError(f"--holdout {self.holdout}: expected a share from 0 up to 1, or column=value")
+        return share
+
+
+def split_cells(store: IslandStore, labels: str, rule: SplitRule) -> LabelledCells:
+    """Split the labelled cells of a store, type by type; ``labels``: obs column with the cell types.
+
+    Cells of a type are dealt in the order of a hash of (seed, sample, barcode): a cell's split does not depend on the
+    order of samples. A type with few cells trains before it validates, calibrates or tests.
+    Raises InputError when fewer than two types are left to train on.
+    """
+    group = rule.group
+    columns = [labels] if group is None else [labels, group[0]]
+    obs = store.obs(list(dict.fromkeys(columns)))
+    text = label_texts(obs[labels])
+    cells = np.flatnonzero(text != "")
+    split = np.full(store.n_cells, "train", object)
+    if group is not None:
+        split[_held_out(store, rule, label_texts(obs[group[0]]), cells)] = "test"
+    by_hash = cells[np.argsort(_hashes(obs.iloc[cells], rule.seed), kind="stable")]
+    by_hash = by_hash[split[by_hash] == "train"]
+    for _, members in pd.Series(by_hash).groupby(text[by_hash]):
+        split[members] = _dealt(len(members), rule)
+    types = sorted(set(text[cells][split[cells] == "train"]))
     if len(types) < FEWEST_TRAIN_TYPES:
         raise InputError(
             f"--labels {labels}: {len(types)} cell types have training cells ({', '.join(types)}), expected at least "
             f"{FEWEST_TRAIN_TYPES}; label more cells or hold out fewer"
         )
-    cells = np.sort(rank.to_numpy(np.int64))
-    code = {name: i for i, name in enumerate(types)}
-    codes = text[cells].map(lambda name: code.get(name, -1)).to_numpy(np.int64)
-    return LabelledCells(cells, codes, split[cells].to_numpy(object), types, int((~known).sum()))
+    codes = _codes(text[cells], types)
+    return LabelledCells(cells, codes, split[cells], tuple(types), store.n_cells - len(cells))
 
 
-def _dealt(n: int, shares: tuple[float, float, float]) -> list[str]:
+def _held_out(
+    store: IslandStore, rule: SplitRule, values: Texts, cells: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Labelled cells with the value that is held out."""
+    assert rule.group is not None
+    column, value = rule.group
+    held_out = cells[values[cells] == value]
+    if not len(held_out):
+        there = sorted(set(values[cells]) - {""})
+        more = f" and {len(there) - _VALUES_SHOWN} more" if len(there) > _VALUES_SHOWN else ""
+        raise InputError(
+            f"--holdout {rule.holdout}: no labelled cell of {store.path} has {column} {value!r}; "
+            f"there are {', '.join(there[:_VALUES_SHOWN]) or 'no values'}{more}"
+        )
+    return held_out
+
+
+def _dealt(n: int, rule: SplitRule) -> list[str]:
     """Splits of ``n`` cells of one type: test, val, calib by their rounded shares, at least one cell left to train."""
+    rest = 1 - rule.test_share
+    shares = {
+        "test": rule.test_share,
+        "val": rule.validation_share * rest,
+        "calib": rule.calibration_share * rest,
+    }
     given: list[str] = []
-    for name, share in zip(("test", "val", "calib"), shares, strict=True):
+    for name, share in shares.items():
         given += [name] * min(int(share * n + 0.5), n - 1 - len(given))
     return given + ["train"] * (n - len(given))
 
 
-def _hashes(obs: pd.DataFrame, seed: int) -> list[str]:
+def _codes(text: Texts, types: list[str]) -> NDArray[np.int64]:
+    code = {name: number for number, name in enumerate(types)}
+    strangers = sorted(set(text) - code.keys())
+    code |= {name: -1 - number for number, name in enumerate(strangers)}
+    return np.array([code[name] for name in text], np.int64)
+
+
+def _hashes(obs: pd.DataFrame, seed: int) -> NDArray[np.uint64]:
     cells = zip(obs["sample"], obs["barcode"], strict=True)
-    return [hashlib.blake2b(f"{seed}\t{s}\t{b}".encode(), digest_size=8).hexdigest() for s, b in cells]
+    digests = [hashlib.blake2b(f"{seed}\t{s}\t{b}".encode(), digest_size=8).digest() for s, b in cells]
+    return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)
 
 
 def write_split(path: Path, store: IslandStore, labelled: LabelledCells) -> None:
