@@ -191,19 +191,7 @@ def finetune(
         chosen = replace(chosen, freeze_encoder=True)
     if epochs is not None:
         chosen = replace(chosen, train=replace(chosen.train, epochs=epochs))
-    return run(IslandStore.open(store), model, labels, out, chosen, _holdout(holdout), progress)
-
-
-def _holdout(holdout: float | str) -> float | str:
-    """A share, which may be given as text, as a number; "column=value" as it is."""
-    try:
-        return float(holdout)
-    except ValueError as error:
-        if "=" in str(holdout):
-            return holdout
-        raise InputError(
-            f"--holdout {holdout}: expected a share from 0 up to 1, or column=value; give one of these"
-        ) from error
+    return run(IslandStore.open(store), model, labels, out, chosen, holdout, progress)
 
 
 def predict(

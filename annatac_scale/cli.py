@@ -71,7 +71,7 @@ def _one_line_errors() -> Iterator[None]:
         raise
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "annatac"
-        raise _Refused(f"{error.format_message().rstrip('.')}; see `{command} --help`") from error
+        raise _Refused(f"{error.format_message().rstrip('.?')}; see `{command} --help`") from error
     except AnnatacError as error:
         raise _Refused(str(error)) from error
     except OSError as error:

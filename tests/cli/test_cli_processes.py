@@ -1,0 +1,79 @@
+"""The command line in processes of its own: ``python -m``, and Ctrl-C."""
+
+import gzip
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import pytest
+from command_line import N_CELLS, Atlas, done, files_below, strict_json
+
+from annatac_scale.store.store import IslandStore
+
+
+def start(*words: Any) -> "subprocess.Popen[str]":
+    """A process of its own, which Ctrl-C interrupts even where this one ignores it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "annatac_scale", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def test_the_package_runs_as_a_module(atlas: Atlas) -> None:
+    process = start("info", atlas.store, "--json")
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (0, "")
+    assert strict_json(stdout)["n_cells"] == N_CELLS
+    process = start("info", "nosuch")
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (2, "")
+    assert stderr.startswith("annatac: error: nosuch: ")
+    assert stderr.count("\n") == 1
+
+
+def test_training_that_was_interrupted_goes_on_to_the_same_model(atlas: Atlas) -> None:
+    words = ("--preset", "tiny", "--epochs", 20, "--set", "train.patience=100")
+    process = start("pretrain", atlas.store, "--out", atlas.folder / "cut", *words)
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("epoch 2:"):
+            process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert lines[-1] == "annatac: interrupted; run the same command again to go on\n"
+    assert not any("Traceback" in line for line in lines)
+    assert not (atlas.folder / "cut" / "model").exists()
+    resumed = done("pretrain", atlas.store, "--out", atlas.folder / "cut", *words)
+    assert re.search(r"resuming .*cut after epoch ([2-9]|1\d), ", resumed.stderr)
+    done("pretrain", atlas.store, "--out", atlas.folder / "uncut", *words)
+    cut, uncut = files_below(atlas.folder / "cut" / "model"), files_below(atlas.folder / "uncut" / "model")
+    assert cut == uncut
+
+
+def test_conversion_that_was_interrupted_leaves_no_sample_and_goes_on(atlas: Atlas) -> None:
+    lines = gzip.decompress(atlas.fragments.read_bytes())
+    large = atlas.folder / "large.tsv"
+    large.write_bytes(lines * 200)
+    words = ("convert", large, *atlas.toy, "--min-fragments", 1, "--out", atlas.folder / "large.zarr")
+    process = start(*words)
+    while not (atlas.folder / "large.zarr").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the machine converted faster than it was interrupted")
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1] == "annatac: interrupted; run the same command again to go on"
+    assert IslandStore.open(atlas.folder / "large.zarr").samples == {}
+    assert done(*words).stdout.splitlines()[0] == "converted: large"
