@@ -16,8 +16,9 @@ def atlas(tmp_path_factory: pytest.TempPathFactory, said: dict[str, Result]) -> 
     a = Atlas(tmp_path_factory.mktemp("atlas"))
     said["convert"] = done("convert", a.h5ad, *a.toy, "--out", a.store)
     said["other"] = done(
-        "convert", a.fragments, *a.toy, "--counting", "fragment", "--min-fragments", 1, "--out", a.other
-    )
+        "convert", a.fragments, *a.toy, "--out", a.other, "--counting", "fragment", "--min-fragments", 1,
+        "--obs", a.cells,
+    )  # fmt: skip
     said["pretrain"] = done("pretrain", a.store, "--out", a.pretrained, "--preset", "tiny", *EPOCHS)
     said["finetune"] = done(*a.fine_tuning())
     said["predict"] = done("predict", a.store, "--model", a.typer, "--out", a.labels)

@@ -90,16 +90,18 @@ def test_a_novel_threshold_of_0_names_no_cell_novel_and_an_h5ad_carries_the_labe
     assert obs["annatac_label"].astype(str).tolist() == table["label"].loc[obs.index].astype(str).tolist()
 
 
-def test_a_store_carries_labels_that_are_joined_without_inputs(atlas: Atlas) -> None:
-    before = IslandStore.open(atlas.other).samples["fragments"].x_sha256
-    result = done("convert", "--obs", atlas.cells, "--out", atlas.other)
-    assert result.stdout.splitlines() == ["relabelled: fragments", str(atlas.other)]
+def test_labels_are_joined_to_a_store_without_inputs(atlas: Atlas, tmp_path: Path) -> None:
+    path = tmp_path / "atlas.zarr"
+    done("convert", atlas.fragments, *atlas.toy, "--min-fragments", 1, "--sample", "one", "--out", path)
+    before = IslandStore.open(path).samples["one"].x_sha256
+    result = done("convert", "--obs", atlas.cells, "--out", path)
+    assert result.stdout.splitlines() == ["relabelled: one", str(path)]
     assert "120 of 120 cells have labels" in result.stderr
-    store = IslandStore.open(atlas.other)
+    store = IslandStore.open(path)
     obs = store.obs(["cell_type", "donor"]).set_index("barcode")[["cell_type", "donor"]]
     assert obs.to_dict() == atlas.obs.loc[obs.index].to_dict()
-    assert store.samples["fragments"].x_sha256 == before
-    done("convert", "--obs", atlas.cells, "--out", atlas.other, "--assembly", "toy")
+    assert store.samples["one"].x_sha256 == before
+    done("convert", "--obs", atlas.cells, "--out", path, "--assembly", "toy")
 
 
 def test_islands_shows_the_first_ones_or_writes_all(atlas: Atlas) -> None:
