@@ -126,8 +126,9 @@ class RunFolder:
                     raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
             state: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=True)
         except (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError, UnpicklingError) as error:
+            found = " ".join(str(error).split())[:200]
             raise ModelError(
-                f"{source}: damaged checkpoint ({error}); delete {source.parent} to train from the start"
+                f"{source}: damaged checkpoint ({found}); delete {source.parent} to train from the start"
             ) from error
         return state
 

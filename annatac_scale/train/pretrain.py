@@ -241,7 +241,7 @@ def pretrain_rank(
     _check_objective(config, data.level_shares)
     config = with_tokens_per_cell(config, data.tokens_per_cell)
     torch.manual_seed(config.train.seed)
-    task = _task(data, config, ranks)
+    task = pretrain_task(data, config, ranks)
     encoder = task.module.encoder
     if ranks.rank == 0 and not run.has("last"):
         _place(encoder, data, config, progress)
@@ -257,7 +257,7 @@ def pretrain_rank(
         write_model(run.model, model, pretrained_card(model.info, model.vocabulary))
 
 
-def _task(data: PretrainData, config: PretrainConfig, ranks: Ranks) -> PretrainTask:
+def pretrain_task(data: PretrainData, config: PretrainConfig, ranks: Ranks) -> PretrainTask:
     """A new model, its positions still to be placed, and its validation."""
     encoder = Encoder(config.encoder, len(data.vocabulary))
     head = MaskedIslandHead(config.encoder.width, config.objective)

@@ -1,0 +1,246 @@
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from planted import draw_cells, small_pretraining, write_store
+from torch import nn
+
+from annatac_scale.errors import AnnatacError, ConfigError
+from annatac_scale.model.heads import LossSum
+from annatac_scale.progress import Silent
+from annatac_scale.stream.batch import Batch
+from annatac_scale.train.checkpoint import RunFolder
+from annatac_scale.train.loop import Ranks, TrainOptions, accumulate, micro_batches, rate_factor, train
+from annatac_scale.train.pretrain import PretrainData, pretrain_task
+
+ALONE = Ranks(device=torch.device("cpu"))
+
+
+def batch_of(counts):
+    """A batch of cells with the given numbers of tokens."""
+    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+    islands = np.concatenate([np.empty(0, np.int32), *[np.arange(n, dtype=np.int32) for n in counts]])
+    return Batch(np.arange(len(counts)) + 100, offsets, islands, np.ones(len(islands), np.uint8))
+
+
+@given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 25))
+def test_micro_batches_cover_every_cell_once_in_order_within_the_limit(counts, limit):
+    batch = batch_of(counts)
+    pieces = list(micro_batches(batch, limit))
+    assert np.concatenate([piece.cell_ids for piece in pieces]).tolist() == batch.cell_ids.tolist()
+    assert [n for piece in pieces for n in np.diff(piece.offsets).tolist()] == counts
+    assert np.concatenate([piece.islands for piece in pieces]).tolist() == batch.islands.tolist()
+    for piece in pieces:
+        assert len(piece.islands) <= limit or len(piece) == 1
+        assert len(piece) or not counts
+    # No piece could have taken the next cell too.
+    for piece, following in itertools.pairwise(pieces):
+        assert len(piece.islands) + following.offsets[1] > limit
+
+
+def test_an_empty_batch_is_one_empty_piece():
+    assert [len(piece) for piece in micro_batches(batch_of([]), 10)] == [0]
+
+
+@given(st.integers(0, 400), st.integers(1, 9), st.integers(0, 30))
+def test_the_rate_of_schedule_step_is_the_formula(step, steps_per_epoch, warmup):
+    options = TrainOptions(epochs=50, schedule="step", decay=0.5, decay_epochs=3, warmup_steps=warmup)
+    expected = 1.0
+    for epoch in range(1, step // steps_per_epoch + 1):
+        if epoch % 3 == 0:
+            expected *= 0.5
+    if step < warmup:
+        expected *= (step + 1) / (warmup + 1)
+    assert rate_factor(options, step, steps_per_epoch) == pytest.approx(expected)
+
+
+def test_the_rate_of_schedule_cosine_falls_from_one_to_zero_over_all_epochs():
+    options = TrainOptions(epochs=4, schedule="cosine")
+    factors = [rate_factor(options, step, 10) for step in range(41)]
+    assert factors[0] == 1
+    assert factors[20] == pytest.approx(0.5)
+    assert factors[10] == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    assert factors[40] == pytest.approx(0)
+    assert factors == sorted(factors, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("schedule", "linear"), ("epochs", 0), ("global_batch_size", 0), ("micro_tokens", 0), ("patience", 0),
+        ("learning_rate", 0.0), ("table_learning_rate", float("nan")), ("clip", -1.0), ("decay", 0.0),
+        ("weight_decay", -0.1), ("warmup_steps", -1), ("seed", -1), ("lanes", -2), ("min_gain", float("nan")),
+    ],
+)  # fmt: skip
+def test_options_out_of_range_are_refused_by_name(option, value):
+    with pytest.raises(ConfigError, match=f"{option}: found .*expected"):
+        TrainOptions(**{option: value})
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("loop") / "a.zarr", {"s0": draw_cells(120)})
+
+
+def pretraining_of(store, config):
+    """Task and data of a pretraining, in float64."""
+    data = PretrainData.of(store, config, Silent())
+    torch.manual_seed(0)
+    task = pretrain_task(data, config, ALONE)
+    task.module.double()
+    with torch.no_grad():
+        task.module.encoder.positions.normal_()
+    return task, data
+
+
+def gradients(module):
+    return {name: p.grad.clone() for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("attend", ["open", "all"])
+@pytest.mark.parametrize("micro_tokens", [1, 70, 500, 3000])
+def test_micro_steps_of_any_size_give_the_gradient_of_one_big_batch(store, attend, micro_tokens):
+    config = small_pretraining(attend=attend, global_batch_size=40)
+    task, data = pretraining_of(store, config)
+    batch = task.prepare(next(iter(data.stream(data.training, config.train, ALONE))), 0)
+    options = replace(config.train, micro_tokens=micro_tokens)
+    totals = accumulate(task, batch, options, ALONE)
+    found = gradients(task.module)
+    task.module.zero_grad()
+
+    losses = task.module(batch)
+    sum(loss.sum / loss.count for loss in losses.values()).backward()
+    expected = gradients(task.module)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-6, msg=name)
+    for name, loss in losses.items():
+        assert totals[name].sum == pytest.approx(loss.sum.item())
+        assert (totals[name].count, totals[name].correct) == (loss.count.item(), loss.correct.item())
+
+
+def test_a_batch_without_cells_gives_a_gradient_of_zeros_to_every_weight(store):
+    config = small_pretraining()
+    task, data = pretraining_of(store, config)
+    batch = next(iter(data.stream(data.training, config.train, ALONE)))[0:0]
+    totals = accumulate(task, task.prepare(batch, 0), config.train, ALONE)
+    assert {name: (t.sum, t.count) for name, t in totals.items()} == {"level": (0, 0), "open": (0, 0)}
+    for name, gradient in gradients(task.module).items():
+        assert not gradient.any(), name
+
+
+class Scale(nn.Module):
+    """One weight w; the loss of a cell is w times its tokens, or not a number."""
+
+    def __init__(self, broken):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.broken = broken
+
+    def forward(self, batch):
+        loss = self.weight * float(np.diff(batch.offsets).sum())
+        loss = loss * (math.nan if self.broken else 1)
+        return {"it": LossSum(loss, torch.tensor(len(batch)), torch.tensor(0))}
+
+
+class ScaleTask:
+    """Trains ``Scale``; the scores of the validations are given."""
+
+    def __init__(self, scores, broken=False):
+        self.loss_weights = {"it": 1.0}
+        self.module = Scale(broken)
+        self.scores = iter(scores)
+        self.weights = []
+
+    def parameter_groups(self, options):
+        return [{"params": list(self.module.parameters()), "lr": options.learning_rate}]
+
+    def prepare(self, batch, epoch):
+        return batch
+
+    def counts(self, batch):
+        return {"it": len(batch)}
+
+    def validate(self, ranks):
+        self.weights.append(self.module.weight.item())
+        return {"score": next(self.scores)}
+
+
+def train_scale(store, tmp_path, task, **options):
+    config = small_pretraining(epochs=9, **options)
+    data = PretrainData.of(store, config, Silent())
+    run = RunFolder(tmp_path / "run", config, {})
+    with run.use():
+        stream = data.stream(data.training, config.train, ALONE)
+        return train(task, stream, config.train, run, ALONE, Silent())
+
+
+def test_training_stops_when_patience_ends_and_leaves_the_best_weights(store, tmp_path):
+    task = ScaleTask([0.1, 0.5, 0.5005, 0.3, 0.5009, 0.9])
+    figures = train_scale(store, tmp_path, task, patience=3, min_gain=1e-3)
+    # The third and fifth score gain less than min_gain over the second; the fifth is the best all the same.
+    assert len(task.weights) == 5
+    assert figures == {"score": 0.5009, "epoch": 5}
+    assert task.module.weight.item() == pytest.approx(task.weights[4])
+    assert len(set(task.weights)) == 5
+
+
+def test_training_goes_on_to_the_last_epoch_while_it_gains(store, tmp_path):
+    task = ScaleTask(np.arange(9.0).tolist())
+    assert train_scale(store, tmp_path, task, patience=2)["epoch"] == 9
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_says_what_to_do(store, tmp_path):
+    with pytest.raises(AnnatacError, match=r"step 0: the gradient is not finite \(cells \d.*lower rate"):
+        train_scale(store, tmp_path, ScaleTask([1.0], broken=True))
+
+
+def test_validations_that_are_no_numbers_are_an_error_on_one_line(store, tmp_path):
+    with pytest.raises(AnnatacError, match="no validation gave a number"):
+        train_scale(store, tmp_path, ScaleTask([math.nan] * 9), patience=2)
+
+
+def test_metrics_are_lines_of_json_with_losses_per_target(store, tmp_path):
+    train_scale(store, tmp_path, ScaleTask([0.0] * 9), global_batch_size=4, patience=9)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "rate" in line]
+    assert [line["step"] for line in steps] == list(range(20, 9 * 27, 20))
+    assert {"it_loss", "it_accuracy", "cells_per_s", "epoch"} <= steps[0].keys()
+    assert [line["validation_score"] for line in lines if "validation_score" in line] == [0.0] * 9
+
+
+def test_bf16_trains_weights_that_stay_in_float32(store):
+    config = small_pretraining(bf16=True)
+    data = PretrainData.of(store, config, Silent())
+    torch.manual_seed(0)
+    task = pretrain_task(data, config, ALONE)
+    batch = task.prepare(next(iter(data.stream(data.training, config.train, ALONE))), 0)
+    accumulate(task, batch, config.train, ALONE)
+    found = gradients(task.module)
+    task.module.zero_grad()
+    accumulate(task, batch, replace(config.train, bf16=False), ALONE)
+    for name, gradient in gradients(task.module).items():
+        assert found[name].dtype == torch.float32
+        assert (found[name] - gradient).norm() <= 0.1 * gradient.norm() + 1e-6, name
+
+
+def test_only_the_tables_decay_and_positions_are_trained_where_they_are_learned(store):
+    for positions in ("frozen", "learned"):
+        config = small_pretraining(positions=positions, weight_decay=0.25, table_learning_rate=3e-3)
+        task, _ = pretraining_of(store, config)
+        rest, tables = task.parameter_groups(config.train)
+        encoder = task.module.encoder
+        learned = [encoder.positions] if positions == "learned" else []
+        assert [id(p) for p in tables["params"]] == [id(p) for p in (encoder.projection, *learned)]
+        assert (tables["lr"], tables["weight_decay"]) == (3e-3, 0.25)
+        assert rest["lr"] == config.train.learning_rate
+        assert rest.get("weight_decay", 0.0) == 0.0
+        grouped = {id(p) for group in (rest, tables) for p in group["params"]}
+        assert grouped == {id(p) for p in task.module.parameters()}
+        assert (id(encoder.positions) in grouped) == (positions == "learned")
