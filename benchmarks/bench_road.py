@@ -30,7 +30,10 @@ def stages(folder: Path, data: Path, epochs: int) -> list[tuple[str, Callable[[]
     return [
         ("convert", lambda: ats.convert(data, assembly="mm9", select="all", out=store)),
         ("pretrain", lambda: ats.pretrain(store, out=folder / "pre", epochs=epochs)),
-        ("finetune", lambda: ats.finetune(store, model=model, labels="cell_type", out=folder / "ft", epochs=epochs)),
+        (
+            "finetune",
+            lambda: ats.finetune(store, model=model, labels="cell_type", out=folder / "ft", epochs=epochs),
+        ),
         ("predict", lambda: ats.predict(store, model=folder / "ft" / "model", out=folder / "labels")),
         ("evaluate", lambda: ats.evaluate(folder / "labels", store=store, truth="cell_type")),
     ]
@@ -52,13 +55,19 @@ def one_round(data: Path, epochs: int) -> dict[str, tuple[float, float]]:
 
 def commit() -> str:
     root = Path(__file__).parent
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+    )
     return found.stdout.strip()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one epoch, one round after the warm-up, under a minute")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one epoch, one round after the warm-up, under a minute"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     epochs, rounds = (1, 1) if options.quick else (3, options.rounds)
@@ -74,7 +83,9 @@ def main() -> None:
             "wall_s_median": round(statistics.median(seconds[stage][0] for seconds in measured), 2),
             "cold_wall_s": round(first[stage][0], 2),
         }
-        print(f"{stage:9} CPU {figures[stage]['cpu_s_median']:7.2f} s   wall {figures[stage]['wall_s_median']:7.2f} s")
+        print(
+            f"{stage:9} CPU {figures[stage]['cpu_s_median']:7.2f} s   wall {figures[stage]['wall_s_median']:7.2f} s"
+        )
     print(
         json.dumps(
             {

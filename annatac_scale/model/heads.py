@@ -100,7 +100,7 @@ def _at_least_fp32(x: Tensor) -> Tensor:
 class CellTypeHead(nn.Module):
     """A head that tells the type of each cell from its tokens.
 
-    Subclasses give ``embed`` and ``table_parameters``, and set ``classifier``, linear in the embedding.
+    Subclasses give ``embed``, ``table_parameters`` and ``reading_parameters``, and set ``classifier``, linear in the embedding.
     """
 
     classifier: nn.Linear
@@ -125,6 +125,10 @@ class CellTypeHead(nn.Module):
 
     def table_parameters(self) -> list[nn.Parameter]:
         """Parameters with a row for each island: a cell trains few of them, so they want a higher rate."""
+        raise NotImplementedError
+
+    def reading_parameters(self) -> list[nn.Parameter]:
+        """Parameters that the encoder's states enter through: they are trained at its rate."""
         raise NotImplementedError
 
 
@@ -168,6 +172,10 @@ class CnnHead(CellTypeHead):
     def table_parameters(self) -> list[nn.Parameter]:
         """The first full layer, a row for each island."""
         return [self.table]
+
+    def reading_parameters(self) -> list[nn.Parameter]:
+        """The filter."""
+        return list(self.filter.parameters())
 
 
 class PooledHead(CellTypeHead):
@@ -242,6 +250,10 @@ class PooledHead(CellTypeHead):
     def table_parameters(self) -> list[nn.Parameter]:
         """W, a row for each island."""
         return [self.table]
+
+    def reading_parameters(self) -> list[nn.Parameter]:
+        """The gate."""
+        return list(self.gate.parameters())
 
 
 def _unit_rows(values_S: Tensor, offsets: Tensor) -> Tensor:

@@ -88,18 +88,16 @@ class FinetuneTask:
         self._labelled = labelled
 
     def parameter_groups(self, options: TrainOptions) -> list[dict[str, Any]]:
-        """Head, its tables, and the encoder unless it is frozen, each at its rate."""
+        """The head, its tables, and the encoder with what reads it, each at its rate."""
         typer = self.module.typer
-        tables = typer.head.table_parameters()
-        ids = {id(table) for table in tables}
-        groups = [
-            {"params": [p for p in typer.head.parameters() if id(p) not in ids], "lr": options.learning_rate},
-            {"params": tables, "lr": options.table_learning_rate, "weight_decay": options.weight_decay},
-        ]
+        tables, reading = typer.head.table_parameters(), typer.head.reading_parameters()
+        apart = {id(p) for p in (*tables, *reading)}
         encoder = [p for p in typer.encoder.parameters() if p.requires_grad]
-        if encoder:
-            groups.append({"params": encoder, "lr": options.encoder_learning_rate})
-        return groups
+        return [
+            {"params": [p for p in typer.head.parameters() if id(p) not in apart], "lr": options.learning_rate},
+            {"params": tables, "lr": options.table_learning_rate, "weight_decay": options.weight_decay},
+            {"params": reading + encoder, "lr": options.encoder_learning_rate},
+        ]
 
     def prepare(self, batch: Batch, epoch: int) -> Batch:
         """List the tokens to attend to."""

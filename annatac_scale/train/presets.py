@@ -124,17 +124,20 @@ def pretrain_preset(name: str, attend: str | None = None) -> PretrainConfig:
 def finetune_preset(name: str, head: str | None = None) -> FinetuneConfig:
     """The fine-tuning configuration for a model of preset ``name``; ``head`` overrides its own."""
     if name != "paper":
+        chosen = HeadConfig(head or "pooled", island_dropout=0.5)
+        # The pooled head starts as a linear model with a good table: its few other parameters may move fast.
+        pooled = chosen.kind == "pooled"
         train = TrainOptions(
-            epochs=10,
+            epochs=6 if pooled else 20,
             global_batch_size=32,
-            learning_rate=1e-3,
-            table_learning_rate=1e-2,
-            encoder_learning_rate=1e-4,
+            learning_rate=3e-2 if pooled else 1e-3,
+            table_learning_rate=1e-3,
+            encoder_learning_rate=1e-4 if pooled else 1e-3,
             weight_decay=0.1,
             warmup_steps=10,
             patience=4,
         )
-        return FinetuneConfig(HeadConfig(head or "pooled"), train)
+        return FinetuneConfig(chosen, train)
     train = TrainOptions(
         epochs=99,
         global_batch_size=450,

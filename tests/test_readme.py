@@ -1,0 +1,99 @@
+"""What the README and the jobs tell people to type runs, word for word, on a small cut of real data."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CELLS_PER_TYPE = 25
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with cells.h5ad: some cells of each type, the peaks of two chromosomes."""
+    folder = tmp_path_factory.mktemp("own_data")
+    with as_file(files("annatac_scale") / "data" / "cerebellum.h5ad") as shipped:
+        data = anndata.read_h5ad(shipped)
+    rows = np.concatenate(
+        [rows[:CELLS_PER_TYPE] for rows in data.obs.groupby("cell_type", observed=True).indices.values()]
+    )
+    data[np.sort(rows), data.var_names.str.match(r"chr[12]:")].copy().write_h5ad(folder / "cells.h5ad")
+    return folder
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def test_the_six_commands_run_and_label_held_out_cells(folder: Path) -> None:
+    (commands,) = blocks("bash")
+    lines = commands.strip().splitlines()
+    assert [line.split()[1] for line in lines] == [
+        "convert",
+        "info",
+        "pretrain",
+        "finetune",
+        "predict",
+        "evaluate",
+    ]
+    for line in lines:
+        done = run(line, folder)
+    assert "held-out test cells: 20 of 100" in done.stdout
+    labels = pd.read_parquet(folder / "labels")
+    assert len(labels) == 4 * CELLS_PER_TYPE
+    for column in re.findall(r"Parquet tables, one row a cell: (.*?) \|", (ROOT / "README.md").read_text())[
+        0
+    ].split(", "):
+        assert column in labels, column
+
+
+def test_the_python_lines_run(folder: Path) -> None:
+    own = folder / "python"
+    own.mkdir()
+    (own / "cells.h5ad").symlink_to(folder / "cells.h5ad")
+    (code,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", code], cwd=own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "macro F1" in done.stdout
+
+
+def test_every_file_that_the_readme_links_to_is_there() -> None:
+    for name in ("README.md", "docs/guide.md", "jobs/README.md", "benchmarks/README.md"):
+        text = (ROOT / name).read_text()
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            assert (ROOT / name).parent.joinpath(link).exists(), f"{name}: {link}"
+
+
+def test_the_targets_that_the_readme_names_are_in_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(
+        re.findall(r"make (demo-full|demo|test|lint|bench)\b", (ROOT / "README.md").read_text())
+    ):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_the_local_job_goes_from_a_sheet_to_evaluated_labels(folder: Path) -> None:
+    (folder / "samples.tsv").write_text("sample\tpath\ttissue\none\tcells.h5ad\tcerebellum\n")
+    job = ROOT / "jobs" / "local" / "road.sh"
+    done = run(f"ASSEMBLY=mm9 bash {job} samples.tsv job", folder)
+    assert "macro F1" in done.stdout
+    again = run(f"ASSEMBLY=mm9 bash {job} samples.tsv job", folder)
+    assert "macro F1" in again.stdout
