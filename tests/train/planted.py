@@ -77,9 +77,8 @@ def small_pretraining(
     return replace(
         preset,
         encoder=encoder,
-        validation_share=0.1,
         train=replace(preset.train, **{**train, **options}),
-        **own,
+        **{"validation_share": 0.1, **own},
     )
 
 
@@ -110,3 +109,8 @@ class Lines(Silent):
 
     def say(self, line: str) -> None:
         self.lines.append(line)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Names and content of the files of a folder."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}

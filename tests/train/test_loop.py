@@ -244,3 +244,24 @@ def test_only_the_tables_decay_and_positions_are_trained_where_they_are_learned(
         grouped = {id(p) for group in (rest, tables) for p in group["params"]}
         assert grouped == {id(p) for p in task.module.parameters()}
         assert (id(encoder.positions) in grouped) == (positions == "learned")
+
+
+def test_best_weights_are_kept_where_a_run_ends_between_its_two_checkpoints(store, tmp_path, monkeypatch):
+    save, saved = RunFolder.save, []
+
+    def save_and_stop(self, name, state):
+        saved.append(name)
+        if saved.count("best") == 2:
+            raise KeyboardInterrupt
+        save(self, name, state)
+
+    scores = [0.1, 0.9, *[0.2] * 7]
+    undisturbed = ScaleTask(scores)
+    expected = train_scale(store, tmp_path / "undisturbed", undisturbed)
+    monkeypatch.setattr(RunFolder, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_scale(store, tmp_path, ScaleTask(scores))
+    monkeypatch.undo()
+    resumed = ScaleTask(scores[2:])
+    assert train_scale(store, tmp_path, resumed) == expected == {"score": 0.9, "epoch": 2}
+    assert resumed.module.weight.item() == undisturbed.module.weight.item() == undisturbed.weights[1]
