@@ -220,6 +220,6 @@ def demo(
     out: AnyPath = "demo", *, full: bool = False, progress: Progress | None = None
 ) -> list[dict[str, Any]]:
     """The whole road on the data that the package ships; returns the figures, a dict a data set."""
-    from annatac_scale.demo import run_demo
+    from annatac_scale.demonstration import run_demo
 
     return run_demo(Path(out), full, progress or Silent())

@@ -45,10 +45,10 @@ def from_dict(kind: type[C], values: Mapping[str, Any], base: C | None = None, p
             raise ConfigError(f"{place}{key}: no such setting; there are {', '.join(sorted(fields))}")
         inner = getattr(base, key, None)
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
-            given[key] = from_dict(hints[key], value, inner, f"{place}{key}.")  # type: ignore[arg-type]
+            given[key] = from_dict(hints[key], value, inner, f"{place}{key}.")
         else:
             given[key] = _checked(value, hints[key], f"{place}{key}")
-    return dataclasses.replace(base, **given) if base is not None else kind(**given)
+    return dataclasses.replace(base, **given) if base is not None else kind(**given)  # type: ignore[type-var]
 
 
 def read_toml(kind: type[C], path: Path | str, base: C | None = None) -> C:

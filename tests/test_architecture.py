@@ -27,7 +27,7 @@ FLOORS = (
     ("biology",),
     ("report",),
     ("baseline",),
-    ("demo", "api", "cli", "__init__", "__main__"),
+    ("demonstration", "api", "cli", "__init__", "__main__"),
 )
 """From the lowest to the highest: a room may import from its own and from lower floors."""
 
@@ -41,13 +41,13 @@ FENCES = {
     "ray": ("train/cluster.py", "annotate/cluster.py"),
     "torch": ("stream/", "model/", "train/", "annotate/", "biology/"),
     "safetensors": ("model/",),
-    "sklearn": ("train/", "annotate/", "baseline.py", "demo.py"),
+    "sklearn": ("train/", "annotate/", "baseline.py", "demonstration.py"),
     "click": ("cli.py",),
     "rich": ("cli.py",),
 }
 """Where alone a heavy library may be imported, in functions too."""
 
-WHEN_CALLED = (ROOT / "api.py", ROOT / "demo.py")
+WHEN_CALLED = (ROOT / "api.py", ROOT / "demonstration.py")
 """The one import that closes a circle: the demo calls the API, which offers the demo as one of its functions."""
 
 MOST_LINES = 500

@@ -100,7 +100,8 @@ def _at_least_fp32(x: Tensor) -> Tensor:
 class CellTypeHead(nn.Module):
     """A head that tells the type of each cell from its tokens.
 
-    Subclasses give ``embed``, ``table_parameters`` and ``reading_parameters``, and set ``classifier``, linear in the embedding.
+    Subclasses give ``embed``, ``table_parameters`` and ``reading_parameters``, and set ``classifier``, linear in
+    the embedding.
     """
 
     classifier: nn.Linear
