@@ -36,6 +36,7 @@ def tuned_logistic_regression(
     levels: uint8 [n_cells, n_islands]; types: [n_cells], those of ``test`` are not looked at
     Values ("log": log1p of depth-normalised levels; "idf": binary x idf, rows of equal length), C and class weights are
     chosen by macro F1 over stratified inner folds of the training cells. Returns the predicted types and the choice.
+    For sets of up to some 10,000 cells: memory holds n_cells x n_cells numbers. Two types need two training cells each.
     """
     best: tuple[float, Tuned] | None = None
     n_folds = min(INNER_FOLDS, int(np.unique(types[train], return_counts=True)[1].min()))
