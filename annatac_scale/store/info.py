@@ -12,8 +12,8 @@ from anndata.io import read_elem
 from numpy.typing import NDArray
 
 from annatac_scale.store import schema
+from annatac_scale.store.files import INCOMING
 from annatac_scale.store.store import IslandStore, Sample
-from annatac_scale.store.writer import INCOMING
 
 MAX_DETAILED = 10
 """Samples up to which the text says where each came from; JSON always does."""

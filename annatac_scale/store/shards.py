@@ -8,6 +8,7 @@ codecs bytes (little-endian), crc32c, the index at the file's end.
 import hashlib
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +80,24 @@ def write_shard(x: Path, shard: int, rows: OpenIslands) -> str:
 
 
 class ShardReader:
-    """Reads encoded blocks of one sample's X. The index of a shard is read once and kept (256 bytes)."""
+    """Reads encoded blocks of one sample's X. The index of a shard is read once and kept (256 bytes).
 
-    def __init__(self, x: Path, n_cells: int, n_islands: int) -> None:
+    shard_open: open islands of each shard, by which a lost file is told from an all-closed shard; None: not known
+    """
+
+    def __init__(
+        self, x: Path, n_cells: int, n_islands: int, shard_open: Sequence[int] | None = None
+    ) -> None:
         self.x = x
         self.n_cells = n_cells
         self.n_islands = n_islands
+        self.shard_open = shard_open
         self._index: dict[int, np.ndarray | None] = {}
 
     def read_block(self, block: int) -> OpenIslands:
         """The cells of block ``block`` of the sample.
 
-        Raises StoreError when the file is cut short or its bytes do not fit their checksum.
+        Raises StoreError when the file is lost or cut short, or its bytes do not fit their checksum.
         """
         n_rows = min(BLOCK_CELLS, self.n_cells - block * BLOCK_CELLS)
         shard, within = divmod(block, SHARD_BLOCKS)
@@ -109,7 +116,13 @@ class ShardReader:
 
     def _shard_index(self, shard: int) -> np.ndarray | None:
         if shard not in self._index:
-            self._index[shard] = self._read_index(shard_path(self.x, shard))
+            index = self._read_index(shard_path(self.x, shard))
+            if index is None and self.shard_open is not None and self.shard_open[shard]:
+                raise StoreError(
+                    f"{shard_path(self.x, shard)}: the file is lost; its cells have {self.shard_open[shard]:,} open "
+                    "islands; convert the sample again"
+                )
+            self._index[shard] = index
         return self._index[shard]
 
     def _read_index(self, path: Path) -> np.ndarray | None:

@@ -1,6 +1,5 @@
 """Open, check and read an island store. Rows are read encoded and decoded to open islands, never to dense rows."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +14,10 @@ from numpy.typing import NDArray
 from annatac_scale.errors import InputError, StoreError
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.store import schema
+from annatac_scale.store.metadata import read_index, read_root
+from annatac_scale.store.obs import finish_obs
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.shards import ShardReader
-from annatac_scale.store.writer import finish_obs, read_index
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Sample:
         self.digest: str = entry["digest"]
         self.x_sha256: str = entry["x_sha256"]
         self.first_cell = first_cell
-        self._reader = ShardReader(path / "X", self.n_cells, n_islands)
+        self._reader = ShardReader(path / "X", self.n_cells, n_islands, entry.get("shard_open"))
         attributes = self._group[schema.CONVERSION].attrs if schema.CONVERSION in self._group else {}
         if not attributes.get("complete"):
             raise StoreError(f"{path}: the sample is not complete; convert it again")
@@ -63,7 +63,9 @@ class Sample:
         return np.asarray(read_elem(self._group["var/measured"]), bool)
 
     def obs(self) -> pd.DataFrame:
-        """One row a cell, indexed by barcode."""
+        """One row a cell, indexed by barcode. Raises StoreError where it is gone."""
+        if "obs" not in self._group:
+            raise StoreError(f"{self.path}: found no obs; open the store again, or convert the sample again")
         return read_elem(self._group["obs"])
 
     @property
@@ -96,23 +98,11 @@ class IslandStore:
     def open(cls, path: Path | str) -> "IslandStore":
         """Open the store at ``path``.
 
-        Raises StoreError when there is none, or it is of a newer format version, or a sample is incomplete.
+        Raises StoreError when there is none, or it is of another major version, or a sample is incomplete, or the obs
+        of one has to be settled where the store cannot be written.
         """
         path = Path(path)
-        try:
-            attributes = json.loads((path / "zarr.json").read_text())["attributes"]
-        except (OSError, ValueError, KeyError) as error:
-            raise StoreError(f"{path}: no island store here; make one with `annatac convert`") from error
-        if attributes.get("format") != schema.FORMAT:
-            raise StoreError(
-                f"{path}: a Zarr group, but not an island store; make one with `annatac convert`"
-            )
-        version = str(attributes.get("version"))
-        if version.split(".")[0] != schema.FORMAT_VERSION.split(".")[0]:
-            raise StoreError(
-                f"{path}: store format {version}, this annatac_scale reads {schema.FORMAT_VERSION}; "
-                "upgrade annatac_scale, or convert again"
-            )
+        attributes = read_root(path)
         finish_obs(path)
         return cls(path, attributes)
 
@@ -171,10 +161,9 @@ class IslandStore:
     def read(self, cells: NDArray[np.int64]) -> OpenIslands:
         """The given cells (ids, int64 [m], any order, repeats allowed) in the given order."""
         cells = np.asarray(cells, np.int64)
-        if len(cells) and (cells.min() < 0 or cells.max() >= self.n_cells):
-            raise StoreError(
-                f"{self.path}: cell ids run from 0 to {self.n_cells - 1}, asked for {cells.max()}"
-            )
+        wrong = cells[(cells < 0) | (cells >= self.n_cells)]
+        if len(wrong):
+            raise StoreError(f"{self.path}: cell ids run from 0 to {self.n_cells - 1}, asked for {wrong[0]}")
         blocks = self.blocks()
         owner = np.searchsorted([b.first_cell for b in blocks], cells, side="right") - 1
         parts, places = [], []

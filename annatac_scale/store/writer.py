@@ -1,78 +1,108 @@
-"""Create a store, add samples to it, replace a sample's obs. A sample is complete or invisible.
+"""Create a store and add samples to it. A sample is complete or invisible.
 
 A sample is written in ``<store>/.incoming/<name>`` and renamed into ``samples/``; the index in the attributes
-of ``samples/`` names it last. Whatever is not in the index was never committed. Locks are flock(2): a killed
-writer holds nothing.
+of ``samples/`` names it last. Whatever is not in the index was never committed.
 """
 
-import contextlib
-import fcntl
 import hashlib
-import json
-import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import anndata
 import numpy as np
 import pandas as pd
 import zarr
-from anndata.io import read_elem, write_elem
+from anndata.io import write_elem
 from numpy.typing import NDArray
 
 from annatac_scale.errors import InputError, StoreError
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.store import schema
+from annatac_scale.store.files import (
+    INCOMING,
+    creation_lock,
+    flush,
+    lock_sample,
+    move,
+    sample_aside,
+    store_lock,
+    unlock_sample,
+)
+from annatac_scale.store.metadata import (
+    committed_samples,
+    read_index,
+    read_root,
+    root_attributes,
+    write_index,
+)
+from annatac_scale.store.obs import check_obs, replace_obs, sample_digest, storable, write_frame
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.shards import create_x, write_shard
 
-INCOMING = ".incoming"
-_OBS_ASIDE = ".obs"
+__all__ = ["SampleWriter", "committed_samples", "create_store", "replace_obs"]
+
+_SAME = ("assembly", "width_bp", "islands_sha256", "counting")
 
 
 def create_store(path: Path | str, space: IslandSpace, counting: str) -> None:
     """Create an empty island store, or check that an existing one has the same islands and counting.
 
-    Raises StoreError when ``path`` holds something else, or a store of other islands or counting.
+    A store without samples gives way to one of other islands. Several processes may create the same store at once.
+    Raises StoreError when ``path`` holds something else, or a store of other islands, counting or major version.
     """
     path = Path(path)
     attributes = root_attributes(space, counting)
-    if (path / "zarr.json").exists():
-        if _is_same(path, attributes):
-            return
-        shutil.rmtree(path)  # a store without samples, left by a conversion that failed
-    if path.exists() and any(path.iterdir()):
-        raise StoreError(f"{path}: exists and is not an island store; choose another --out")
-    aside = path.with_name(path.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    root = zarr.create_group(aside, attributes=attributes)
-    _write_frame(root, schema.ISLANDS, islands_frame(space))
-    root.create_group(schema.SAMPLES, attributes={schema.INDEX: []})
-    if path.exists():
-        path.rmdir()
+    if _is_same(path, attributes):
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(aside, path)
+    with creation_lock(path):
+        if _is_same(path, attributes):
+            return  # another process was faster
+        _make_way(path, attributes)
+        aside = _name_aside(path)
+        try:
+            root = zarr.create_group(aside, attributes=attributes)
+            write_frame(root, schema.ISLANDS, islands_frame(space))
+            root.create_group(schema.SAMPLES, attributes={schema.INDEX: []})
+            flush(aside)
+            move(aside, path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
-def root_attributes(space: IslandSpace, counting: str) -> dict[str, Any]:
-    """The root group's attributes (docs/store-format.md, "Root")."""
-    return {
-        "format": schema.FORMAT,
-        "version": schema.FORMAT_VERSION,
-        "assembly": space.assembly,
-        "chromosomes": list(space.chromosomes),
-        "width_bp": space.width_bp,
-        "selection": space.selection,
-        "islands_sha256": space.sha256,
-        "n_islands": len(space),
-        "n_levels": schema.N_LEVELS,
-        "counting": counting,
-    }
+def _is_same(path: Path, attributes: dict[str, Any]) -> bool:
+    """Whether a store of these islands and counting is there."""
+    try:
+        found = read_root(path)
+    except StoreError:
+        return False
+    return all(found[key] == attributes[key] for key in _SAME)
+
+
+def _make_way(path: Path, attributes: dict[str, Any]) -> None:
+    """Remove a store without samples, left by a conversion that failed. Raises StoreError for anything else."""
+    if not (path / "zarr.json").exists():
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise StoreError(f"{path}: exists and is not an island store; choose another --out")
+        return
+    found = read_root(path)
+    with store_lock(path):
+        if committed_samples(path) or (path / INCOMING).exists():
+            key = next(key for key in _SAME if found[key] != attributes[key])
+            raise StoreError(
+                f"{path}: holds {key} {found[key]!r}, but {attributes[key]!r} was asked for; "
+                "use the store's own, or another --out"
+            )
+        old = _name_aside(path)
+        move(path, old)
+    shutil.rmtree(old)
+
+
+def _name_aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
 
 
 def islands_frame(space: IslandSpace) -> pd.DataFrame:
@@ -88,58 +118,52 @@ def islands_frame(space: IslandSpace) -> pd.DataFrame:
     )
 
 
-def committed_samples(path: Path | str) -> list[str]:
-    """Names of the samples in order of commit."""
-    return [entry["name"] for entry in read_index(Path(path))]
-
-
-def read_index(path: Path) -> list[dict[str, Any]]:
-    """Entries ``{name, n_cells, n_open, digest}`` of the committed samples, in order of commit."""
-    samples = path / schema.SAMPLES / "zarr.json"
-    try:
-        index: list[dict[str, Any]] = json.loads(samples.read_text())["attributes"][schema.INDEX]
-    except (OSError, ValueError, KeyError) as error:
-        raise StoreError(f"{path}: not an island store ({samples} has no index of samples)") from error
-    return index
-
-
 class SampleWriter:
     """Writes one sample; a context manager. Leaving it without ``commit`` removes what was written.
 
     ``write_shard`` may be called from several threads, once for each shard, in any order.
-    Raises StoreError on entry when the sample is committed already or another process is writing it.
+    Raises StoreError on entry when the sample is committed already, another process is writing it, or there is no
+    store of our major version.
     """
 
     def __init__(self, path: Path | str, name: str, n_cells: int) -> None:
         if not re.fullmatch(schema.SAMPLE_NAME, name):
             raise InputError(
                 f"sample name {name!r}: expected letters, digits, '_', '.' and '-', not starting with "
-                "'.', '_' or '-'; choose one with --sample"
+                "'.', '_' or '-', and not zarr.json; choose one with --sample"
             )
         self.path = Path(path)
         self.name = name
         self.n_cells = n_cells
-        self.folder = self.path / INCOMING / name
+        self.folder = sample_aside(self.path, name)
         self._shards: dict[int, tuple[str, int]] = {}
 
     def __enter__(self) -> "SampleWriter":
-        self._lock = _try_lock(self.folder.with_name(self.name + ".lock"))
-        if self._lock is None:
+        read_root(self.path)  # nothing, not even a lock, is put into what is no store of ours
+        lock = lock_sample(self.path, self.name)
+        if lock is None:
             raise StoreError(
                 f"{self.path}: another process is writing sample {self.name!r}; wait for it or stop it"
             )
+        self._lock = lock
+        try:
+            self._begin()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def _begin(self) -> None:
         if self.name in committed_samples(self.path):
-            self._release()
             raise StoreError(f"{self.path}: sample {self.name!r} is there already; choose another --sample")
         shutil.rmtree(self.folder, ignore_errors=True)
-        root = zarr.open_group(self.path, mode="r")
-        self.islands_sha256 = str(root.attrs["islands_sha256"])
-        self.n_islands: int = root.attrs["n_islands"]
+        root = read_root(self.path)
+        self.islands_sha256: str = root["islands_sha256"]
+        self.n_islands: int = root["n_islands"]
         group = zarr.create_group(
             self.folder, attributes={"encoding-type": "anndata", "encoding-version": "0.1.0"}
         )
         create_x(group, self.n_cells, self.n_islands)
-        return self
 
     def write_shard(self, shard: int, rows: OpenIslands) -> None:
         """Write cells ``shard * 4000`` and on; all but the last shard hold 4,000 cells."""
@@ -154,220 +178,59 @@ class SampleWriter:
     def commit(self, obs: pd.DataFrame, measured: NDArray[np.bool_], conversion: dict[str, Any]) -> str:
         """Make the sample visible; returns its digest (hex).
 
-        obs: n_cells rows indexed by barcode; measured: bool [n_islands]; conversion: JSON-able.
+        obs: n_cells rows indexed by barcode, each once; measured: bool [n_islands]; conversion: JSON-able.
+        Raises StoreError when the sample is not whole, InputError for an obs that cannot be stored.
         """
         n_shards = -(-self.n_cells // schema.SHARD_CELLS)
-        missing = [shard for shard in range(n_shards) if shard not in self._shards]
-        if missing or len(obs) != self.n_cells or len(measured) != self.n_islands:
-            raise StoreError(
-                f"sample {self.name!r} is not whole: shards missing {missing[:5]}, {len(obs)} obs rows for "
-                f"{self.n_cells} cells, {len(measured)} measured flags for {self.n_islands} islands"
-            )
-        x_digest = hashlib.sha256("".join(self._shards[s][0] for s in range(n_shards)).encode()).hexdigest()
-        n_open = sum(n for _, n in self._shards.values())
-        group = zarr.open_group(self.folder, mode="r+")
-        _write_frame(group, "obs", storable(obs))
-        self._write_var(measured)
-        write_elem(group, "uns", {})
-        sample = {"n_cells": self.n_cells, "n_open": n_open, "x_sha256": x_digest}
-        group.create_group(
-            schema.CONVERSION,
-            attributes={
-                "encoding-type": "dict",
-                "encoding-version": "0.1.0",
-                "conversion": conversion,
-                **sample,
-                "complete": True,
-            },
-        )
-        digest = sample_digest(self.islands_sha256, x_digest, measured, storable(obs))
-        _flush(self.folder)
+        self._check_whole(n_shards, len(obs), len(measured))
+        check_obs(f"{self.path}, sample {self.name!r}", obs)
+        obs = storable(obs)
+        shards = [self._shards[shard] for shard in range(n_shards)]
+        x_sha256 = hashlib.sha256("".join(sha256 for sha256, _ in shards).encode()).hexdigest()
+        shard_open = [n_open for _, n_open in shards]
+        digest = sample_digest(self.islands_sha256, x_sha256, measured, obs)
+        sizes = {"n_cells": self.n_cells, "n_open": sum(shard_open)}
+        self._write_frames(obs, measured)
+        self._complete({"conversion": conversion, **sizes, "x_sha256": x_sha256})
+        entry = {"name": self.name, **sizes, "shard_open": shard_open, "x_sha256": x_sha256, "digest": digest}
         with store_lock(self.path):
             target = self.path / schema.SAMPLES / self.name
             shutil.rmtree(target, ignore_errors=True)  # it was renamed, then killed before the index named it
-            os.replace(self.folder, target)
-            index = read_index(self.path)
-            index.append({"name": self.name, **sample, "digest": digest})
-            _write_index(self.path, index)
+            move(self.folder, target)
+            write_index(self.path, [*read_index(self.path), entry])
         return digest
 
-    def _write_var(self, measured: NDArray[np.bool_]) -> None:
+    def _check_whole(self, n_shards: int, n_rows: int, n_flags: int) -> None:
+        missing = [shard for shard in range(n_shards) if shard not in self._shards]
+        if missing or n_rows != self.n_cells or n_flags != self.n_islands:
+            raise StoreError(
+                f"sample {self.name!r} is not whole: shards missing {missing[:5]}, {n_rows} obs rows for "
+                f"{self.n_cells} cells, {n_flags} measured flags for {self.n_islands} islands"
+            )
+
+    def _write_frames(self, obs: pd.DataFrame, measured: NDArray[np.bool_]) -> None:
+        group = zarr.open_group(self.folder, mode="r+")
+        write_frame(group, "obs", obs)
         # The islands are the same in every sample: their files are copied, only `measured` is encoded anew.
         shutil.copytree(self.path / schema.ISLANDS, self.folder / "var")
         var = zarr.open_group(self.folder / "var", mode="r+")
-        _write_frame(var, "measured", np.asarray(measured, bool))
+        write_frame(var, "measured", np.asarray(measured, bool))
         columns = var.attrs["column-order"]
         var.attrs["column-order"] = [*columns, "measured"]  # type: ignore[misc]
 
-    def _release(self) -> None:
-        if self._lock is not None:
-            self.folder.with_name(self.name + ".lock").unlink(missing_ok=True)
-            os.close(self._lock)
-        _remove_if_empty(self.folder.parent)
+    def _complete(self, attributes: dict[str, Any]) -> None:
+        """Write the conversion, of which ``complete`` is the last, and force all to disk."""
+        group = zarr.open_group(self.folder, mode="r+")
+        write_elem(group, "uns", {})
+        encoding = {"encoding-type": "dict", "encoding-version": "0.1.0"}
+        group.create_group(schema.CONVERSION, attributes={**encoding, **attributes, "complete": True})
+        flush(self.folder)
+
+    def _leave(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        unlock_sample(self.path, self.name, self._lock)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._release()
-
-
-def replace_obs(path: Path | str, sample: str, obs: pd.DataFrame) -> str:
-    """Replace the obs of a committed sample, X untouched; returns the new digest (hex).
-
-    obs: as many rows as the sample has cells, indexed by the same barcodes in the same order.
-    A kill in the middle leaves the old obs or the new: ``finish_obs`` decides at the next opening.
-    """
-    path = Path(path)
-    with store_lock(path):
-        entry = next((entry for entry in read_index(path) if entry["name"] == sample), None)
-        if entry is None:
-            raise StoreError(f"{path}: no sample {sample!r}; it holds {committed_samples(path)[:10]}")
-        if len(obs) != entry["n_cells"]:
-            raise StoreError(f"{path}, sample {sample!r}: {len(obs)} obs rows for {entry['n_cells']} cells")
-        folder, aside = path / schema.SAMPLES / sample, path / INCOMING / f"{sample}{_OBS_ASIDE}"
-        shutil.rmtree(aside, ignore_errors=True)
-        _write_frame(zarr.create_group(aside), "obs", storable(obs))
-        _flush(aside)
-        _move(folder / "obs", aside / "old")
-        _move(aside / "obs", folder / "obs")
-        return _settle_obs(path, sample)
-
-
-def finish_obs(path: Path) -> None:
-    """Settle replacements of obs that were interrupted, if there are any."""
-    if any((path / INCOMING).glob(f"*{_OBS_ASIDE}")):
-        with store_lock(path):
-            for aside in list((path / INCOMING).glob(f"*{_OBS_ASIDE}")):
-                _settle_obs(path, aside.name.removesuffix(_OBS_ASIDE))
-
-
-def _settle_obs(path: Path, sample: str) -> str:
-    """Put the old obs back if the new one did not arrive; index the digest of the obs in place."""
-    folder, aside = path / schema.SAMPLES / sample, path / INCOMING / f"{sample}{_OBS_ASIDE}"
-    if not (folder / "obs").exists():
-        os.replace(aside / "old", folder / "obs")
-    index = read_index(path)
-    entry = next(entry for entry in index if entry["name"] == sample)
-    group = zarr.open_group(folder, mode="r")
-    islands_sha256 = str(zarr.open_group(path, mode="r").attrs["islands_sha256"])
-    entry["digest"] = sample_digest(
-        islands_sha256, entry["x_sha256"], read_elem(group["var/measured"]), storable(read_elem(group["obs"]))
-    )
-    _write_index(path, index)
-    shutil.rmtree(aside)
-    _remove_if_empty(path / INCOMING)
-    return str(entry["digest"])
-
-
-def storable(obs: pd.DataFrame) -> pd.DataFrame:
-    """obs with every column numeric, bool or categorical of strings: what a data frame on disk can hold."""
-    columns: dict[str, Any] = {}
-    for name, column in obs.items():
-        if isinstance(column.dtype, pd.CategoricalDtype):
-            columns[str(name)] = column.cat.rename_categories(column.cat.categories.astype(str))
-        elif column.dtype.kind in "iufb":
-            columns[str(name)] = column
-        else:
-            text = column.astype("object").where(column.notna(), None)
-            columns[str(name)] = pd.Categorical(text.map(str, na_action="ignore"))
-    return pd.DataFrame(columns, index=pd.Index(obs.index.astype(str), name="barcode"))
-
-
-def sample_digest(islands_sha256: str, x_sha256: str, measured: NDArray[np.bool_], obs: pd.DataFrame) -> str:
-    """sha256 (hex) of what a sample says: islands, X, measured, obs; never of how or when it was made."""
-    digest = hashlib.sha256(f"{islands_sha256}\n{x_sha256}\n".encode())
-    digest.update(np.packbits(measured).tobytes())
-    for name, column in [("barcode", obs.index.to_series()), *obs.items()]:
-        if column.dtype.kind in "iufb":
-            kind, data = column.dtype.str, column.to_numpy().tobytes()
-        else:
-            kind, data = "str", "\n".join(json.dumps(None if pd.isna(v) else str(v)) for v in column).encode()
-        digest.update(f"\n{json.dumps(str(name))} {kind} {len(data)}\n".encode() + data)
-    return digest.hexdigest()
-
-
-@contextmanager
-def store_lock(path: Path) -> Iterator[None]:
-    """Hold the store's lock while its index changes; waits for other holders."""
-    lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
-
-
-def _try_lock(path: Path) -> int | None:
-    """Hold the lock file ``path``; None where another holds it."""
-    while True:
-        path.parent.mkdir(exist_ok=True)
-        try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
-                return lock
-            os.close(lock)  # its holder removed the file between our opening and locking it
-        except FileNotFoundError:
-            continue  # another writer, done, removed the empty folder
-        except BlockingIOError:
-            os.close(lock)
-            return None
-
-
-def _is_same(path: Path, attributes: dict[str, Any]) -> bool:
-    """Whether the store is of these islands and counting; False for another one that holds no sample.
-
-    Raises StoreError for anything else.
-    """
-    found = json.loads((path / "zarr.json").read_text()).get("attributes", {})
-    if found.get("format") != schema.FORMAT:
-        raise StoreError(f"{path}: a Zarr group, but no island store; choose another --out")
-    differing = [
-        k for k in ("assembly", "width_bp", "islands_sha256", "counting") if found.get(k) != attributes[k]
-    ]
-    if not differing:
-        return True
-    if committed_samples(path) or (path / INCOMING).exists():
-        key = differing[0]
-        raise StoreError(
-            f"{path}: holds {key} {found.get(key)!r}, but {attributes[key]!r} was asked for; "
-            "use the store's own, or another --out"
-        )
-    return False
-
-
-def _write_frame(group: zarr.Group, key: str, element: Any) -> None:
-    """Write a data frame or array in anndata's encoding; small arrays need no shards."""
-    with anndata.settings.override(auto_shard_zarr_v3=False):
-        write_elem(group, key, element)
-
-
-def _write_index(path: Path, index: list[dict[str, Any]]) -> None:
-    file = path / schema.SAMPLES / "zarr.json"
-    metadata = json.loads(file.read_text())
-    metadata["attributes"][schema.INDEX] = index
-    aside = file.with_name("zarr.json.partial")
-    with aside.open("w") as out:
-        json.dump(metadata, out, indent=1)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(aside, file)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-def _move(source: Path, target: Path) -> None:
-    os.replace(source, target)
-
-
-def _flush(folder: Path) -> None:
-    """Force every file below ``folder`` to disk, so that a power cut cannot leave a committed sample torn."""
-    for parent, _, files in os.walk(folder):
-        for name in [*files, "."]:
-            handle = os.open(os.path.join(parent, name), os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+        self._leave()

@@ -44,13 +44,18 @@ def write_sample(path: Path, name: str, n_open: list[int], conversion: dict[str,
         writer.commit(obs, np.arange(len(SPACE)) < measured, conversion)
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    store = tmp_path / "atlas.zarr"
+@pytest.fixture(scope="module")
+def _template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("info") / "atlas.zarr"
     create_store(store, SPACE, "insertion")
     write_sample(store, "kidney", N_OPEN["kidney"], CONVERSION, MEASURED["kidney"])
     write_sample(store, "lung_2", N_OPEN["lung_2"], {}, MEASURED["lung_2"])
     return store
+
+
+@pytest.fixture
+def path(_template: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(_template, tmp_path / "atlas.zarr")
 
 
 def info_of(path: Path) -> StoreInfo:
@@ -99,13 +104,13 @@ def test_json_holds_all_and_conversions_as_stored(path: Path) -> None:
     assert read == info.to_dict()
     assert [sample["conversion"] for sample in read["samples"]] == [CONVERSION, {}]
     assert (read["assembly"], read["selection"], read["width_bp"]) == ("toy", "all", 5000)
-    assert (read["counting"], read["version"], read["n_islands"]) == ("insertion", "1.0", len(SPACE))
+    assert (read["counting"], read["version"], read["n_islands"]) == ("insertion", "1.1", len(SPACE))
     assert read["samples"][0]["open_per_cell"] == {"mean": 3.0, "median": 3.5, "least": 0, "most": 5}
 
 
 def test_the_text_says_what_where_and_from(path: Path) -> None:
     text = info_of(path).text()
-    assert text.startswith(f"{path}\n  format        annatac_scale.island_store 1.0\n  assembly      toy\n")
+    assert text.startswith(f"{path}\n  format        annatac_scale.island_store 1.1\n  assembly      toy\n")
     assert "  islands       81 (all, bins of 5,000 bp)\n" in text
     assert "  open islands  15, 2.5 a cell\n" in text
     details = text[text.index("\nkidney\n") :]

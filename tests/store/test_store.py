@@ -1,65 +1,24 @@
-"""A store written, read back by us, by plain Zarr, by anndata; damaged and half-written samples are refused."""
+"""A store written, read back by us, by plain Zarr, by anndata; what is damaged or lost is refused."""
 
 import json
-import multiprocessing
-import multiprocessing.synchronize
-import os
-import signal
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
-import pandas as pd
 import pytest
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
+from random_stores import MEASURED, SPACE, random_cells, random_obs, write_sample
 from scipy import sparse
 
 from annatac_scale.errors import InputError, StoreError
-from annatac_scale.genome.assembly import Assembly
-from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.store import IslandStore
-from annatac_scale.store.writer import SampleWriter, committed_samples, create_store, replace_obs
-
-ASSEMBLY = Assembly("toy", ("chr1", "chr2"), (3_000_000, 1_002_000))
-SPACE = IslandSpace.all(ASSEMBLY)
-MEASURED = np.arange(len(SPACE)) % 7 != 0
-
-
-def random_cells(n_cells: int, seed: int, density: float = 0.05) -> sparse.csr_matrix:
-    rng = np.random.default_rng(seed)
-    matrix = sparse.random(n_cells, len(SPACE), density, "csr", np.uint8, rng)
-    matrix.data = rng.integers(1, 6, matrix.nnz).astype(np.uint8)
-    return matrix
-
-
-def random_obs(n_cells: int, seed: int) -> pd.DataFrame:
-    rng = np.random.default_rng(seed)
-    return pd.DataFrame(
-        {
-            "cell_type": pd.Categorical(rng.choice(["B cell", "T cell"], n_cells)),
-            "n_fragments": rng.integers(0, 9999, n_cells),
-            "score": rng.random(n_cells),
-            "note": [None if i % 3 == 0 else f"n{i}" for i in range(n_cells)],
-        },
-        index=[f"BC{i:05d}-1" for i in range(n_cells)],
-    )
-
-
-def write_sample(path: Path, name: str, matrix: sparse.csr_matrix, seed: int = 0) -> str:
-    cells = OpenIslands.from_csr(matrix)
-    with SampleWriter(path, name, len(cells)) as writer:
-        for shard in reversed(range(-(-len(cells) // 4000))):
-            writer.write_shard(shard, cells[shard * 4000 : (shard + 1) * 4000])
-        return writer.commit(random_obs(len(cells), seed), MEASURED, {"inputs": ["x"]})
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    create_store(tmp_path / "atlas.zarr", SPACE, "insertion")
-    return tmp_path / "atlas.zarr"
+from annatac_scale.store.writer import create_store, replace_obs
 
 
 def test_cells_of_several_samples_come_back_by_cell_id(path: Path) -> None:
@@ -138,45 +97,6 @@ def test_obs_of_all_samples_is_joined_and_missing_columns_stay_missing(path: Pat
         IslandStore.open(path).obs(["age"])
 
 
-def test_replacing_obs_leaves_x_alone_and_changes_the_digest(path: Path) -> None:
-    write_sample(path, "s", random_cells(20, 1))
-    shard = path / "samples/s/X/c/0/0"
-    before, inode = IslandStore.open(path).samples["s"].digest, shard.stat().st_ino
-    replace_obs(path, "s", random_obs(20, 1))
-    after = IslandStore.open(path).samples["s"].digest
-    assert after != before
-    assert shard.stat().st_ino == inode
-    replace_obs(path, "s", random_obs(20, 0))
-    assert IslandStore.open(path).samples["s"].digest == before
-    assert not (path / ".incoming").exists()
-
-
-@pytest.mark.parametrize("renames", [0, 1, 2])
-def test_a_replacement_of_obs_killed_between_its_renames_is_settled(
-    path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
-) -> None:
-    write_sample(path, "s", random_cells(20, 1))
-    old = IslandStore.open(path).samples["s"].digest
-    done = []
-
-    def move_until_killed(source: Path, target: Path) -> None:
-        if len(done) == renames:
-            raise KeyboardInterrupt
-        done.append(target)
-        os.rename(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("annatac_scale.store.writer._move", move_until_killed)
-        patch.setattr("annatac_scale.store.writer._write_index", move_until_killed)
-        with pytest.raises(KeyboardInterrupt):
-            replace_obs(path, "s", random_obs(20, 1))
-    sample = IslandStore.open(path).samples["s"]
-    expected = random_obs(20, 1 if renames == 2 else 0)
-    assert list(sample.obs()["score"]) == list(expected["score"])
-    assert (sample.digest == old) == (renames < 2)
-    assert not (path / ".incoming").exists()
-
-
 def test_the_digest_covers_x_obs_and_measured_and_nothing_else(path: Path, tmp_path: Path) -> None:
     create_store(tmp_path / "again.zarr", SPACE, "insertion")
     digest = write_sample(path, "s", random_cells(20, 1))
@@ -185,82 +105,26 @@ def test_the_digest_covers_x_obs_and_measured_and_nothing_else(path: Path, tmp_p
     assert write_sample(path, "u", random_cells(20, 1), seed=1) != digest
 
 
-def test_a_sample_left_without_commit_is_invisible_and_can_be_written_again(path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), SampleWriter(path, "s", 5) as writer:  # noqa: PT012
-        writer.write_shard(0, OpenIslands.empty(5))
-        raise KeyboardInterrupt
-    assert committed_samples(path) == []
-    assert not (path / ".incoming").exists()
-    write_sample(path, "s", random_cells(5, 1))
-    assert committed_samples(path) == ["s"]
-
-
-def _write_and_hang(path: Path, started: multiprocessing.synchronize.Event) -> None:
-    with SampleWriter(path, "s", 4100) as writer:
-        writer.write_shard(0, OpenIslands.from_csr(random_cells(4000, 1)))
-        started.set()
-        signal.pause()
-
-
-def test_a_writer_killed_in_the_middle_leaves_nothing_visible_and_no_lock(path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    started = context.Event()
-    process = context.Process(target=_write_and_hang, args=(path, started))
-    process.start()
-    assert started.wait(60)
-    with pytest.raises(StoreError, match="another process is writing sample 's'"), SampleWriter(path, "s", 1):
-        pass
-    os.kill(process.pid or 0, signal.SIGKILL)
-    process.join()
-    assert IslandStore.open(path).n_cells == 0
-    digest = write_sample(path, "s", random_cells(4100, 1))
-    assert IslandStore.open(path).samples["s"].digest == digest
-
-
-def test_a_sample_renamed_but_not_indexed_is_not_committed(path: Path) -> None:
-    write_sample(path, "s", random_cells(5, 1))
-    index = path / "samples/zarr.json"
-    metadata = json.loads(index.read_text())
-    metadata["attributes"]["index"] = []
-    index.write_text(json.dumps(metadata))
-    assert IslandStore.open(path).n_cells == 0
-    write_sample(path, "s", random_cells(7, 2))
-    assert IslandStore.open(path).n_cells == 7
-
-
-def test_a_sample_is_never_written_twice(path: Path) -> None:
-    write_sample(path, "s", random_cells(5, 1))
-    with pytest.raises(StoreError, match="sample 's' is there already"), SampleWriter(path, "s", 5):
-        pass
-
-
-def test_a_sample_that_is_not_whole_is_not_committed(path: Path) -> None:
-    with pytest.raises(StoreError, match="not whole"), SampleWriter(path, "s", 4001) as writer:  # noqa: PT012
-        writer.write_shard(1, OpenIslands.empty(1))
-        writer.commit(random_obs(4001, 0), MEASURED, {})
-    with pytest.raises(StoreError, match="4000 expected"), SampleWriter(path, "s", 4001) as writer:
-        writer.write_shard(0, OpenIslands.empty(1))
-
-
-@pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "", "-x", "a b", "a\n"])
-def test_sample_names_that_could_leave_the_store_are_refused(path: Path, name: str) -> None:
-    with pytest.raises(InputError, match="sample name"), SampleWriter(path, name, 1):
-        pass
-
-
-@given(place=st.integers(0, 10**6), flip=st.integers(1, 255))
-def test_every_damaged_byte_of_a_shard_is_noticed(
-    tmp_path_factory: pytest.TempPathFactory, place: int, flip: int
-) -> None:
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of the only shard of a store."""
     path = tmp_path_factory.mktemp("damaged") / "atlas.zarr"
     create_store(path, SPACE, "insertion")
     write_sample(path, "s", random_cells(300, 1))
-    shard = path / "samples/s/X/c/0/0"
-    data = bytearray(shard.read_bytes())
+    return path / "samples/s/X/c/0/0"
+
+
+@given(place=st.integers(0, 10**6), flip=st.integers(1, 255))
+def test_every_damaged_byte_of_a_shard_is_noticed(shard: Path, place: int, flip: int) -> None:
+    whole = shard.read_bytes()
+    data = bytearray(whole)
     data[place % len(data)] ^= flip
     shard.write_bytes(data)
-    with pytest.raises(StoreError, match=r"c/0/0.*damaged"):
-        IslandStore.open(path).read(np.arange(300))
+    try:
+        with pytest.raises(StoreError, match=r"c/0/0.*damaged"):
+            IslandStore.open(shard.parents[5]).read(np.arange(300))
+    finally:
+        shard.write_bytes(whole)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, -1])
@@ -272,35 +136,100 @@ def test_a_shard_cut_short_is_refused(path: Path, keep: int) -> None:
         IslandStore.open(path).read(np.arange(300))
 
 
-def test_other_islands_or_counting_or_folders_are_refused(path: Path, tmp_path: Path) -> None:
-    write_sample(path, "s", random_cells(3, 1))
-    create_store(path, SPACE, "insertion")
-    with pytest.raises(StoreError, match="counting 'insertion', but 'fragment'"):
-        create_store(path, SPACE, "fragment")
-    other = IslandSpace.all(Assembly("toy", ("chr1",), (3_000_000,)))
-    with pytest.raises(StoreError, match="islands_sha256"):
-        create_store(path, other, "insertion")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.txt").write_text("mine")
-    with pytest.raises(StoreError, match="not an island store"):
-        create_store(tmp_path / "full", SPACE, "insertion")
-    assert (tmp_path / "full" / "thesis.txt").exists()
-    with pytest.raises(StoreError, match="annatac convert"):
-        IslandStore.open(tmp_path / "nowhere")
+@pytest.mark.parametrize(
+    ("lost", "cell"),
+    [("c/1/0", 4100), ("c/0", 0), ("c", 0), (".", 0)],
+    ids=["last shard", "folder of a shard", "all shards", "all of X"],
+)
+def test_lost_shards_are_not_taken_for_closed_ones(path: Path, lost: str, cell: int) -> None:
+    write_sample(path, "before", random_cells(7, 2))
+    write_sample(path, "s", random_cells(4101, 1))
+    lose(path / "samples/s/X" / lost)
+    store = IslandStore.open(path)
+    assert len(store.read(np.arange(7)).islands) > 0
+    with pytest.raises(
+        StoreError, match=r"samples/s/X/c/[01]/0: the file is lost; its cells have [0-9,]+ open"
+    ):
+        store.read(np.array([7 + cell]))
 
 
-def test_a_store_without_samples_gives_way_to_one_of_other_islands(path: Path) -> None:
-    create_store(path, SPACE, "fragment")
-    assert IslandStore.open(path).counting == "fragment"
+def lose(path: Path) -> None:
+    if path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
-def test_a_store_of_a_newer_format_is_refused(path: Path) -> None:
-    root = path / "zarr.json"
-    metadata = json.loads(root.read_text())
-    metadata["attributes"]["version"] = "2.0"
-    root.write_text(json.dumps(metadata))
-    with pytest.raises(StoreError, match=r"format 2\.0, this annatac_scale reads 1\.0"):
+def test_samples_of_format_1_0_are_read_though_their_shards_are_not_counted(path: Path) -> None:
+    matrix = random_cells(10, 1)
+    write_sample(path, "s", matrix)
+    edit(path / "samples/zarr.json", lambda attributes: attributes["index"][0].pop("shard_open"))
+    assert (IslandStore.open(path).read(np.arange(10)).to_csr(len(SPACE)) != matrix).nnz == 0
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the attributes of a group."""
+    metadata = json.loads(file.read_text())
+    change(metadata["attributes"])
+    file.write_text(json.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"version": "2.0"}, r"format 2\.0, this annatac_scale reads 1\.1", id="newer"),
+        pytest.param({"version": "0.9"}, r"format 0\.9, this annatac_scale reads 1\.1", id="older"),
+        pytest.param({"n_levels": 9}, "found n_levels 9, expected 5", id="other levels"),
+        pytest.param({"format": "mylab.store"}, "not an island store", id="another format"),
+        pytest.param({"counting": None}, "found no attribute 'counting'", id="no counting"),
+        pytest.param({"n_islands": None}, "found no attribute 'n_islands'", id="no n_islands"),
+        pytest.param({"chromosomes": None}, "found no attribute 'chromosomes'", id="no chromosomes"),
+    ],
+)
+def test_roots_that_are_not_as_specified_are_refused(
+    path: Path, change: dict[str, Any], message: str
+) -> None:
+    edit(path / "zarr.json", lambda attributes: change_or_remove(attributes, change))
+    with pytest.raises(StoreError, match=message):
         IslandStore.open(path)
+
+
+def change_or_remove(attributes: dict[str, Any], change: dict[str, Any]) -> None:
+    for key, value in change.items():
+        attributes[key] = value
+        if value is None:
+            del attributes[key]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"attributes": 5}', "\xff"])
+@pytest.mark.parametrize("file", ["zarr.json", "samples/zarr.json"])
+def test_torn_metadata_is_a_store_error(path: Path, file: str, text: str) -> None:
+    (path / file).write_text(text, encoding="latin-1")
+    with pytest.raises(StoreError, match=r"zarr\.json"):
+        IslandStore.open(path)
+
+
+def test_a_sample_of_the_index_that_is_gone_is_refused(path: Path) -> None:
+    write_sample(path, "s", random_cells(5, 1))
+    (path / "samples/s").rename(path / "samples/elsewhere")
+    with pytest.raises(StoreError, match="index names this sample, but it is gone"):
+        IslandStore.open(path)
+
+
+def test_an_entry_of_the_index_without_a_key_is_refused(path: Path) -> None:
+    write_sample(path, "s", random_cells(5, 1))
+    edit(path / "samples/zarr.json", lambda attributes: attributes["index"][0].pop("digest"))
+    with pytest.raises(StoreError, match="found no 'digest' in an entry of the index"):
+        IslandStore.open(path)
+
+
+@pytest.mark.parametrize(("cells", "wrong"), [([2, -1], -1), ([0, 5, 7], 5), ([4, 6, -2], 6)])
+def test_the_message_names_the_first_cell_id_that_is_out_of_range(
+    path: Path, cells: list[int], wrong: int
+) -> None:
+    write_sample(path, "s", random_cells(5, 1))
+    with pytest.raises(StoreError, match=f"cell ids run from 0 to 4, asked for {wrong}$"):
+        IslandStore.open(path).read(np.array(cells))
 
 
 def test_an_incomplete_sample_is_refused(path: Path) -> None:
