@@ -9,15 +9,18 @@ import json
 import logging
 import os
 import shutil
+import signal
 import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
@@ -52,23 +55,22 @@ def pretrain_on_ray(
     """Pretrain with ``workers`` processes on Ray; errors and the result are those of ``pretrain``.
 
     Uses the cluster that this process is connected to, else the one that RAY_ADDRESS names, else one that it starts on
-    this machine for the time of the run. Raises ConfigError when this machine has too few CPUs or GPUs,
-    AnnatacError when the workers failed more often than Ray restarts them.
+    this machine for the time of the run. Raises ConfigError when there are too few cells in a batch or GPUs for the
+    workers, AnnatacError when the workers failed more often than Ray restarts them.
     """
     progress = progress or Silent()
-    if not 1 <= workers <= config.train.global_batch_size:
-        raise ConfigError(
-            f"--workers {workers}: expected 1 to the global batch size, {config.train.global_batch_size}"
-        )
+    group = _Workers(workers, gpus)
+    group.check(config)
     store, out = store.resolve(), out.resolve()
     run = pretrain_folder(IslandStore.open(store), out, config, workers)
     with run.use():
         if run.complete:
             progress.say(f"{run.path}: complete already; its model stays as it is")
         else:
-            with _ray(workers, gpus), _scratch(run) as scratch, _shown(scratch / _LINES, progress):
+            progress.say(f"Ray Train: starting {workers} workers, {'one GPU each' if gpus else 'on CPUs'}")
+            with _scratch(run) as scratch, _shown(scratch / _LINES, progress):
                 arguments = {"store": str(store), "out": str(out), "config": to_dict(config)}
-                _fit({**arguments, "scratch": str(scratch)}, scratch, workers, gpus)
+                _fit({**arguments, "scratch": str(scratch)}, group)
                 _raise_what_workers_met(scratch)
     return report_of(run)
 
@@ -76,32 +78,52 @@ def pretrain_on_ray(
 _LINES, _ERROR = "lines.txt", "error.json"
 
 
+@dataclass(frozen=True)
+class _Workers:
+    """How many processes, and what each one gets."""
+
+    count: int
+    gpus: bool
+
+    @property
+    def starts_ray(self) -> bool:
+        """Whether there is no cluster at hand."""
+        return not ray.is_initialized() and "RAY_ADDRESS" not in os.environ
+
+    def check(self, config: PretrainConfig) -> None:
+        """Raise ConfigError where there cannot be as many."""
+        most = config.train.global_batch_size
+        if not 1 <= self.count <= most:
+            raise ConfigError(f"--workers {self.count}: expected 1 to the global batch size, {most}")
+        there = torch.cuda.device_count()
+        if self.gpus and self.starts_ray and there < self.count:
+            raise ConfigError(
+                f"--workers {self.count} --gpus: this machine has {there} GPUs, expected one for each worker; ask for "
+                "fewer, leave --gpus out, or set RAY_ADDRESS to a cluster"
+            )
+
+    @property
+    def cpus(self) -> int:
+        """CPUs of a worker, which Ray makes its number of threads: on this machine its even share of all."""
+        return max(1, (os.cpu_count() or 1) // self.count) if self.starts_ray else 1
+
+
 @contextmanager
-def _ray(workers: int, gpus: bool) -> Iterator[None]:
+def _ray(workers: _Workers) -> Iterator[None]:
     """Ray, connected to or started."""
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # they need the internet
-    # Without an address Ray would join any cluster that it finds a trace of on this machine, dead ones too.
-    address = os.environ.get("RAY_ADDRESS", "local")
-    ray.init(address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=None)
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if workers.starts_ray:
+        # Without an address Ray would join any cluster that it finds a trace of on this machine, dead ones too.
+        options |= {"address": "local", "num_cpus": workers.count * workers.cpus, "include_dashboard": False}
+    ray.init(**options)
     try:
-        if address == "local":
-            _check_resources(workers, gpus)
         yield
     finally:
         ray.shutdown()
-
-
-def _check_resources(workers: int, gpus: bool) -> None:
-    for kind in ("CPU", "GPU") if gpus else ("CPU",):
-        there = int(ray.cluster_resources().get(kind, 0))
-        if there < workers:
-            raise ConfigError(
-                f"--workers {workers}: this machine has {there} {kind}s, expected one for each worker; ask for fewer, "
-                "or set RAY_ADDRESS to a cluster"
-            )
 
 
 @contextmanager
@@ -116,27 +138,45 @@ def _scratch(run: RunFolder) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fit(arguments: dict[str, Any], scratch: Path, workers: int, gpus: bool) -> None:
-    resources = {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config=arguments,
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker=resources),
-        run_config=RunConfig(
-            # The same name would make Ray resume its own state; ours is in the run's folder.
-            name=uuid.uuid4().hex,
-            storage_path=str(scratch),
-            failure_config=FailureConfig(max_failures=RESTARTS),
-        ),
-    )
+def _fit(arguments: dict[str, Any], workers: _Workers) -> None:
+    """Run ``_worker`` on all workers. Raises AnnatacError when Ray gives up."""
+    resources = {"CPU": workers.cpus, **({"GPU": 1} if workers.gpus else {})}
+    with _ray(workers):
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config=arguments,
+            torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+            scaling_config=ScalingConfig(
+                num_workers=workers.count, use_gpu=workers.gpus, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                # The same name would make Ray resume its own state; ours is in the run's folder.
+                name=uuid.uuid4().hex,
+                storage_path=arguments["scratch"],
+                failure_config=FailureConfig(max_failures=RESTARTS),
+            ),
+        )
+        try:
+            with _interruptible():
+                trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise AnnatacError(
+                f"{arguments['out']}: the workers failed: {reason}; run the command again to resume"
+            ) from error
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is KeyboardInterrupt, as ever: Ray takes it over for good and makes it an orderly end of the process."""
+    handler = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise AnnatacError(
-            f"{arguments['out']}: the workers failed: {reason}; run the command again to resume"
-        ) from error
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 def _worker(arguments: dict[str, Any]) -> None:

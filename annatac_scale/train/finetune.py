@@ -29,7 +29,7 @@ from annatac_scale.stream.vocabulary import count_open
 from annatac_scale.train.card import finetuned_card
 from annatac_scale.train.checkpoint import RunFolder
 from annatac_scale.train.loop import Ranks, TrainOptions, micro_batches, train
-from annatac_scale.train.positions import inverse_document_frequency, truncated_svd
+from annatac_scale.train.positions import CellMatrix, inverse_document_frequency, truncated_svd
 from annatac_scale.train.presets import FinetuneConfig
 from annatac_scale.train.provenance import earlier_sight, made_by, run_inputs, sample_facts
 from annatac_scale.train.splits import LabelledCells, SplitRule, split_cells, write_split
@@ -94,7 +94,10 @@ class FinetuneTask:
         apart = {id(p) for p in (*tables, *reading)}
         encoder = [p for p in typer.encoder.parameters() if p.requires_grad]
         return [
-            {"params": [p for p in typer.head.parameters() if id(p) not in apart], "lr": options.learning_rate},
+            {
+                "params": [p for p in typer.head.parameters() if id(p) not in apart],
+                "lr": options.learning_rate,
+            },
             {"params": tables, "lr": options.table_learning_rate, "weight_decay": options.weight_decay},
             {"params": reading + encoder, "lr": options.encoder_learning_rate},
         ]
@@ -263,7 +266,8 @@ def _initialise(typer: CellTyper, work: _Work, progress: Progress) -> None:
     counts = count_open(work.store, training, progress)[vocabulary.islands]
     idf = inverse_document_frequency(counts, len(training))
     rank, seed = work.config.head.pooled, work.config.train.seed
-    svd = truncated_svd(work.store, vocabulary, training, rank, seed, idf, progress=progress)
+    matrix = CellMatrix(work.store, vocabulary, training, idf)
+    svd = truncated_svd(matrix, rank, seed, torch.get_num_threads(), progress)
     typer.head.initialise(torch.from_numpy(idf), torch.from_numpy(svd.components * svd.singular_values))
 
 

@@ -1,13 +1,13 @@
 """Position embeddings: TruncatedSVD of cells x islands by block power iteration, in passes over a store.
 
 Source: annATAC (Cui et al., BMC Biology 2025), "position embedding": the right singular vectors of the training
-matrix. The matrix is never held: a pass costs time in open islands x rank, memory is islands x rank.
+matrix. The matrix is never held: a pass costs time in open islands x rank; each worker takes memory for the open
+islands of 4,000 cells and some arrays of islands x rank.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 from dask.base import compute
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from annatac_scale.errors import ConfigError
-from annatac_scale.progress import Progress, Silent
+from annatac_scale.progress import Advance, Progress, Silent
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.selection import sequential
@@ -27,8 +27,8 @@ VALUES = ("levels", "idf")
 
 OVERSAMPLING = 10
 PASSES = 5
-CELLS_PER_TASK = 16_000
-"""Fixed, so that the order of additions, and with it every bit of the result, does not depend on workers."""
+CELLS_PER_TASK = 4_000
+"""Cells multiplied at a time. Fixed: the order of additions, and with it every bit, does not depend on workers."""
 
 Floats = NDArray[np.float32]
 
@@ -47,48 +47,64 @@ def inverse_document_frequency(open_counts: NDArray[np.integer], n_cells: int) -
     return np.log1p(n_cells / np.maximum(open_counts, 1)).astype(np.float32)
 
 
-def truncated_svd(
-    store: IslandStore,
-    vocabulary: Vocabulary,
-    cells: NDArray[np.int64],
-    rank: int,
-    seed: int,
-    idf: Floats | None = None,
-    workers: int = 1,
-    progress: Progress | None = None,
-) -> Svd:
-    """The leading right singular vectors of cells x vocabulary.
+@dataclass(frozen=True, eq=False)
+class CellMatrix:
+    """Cells x vocabulary, read from a store some thousand rows at a time.
 
-    cells: int64 cell ids, the training cells
-    idf: float32 [len(vocabulary)]; given, an open island counts idf and rows have length 1; None, its level
-    The result is the same for any number of workers (threads).
+    cells: int64 cell ids, each once
+    idf: float32 [len(vocabulary)]; given, an open island counts its idf and rows have length 1; None, its level
     """
-    rank = min(rank, len(cells), len(vocabulary))
-    columns = min(rank + OVERSAMPLING, len(cells), len(vocabulary))
-    rng = np.random.default_rng(seed)
-    basis = _orthonormal(rng.standard_normal((len(vocabulary), columns), dtype=np.float32))
-    runs = [cells[i : i + CELLS_PER_TASK] for i in range(0, len(cells), CELLS_PER_TASK)]
-    new_of_old = vocabulary.new_of_old()
 
-    def over_runs(work: Callable[[sparse.csr_matrix], Floats], name: str) -> Floats:
-        with (progress or Silent()).task(name, len(cells), "cells") as advance:
+    store: IslandStore
+    vocabulary: Vocabulary
+    cells: NDArray[np.int64]
+    idf: Floats | None = None
 
-            def one(run: NDArray[np.int64]) -> Floats:
-                total: Any = 0
-                for ids, rows in sequential(store, run):
-                    total = total + work(_matrix(rows.renumber(new_of_old), len(vocabulary), idf))
-                    advance(len(ids))
-                return total
-
-            total = delayed(0)
-            for run in runs:
-                total = delayed(_add)(total, delayed(one)(run))
-            result: Floats = compute(total, scheduler="threads", num_workers=workers)[0]
+    def sum(self, work: Callable[[sparse.csr_matrix], Floats], workers: int, advance: Advance) -> Floats:
+        """Sum of ``work`` over all rows, added in the order of cell ids, by some threads."""
+        cells = np.sort(self.cells)
+        total = delayed(None)
+        for start in range(0, len(cells), CELLS_PER_TASK):
+            part = delayed(self._done)(cells[start : start + CELLS_PER_TASK], work, advance)
+            total = delayed(_add)(total, part)
+        result: Floats = compute(total, scheduler="threads", num_workers=workers)[0]
         return result
 
+    def _done(
+        self, cells: NDArray[np.int64], work: Callable[[sparse.csr_matrix], Floats], advance: Advance
+    ) -> Floats:
+        done = work(self._rows(cells))
+        advance(len(cells))
+        return done
+
+    def _rows(self, cells: NDArray[np.int64]) -> sparse.csr_matrix:
+        new_of_old = self.vocabulary.new_of_old()
+        parts = [part.renumber(new_of_old) for _, part in sequential(self.store, cells)]
+        rows = OpenIslands.concatenate(parts)
+        levels = rows.levels.astype(np.float32)
+        values = levels if self.idf is None else _unit_rows(self.idf[rows.islands], rows)
+        shape = len(rows), len(self.vocabulary)
+        return sparse.csr_matrix((values, rows.islands, rows.offsets), shape=shape)
+
+
+def truncated_svd(
+    matrix: CellMatrix, rank: int, seed: int, workers: int = 1, progress: Progress | None = None
+) -> Svd:
+    """The leading right singular vectors; the same for any number of workers (threads)."""
+    n_cells, n_islands = len(matrix.cells), len(matrix.vocabulary)
+    rank = min(rank, n_cells, n_islands)
+    columns = min(rank + OVERSAMPLING, n_cells, n_islands)
+    start = np.random.default_rng(seed).standard_normal((n_islands, columns), dtype=np.float32)
+    basis = _orthonormal(start)
+
+    def over_cells(work: Callable[[sparse.csr_matrix], Floats], number: int) -> Floats:
+        name = f"SVD, pass {number} of {PASSES + 1}"
+        with (progress or Silent()).task(name, n_cells, "cells") as advance:
+            return matrix.sum(work, workers, advance)
+
     for number in range(1, PASSES + 1):
-        basis = _orthonormal(over_runs(partial(_power, basis), f"SVD, pass {number} of {PASSES + 1}"))
-    gram = over_runs(partial(_gram, basis), f"SVD, pass {PASSES + 1} of {PASSES + 1}")
+        basis = _orthonormal(over_cells(partial(_power, basis), number))
+    gram = over_cells(partial(_gram, basis), PASSES + 1)
     eigenvalues, rotation = np.linalg.eigh(gram.astype(np.float64))
     leading = np.argsort(eigenvalues)[::-1][:rank]
     components: Floats = basis @ np.asarray(rotation.real[:, leading], np.float32)
@@ -110,12 +126,6 @@ def position_table(svd: Svd, width: int, rms: float) -> Floats:
     return table * np.float32(rms / scale) if scale > 0 else table
 
 
-def _matrix(rows: OpenIslands, n_islands: int, idf: Floats | None) -> sparse.csr_matrix:
-    """The cells as a matrix of levels, or of idf with rows of length 1."""
-    values = rows.levels.astype(np.float32) if idf is None else _unit_rows(idf[rows.islands], rows)
-    return sparse.csr_matrix((values, rows.islands, rows.offsets), shape=(len(rows), n_islands))
-
-
 def _unit_rows(values: Floats, rows: OpenIslands) -> Floats:
     """The values, one an open island, divided by the Euclidean length of their cell's."""
     squares = np.concatenate([np.zeros(1), np.cumsum(np.square(values, dtype=np.float64))])
@@ -134,8 +144,9 @@ def _gram(basis: Floats, x: sparse.csr_matrix) -> Floats:
     return projected.T @ projected
 
 
-def _add(total: Any, part: Any) -> Any:
-    return total + part
+def _add(total: Floats | None, part: Floats) -> Floats:
+    """The sum, in the place of ``total``, which nobody else reads."""
+    return part if total is None else np.add(total, part, out=total)
 
 
 def _orthonormal(columns: Floats) -> Floats:

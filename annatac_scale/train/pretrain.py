@@ -26,7 +26,12 @@ from annatac_scale.stream.vocabulary import Vocabulary, count_open
 from annatac_scale.train.card import pretrained_card
 from annatac_scale.train.checkpoint import RunFolder
 from annatac_scale.train.loop import Ranks, TrainOptions, micro_batches, train
-from annatac_scale.train.positions import inverse_document_frequency, position_table, truncated_svd
+from annatac_scale.train.positions import (
+    CellMatrix,
+    inverse_document_frequency,
+    position_table,
+    truncated_svd,
+)
 from annatac_scale.train.presets import PretrainConfig, with_tokens_per_cell
 from annatac_scale.train.provenance import made_by, run_inputs, sample_facts, store_identity
 
@@ -275,7 +280,8 @@ def _place(encoder: Encoder, data: PretrainData, config: PretrainConfig, progres
     if config.position_values == "idf":
         idf = inverse_document_frequency(data.counts, len(data.training))
     width, seed = config.encoder.width, config.train.seed
-    svd = truncated_svd(data.store, data.vocabulary, data.training, width, seed, idf, progress=progress)
+    matrix = CellMatrix(data.store, data.vocabulary, data.training, idf)
+    svd = truncated_svd(matrix, width, seed, torch.get_num_threads(), progress)
     with torch.no_grad():
         encoder.positions.copy_(torch.from_numpy(position_table(svd, width, encoder.token_rms)))
 

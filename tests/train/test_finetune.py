@@ -373,3 +373,27 @@ def test_a_checkpoint_that_is_damaged_stops_a_resumed_run(atlas, pretrained, tmp
     report = finetune(atlas, pretrained, "cell_type", tmp_path / "run", config)
     assert RunFolder(tmp_path / "run", config, {}).complete
     assert report.model.exists()
+
+
+@pytest.mark.parametrize("freeze", [False, True], ids=["trained", "frozen"])
+def test_the_optimizer_has_every_weight_once_and_decays_the_head_table_alone(
+    atlas, pretrained, tmp_path, monkeypatch, freeze
+):
+    seen = []
+
+    class Recording(torch.optim.AdamW):
+        def __init__(self, groups, **options):
+            super().__init__(groups, **options)
+            seen.extend(self.param_groups)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recording)
+    config = small_finetuning(epochs=1, weight_decay=0.3, freeze_encoder=freeze)
+    report = finetune(atlas, pretrained, "cell_type", tmp_path / "run", config)
+    typer = read_model(report.model).typer
+    decayed = [p.shape for group in seen for p in group["params"] if group["weight_decay"]]
+    assert decayed == [typer.head.table.shape]
+    assert {group["weight_decay"] for group in seen} == {0.0, 0.3}
+    trained = [p for group in seen for p in group["params"]]
+    expected = list((typer.head if freeze else typer).parameters())
+    assert len({id(p) for p in trained}) == len(trained) == len(expected)
+    assert sorted(tuple(p.shape) for p in trained) == sorted(tuple(p.shape) for p in expected)

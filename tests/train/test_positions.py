@@ -8,7 +8,12 @@ from sklearn.decomposition import TruncatedSVD
 from annatac_scale.errors import ConfigError
 from annatac_scale.stream.vocabulary import Vocabulary
 from annatac_scale.train import positions
-from annatac_scale.train.positions import inverse_document_frequency, position_table, truncated_svd
+from annatac_scale.train.positions import (
+    CellMatrix,
+    inverse_document_frequency,
+    position_table,
+    truncated_svd,
+)
 
 N_CELLS, N_ISLANDS, RANK = 620, 90, 6
 
@@ -61,7 +66,7 @@ def with_largest_positive(components):
 def test_singular_vectors_are_those_of_numpy_and_of_scikit_learn(atlas, kind):
     store, levels, cells, vocabulary = atlas
     idf = None if kind == "levels" else idf_of(levels, cells, vocabulary)
-    svd = truncated_svd(store, vocabulary, cells, RANK, seed=3, idf=idf)
+    svd = truncated_svd(CellMatrix(store, vocabulary, cells, idf), RANK, seed=3)
     dense = values_of(levels, cells, vocabulary, idf)
     _, singular_values, rows = np.linalg.svd(dense, full_matrices=False)
     sklearn = TruncatedSVD(RANK, algorithm="arpack").fit(sparse.csr_matrix(dense))
@@ -80,7 +85,7 @@ def test_idf_is_the_formula_and_counts_an_island_never_open_as_open_once():
 
 def test_vectors_are_orthonormal_and_each_has_its_largest_entry_positive(atlas):
     store, _, cells, vocabulary = atlas
-    components = truncated_svd(store, vocabulary, cells, 30, seed=0).components
+    components = truncated_svd(CellMatrix(store, vocabulary, cells), 30, seed=0).components
     np.testing.assert_allclose(components.T @ components, np.eye(30), atol=1e-5)
     largest = components[np.abs(components).argmax(axis=0), np.arange(30)]
     assert (largest > 0).all()
@@ -91,14 +96,16 @@ def test_any_number_of_workers_gives_the_same_bits(atlas, monkeypatch, kind):
     store, levels, cells, vocabulary = atlas
     monkeypatch.setattr(positions, "CELLS_PER_TASK", 90)
     idf = None if kind == "levels" else idf_of(levels, cells, vocabulary)
-    one, three = (truncated_svd(store, vocabulary, cells, RANK, 0, idf, workers=n) for n in (1, 3))
+    matrix = CellMatrix(store, vocabulary, cells, idf)
+    one, three = (truncated_svd(matrix, RANK, 0, workers=n) for n in (1, 3))
     assert one.components.tobytes() == three.components.tobytes()
     assert one.singular_values.tobytes() == three.singular_values.tobytes()
 
 
 def test_the_seed_decides_the_bits_and_next_to_nothing_else(atlas):
     store, _, cells, vocabulary = atlas
-    first, again, other = (truncated_svd(store, vocabulary, cells, RANK, seed) for seed in (0, 0, 1))
+    matrix = CellMatrix(store, vocabulary, cells)
+    first, again, other = (truncated_svd(matrix, RANK, seed) for seed in (0, 0, 1))
     assert first.components.tobytes() == again.components.tobytes()
     assert first.components.tobytes() != other.components.tobytes()
     np.testing.assert_allclose(first.components, other.components, atol=2e-3)
@@ -109,7 +116,7 @@ def test_rank_is_that_of_cells_and_islands_where_they_are_fewer_than_the_width(t
     levels = np.random.default_rng(0).integers(0, 6, (n_cells, n_islands)).astype(np.uint8)
     store = store_of(tmp_path / "a.zarr", levels)
     vocabulary = Vocabulary.fit(store, None, min_cells=1)
-    svd = truncated_svd(store, vocabulary, np.arange(n_cells), 16, seed=0)
+    svd = truncated_svd(CellMatrix(store, vocabulary, np.arange(n_cells)), 16, seed=0)
     _, singular_values, rows = np.linalg.svd(levels[:, vocabulary.islands].astype(float), full_matrices=False)
     assert svd.components.shape == (len(vocabulary), 5)
     np.testing.assert_allclose(svd.singular_values, singular_values, rtol=1e-4)
@@ -122,7 +129,7 @@ def test_rank_is_that_of_cells_and_islands_where_they_are_fewer_than_the_width(t
 
 def test_the_table_has_the_wanted_root_mean_square_and_the_directions_of_the_vectors(atlas):
     store, _, cells, vocabulary = atlas
-    svd = truncated_svd(store, vocabulary, cells, RANK, seed=0)
+    svd = truncated_svd(CellMatrix(store, vocabulary, cells), RANK, seed=0)
     table = position_table(svd, 10, rms=0.7)
     assert np.sqrt(np.mean(table.astype(np.float64) ** 2)) == pytest.approx(0.7, rel=1e-6)
     scale = table[:, :RANK] / svd.components
@@ -131,7 +138,7 @@ def test_the_table_has_the_wanted_root_mean_square_and_the_directions_of_the_vec
 
 def test_more_vectors_than_the_width_are_refused(atlas):
     store, _, cells, vocabulary = atlas
-    svd = truncated_svd(store, vocabulary, cells, RANK, seed=0)
+    svd = truncated_svd(CellMatrix(store, vocabulary, cells), RANK, seed=0)
     with pytest.raises(ConfigError, match="6 singular vectors do not fit a width of 4"):
         position_table(svd, 4, rms=1.0)
 
@@ -142,6 +149,6 @@ def test_closed_cells_are_no_trouble(tmp_path):
     store = store_of(tmp_path / "a.zarr", levels)
     vocabulary = Vocabulary.fit(store, None, min_cells=1)
     for idf in (None, np.ones(len(vocabulary), np.float32)):
-        svd = truncated_svd(store, vocabulary, np.arange(60), 4, seed=0, idf=idf)
+        svd = truncated_svd(CellMatrix(store, vocabulary, np.arange(60), idf), 4, seed=0)
         expected = np.linalg.svd(values_of(levels, np.arange(60), vocabulary, idf), compute_uv=False)
         np.testing.assert_allclose(svd.singular_values, expected[:4], rtol=1e-3)

@@ -329,3 +329,13 @@ def test_the_random_state_of_the_caller_does_not_matter(atlas, tmp_path, undistu
     weights = load_file(tmp_path / "run" / "model" / "weights.safetensors")
     assert weights["encoder.projection"].shape == (60, 8)
     assert files_of(tmp_path / "run" / "model") == undisturbed[0]
+
+
+def test_ranks_and_lanes_that_do_not_fit_the_batch_are_refused(atlas):
+    data = PretrainData.of(atlas, small_pretraining(), Silent())
+    options = small_pretraining(global_batch_size=8).train
+    with pytest.raises(ConfigError, match="world size 9 is more than the 8 lanes"):
+        data.stream(data.training, options, Ranks(8, 9, torch.device("cpu")))
+    with pytest.raises(ConfigError, match="lanes = 3 does not divide the global batch of 8"):
+        data.stream(data.training, replace(options, lanes=3), ALONE)
+    assert len(data.stream(data.training, replace(options, lanes=2), Ranks(1, 2, torch.device("cpu")))) == 45
