@@ -69,7 +69,8 @@ class RunFolder:
 
     def _begin(self) -> None:
         started = self.path / "run.json"
-        if started.exists():
+        # A run that never got as far as a checkpoint has nothing to lose: another may take its place.
+        if started.exists() and (self.complete or (self.path / _CHECKPOINTS / "last.pt").exists()):
             self._check_identity(_read_json(started))
         else:
             _write_aside(self.path / "config.toml", to_toml(self._config))
@@ -83,7 +84,7 @@ class RunFolder:
         differing = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
         if differing:
             shown = "; ".join(
-                f"{key.removeprefix('config.')} {there.get(key)} (now {here.get(key)})"
+                f"{key.removeprefix('config.')} {_short(there.get(key))} (now {_short(here.get(key))})"
                 for key in differing[:5]
             )
             more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
@@ -149,6 +150,12 @@ def _write_aside(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.part")
     aside.write_text(text)
     os.replace(aside, path)
+
+
+def _short(value: Any) -> str:
+    """The value for a message; of a digest the first digits."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

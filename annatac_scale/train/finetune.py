@@ -184,7 +184,7 @@ def finetune(
             f"--labels {labels}: too few labelled cells of each type to hold any out for validation; label more "
             "cells, or --set validation_share=0.3"
         )
-    work = _Work(store, pretrained, labels, labelled, config, str(holdout))
+    work = _Work(store, pretrained, labels, labelled, config, rule.described)
     run = RunFolder(out, config, _identity(work))
     with run.use():
         if run.complete:

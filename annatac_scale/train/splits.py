@@ -75,6 +75,11 @@ class SplitRule:
         return (column.strip(), value.strip()) if equals else None
 
     @property
+    def described(self) -> str:
+        """``holdout`` in one spelling: 0.20 is 0.2."""
+        return "=".join(self.group) if self.group else f"{self.test_share:g}"
+
+    @property
     def test_share(self) -> float:
         """Share of each type's cells that test. Raises InputError where ``holdout`` is none."""
         if self.group:
@@ -84,7 +89,9 @@ class SplitRule:
         except ValueError:
             share = -1.0
         if not 0 <= share < 1:
-            raise InputError(f"--holdout {self.holdout}: expected a share from 0 up to 1, or column=value")
+            raise InputError(
+                f"--holdout {self.holdout}: expected a share from 0 up to 1, or column=value; give one of these"
+            )
         return share
 
 

@@ -55,10 +55,17 @@ def test_the_written_config_gives_the_configuration_back_whatever_the_preset(tmp
     ],
 )
 def test_another_configuration_or_input_is_refused_and_named(tmp_path, config, identity, message):
-    with run_at(tmp_path / "run").use():
-        pass
+    with run_at(tmp_path / "run").use() as run:
+        run.save("last", {})
     with pytest.raises(ConfigError, match=message), run_at(tmp_path / "run", config, **identity).use():
         pass
+
+
+def test_a_run_that_has_no_checkpoint_yet_gives_way_to_other_settings(tmp_path):
+    with run_at(tmp_path / "run").use():
+        pass
+    with run_at(tmp_path / "run", small_pretraining(3)).use() as run:
+        assert read_toml(PretrainConfig, run.path / "config.toml").train.epochs == 3
 
 
 def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path):

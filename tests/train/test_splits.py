@@ -174,6 +174,11 @@ def test_a_holdout_that_is_none_is_refused(holdout, message):
         split(obs_of(["T", "B"] * 20, ["D1", "D2"] * 20), holdout)
 
 
+def test_a_holdout_has_one_spelling():
+    spellings = [SplitRule(holdout, 0.1, 0.1, 0).described for holdout in (0.2, "0.2", "0.20", "donor = D5")]
+    assert spellings == ["0.2", "0.2", "0.2", "donor=D5"]
+
+
 def test_a_share_may_come_as_text_as_from_the_command_line():
     obs = obs_of(["T", "B"] * 50)
     assert split(obs, "0.3").split.tolist() == split(obs, 0.3).split.tolist()
