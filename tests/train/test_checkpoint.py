@@ -166,8 +166,8 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 
 
 def test_a_run_json_that_was_edited_is_an_error(tmp_path):
-    with run_at(tmp_path / "run").use():
-        pass
+    with run_at(tmp_path / "run").use() as run:
+        run.save("last", {})
     (tmp_path / "run" / "run.json").write_text("{")
     with (
         pytest.raises(InputError, match=r"run\.json: cannot be read as JSON"),
