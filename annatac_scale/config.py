@@ -56,7 +56,9 @@ def read_toml(kind: type[C], path: Path | str, base: C | None = None) -> C:
     try:
         values = tomllib.loads(Path(path).read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from error
+        raise ConfigError(
+            f"{path}: cannot be read as TOML ({error}); give a TOML file such as a run's config.toml"
+        ) from error
     return from_dict(kind, values, base, f"{path}: ")
 
 
@@ -70,7 +72,9 @@ def override(config: C, assignments: Iterable[str]) -> C:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"--set {assignment!r}: expected key=value, as in --set learning_rate=1e-3")
+            raise ConfigError(
+                f"--set {assignment!r}: expected key=value; write for example --set train.learning_rate=1e-3"
+            )
         value: Any = _parse(text.strip())
         for name in reversed(key.strip().split(".")):
             value = {name: value}

@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from annatac_scale.config import from_dict, to_dict
@@ -145,8 +145,9 @@ def _write_files(folder: Path, model: Model, card: str) -> None:
     state = {
         prefix + name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
     }
-    save_file({POSITIONS: state.pop(_POSITIONS_KEY)}, folder / "positions.safetensors")
-    save_file(state, folder / "weights.safetensors")
+    for name, tensors in (("positions", {POSITIONS: state.pop(_POSITIONS_KEY)}), ("weights", state)):
+        # Written as bytes: save_file gives its owner alone the right to read.
+        (folder / f"{name}.safetensors").write_bytes(save(tensors))
     _write_islands(folder / "islands.tsv.gz", model)
     if model.typer is not None:
         (folder / "labels.json").write_text(json.dumps(list(model.info.labels), indent=1) + "\n")

@@ -136,13 +136,16 @@ class IslandStore:
             for name, sample in self.samples.items()
         ]
         known = list(dict.fromkeys(name for frame in frames for name in frame))
-        wanted = [name for name in known if name not in ("sample", "barcode")] if columns is None else columns
-        for name in wanted:
+        for name in columns or ():
             if name not in known:
-                raise InputError(f"{self.path}: no obs column {name!r}; there are {', '.join(sorted(known))}")
-        frames = [frame.reindex(columns=["sample", "barcode", *wanted]) for frame in frames]
+                raise InputError(
+                    f"{self.path}: no obs column {name!r}; there are {', '.join(sorted(known))}; give one of these, or "
+                    "join a table that has it with `annatac convert --obs`"
+                )
+        wanted = list(dict.fromkeys(["sample", "barcode", *(known if columns is None else columns)]))
+        frames = [frame.reindex(columns=wanted) for frame in frames]
         if not frames:
-            return pd.DataFrame(columns=["sample", "barcode", *wanted])
+            return pd.DataFrame(columns=wanted)
         return pd.concat([_plain(frame) for frame in frames], ignore_index=True)
 
     def blocks(self) -> list[Block]:

@@ -207,6 +207,12 @@ def test_weights_of_other_sizes_are_refused(folder: Path) -> None:
         read_model(folder)
 
 
+def test_others_may_read_every_file_as_far_as_the_umask_lets_them(folder: Path) -> None:
+    (folder / "plain").write_text("")
+    expected = (folder / "plain").stat().st_mode
+    assert all(file.stat().st_mode == expected for file in folder.iterdir())
+
+
 def test_only_the_card_may_be_edited(folder: Path) -> None:
     (folder / "README.md").write_text("# Mine\n")
     read_model(folder)

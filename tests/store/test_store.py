@@ -240,3 +240,12 @@ def test_an_incomplete_sample_is_refused(path: Path) -> None:
     conversion.write_text(json.dumps(metadata))
     with pytest.raises(StoreError, match="not complete"):
         IslandStore.open(path)
+
+
+def test_sample_and_barcode_can_be_asked_for_like_any_column(path: Path) -> None:
+    write_sample(path, "a", random_cells(2, 1))
+    assert list(IslandStore.open(path).obs(["sample", "cell_type", "barcode"])) == [
+        "sample",
+        "barcode",
+        "cell_type",
+    ]
