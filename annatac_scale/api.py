@@ -146,7 +146,7 @@ def pretrain(
         chosen = read_toml(PretrainConfig, config, chosen)
     chosen = override(chosen, settings)
     if epochs is not None:
-        chosen = replace(chosen, train=replace(chosen.train, epochs=epochs))
+        chosen = replace(chosen, train=replace(chosen.train, epochs=epochs, min_steps=0))
     if workers or gpus:
         from annatac_scale.train.cluster import pretrain_on_ray
 
@@ -190,7 +190,7 @@ def finetune(
     if freeze_encoder:
         chosen = replace(chosen, freeze_encoder=True)
     if epochs is not None:
-        chosen = replace(chosen, train=replace(chosen.train, epochs=epochs))
+        chosen = replace(chosen, train=replace(chosen.train, epochs=epochs, min_steps=0))
     return run(IslandStore.open(store), model, labels, out, chosen, holdout, progress)
 
 

@@ -8,7 +8,7 @@ numbers of a step are seeded by (seed, step, rank), so that a resumed run needs 
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +32,8 @@ class TrainOptions:
     """How to optimise. Raises ConfigError where a value is out of range."""
 
     epochs: int = 20
+    min_steps: int = 0
+    """Steps below which training does not stay: a small set is gone through in more epochs than ``epochs``."""
     global_batch_size: int = 64
     """Cells of a step, over all ranks."""
     lanes: int = 0
@@ -69,7 +71,7 @@ class TrainOptions:
         for name in ("learning_rate", "table_learning_rate", "encoder_learning_rate", "clip", "decay"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: found {getattr(self, name)}, expected more than 0")
-        for name in ("lanes", "weight_decay", "warmup_steps", "min_gain", "seed"):
+        for name in ("min_steps", "lanes", "weight_decay", "warmup_steps", "min_gain", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: found {getattr(self, name)}, expected at least 0")
 
@@ -208,6 +210,7 @@ def train(
     Resumes from the run's last checkpoint when there is one. Returns the figures of the best validation.
     Raises AnnatacError when a gradient is not finite, ModelError when a checkpoint is damaged.
     """
+    options = replace(options, epochs=max(options.epochs, -(-options.min_steps // max(len(stream), 1))))
     optimizer = torch.optim.AdamW(task.parameter_groups(options), weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
     loop = _Loop(task, stream, options, run, ranks, progress, optimizer)

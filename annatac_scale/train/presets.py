@@ -129,13 +129,14 @@ def finetune_preset(name: str, head: str | None = None) -> FinetuneConfig:
         pooled = chosen.kind == "pooled"
         train = TrainOptions(
             epochs=6 if pooled else 20,
+            min_steps=200,
             global_batch_size=32,
             learning_rate=1e-2 if pooled else 1e-3,
             table_learning_rate=1e-3,
             encoder_learning_rate=1e-4 if pooled else 1e-3,
             weight_decay=0.1,
             warmup_steps=10,
-            patience=4,
+            patience=6,
         )
         return FinetuneConfig(chosen, train)
     train = TrainOptions(

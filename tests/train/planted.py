@@ -84,7 +84,7 @@ def small_pretraining(
 
 def small_finetuning(head: str = "pooled", epochs: int = 3, **options: object) -> FinetuneConfig:
     preset = finetune_preset("tiny", head)
-    train = {"epochs": epochs, "global_batch_size": 32, "warmup_steps": 2, "micro_tokens": 1000}
+    train = {"epochs": epochs, "min_steps": 0, "global_batch_size": 32, "warmup_steps": 2, "micro_tokens": 1000}
     small_head = replace(preset.head, pooled=8, hidden=() if head == "pooled" else (16, 8))
     own = {name: options.pop(name) for name in list(options) if name in FinetuneConfig.__dataclass_fields__}
     return replace(preset, head=small_head, train=replace(preset.train, **{**train, **options}), **own)

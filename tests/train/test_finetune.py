@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -291,6 +292,15 @@ def test_training_stops_early_when_validation_gains_nothing(atlas, pretrained, t
     progress = Lines()
     finetune(atlas, pretrained, "cell_type", tmp_path / "run", config, progress=progress)
     assert sum(line.startswith("epoch") for line in progress.lines) < 20
+
+
+def test_a_small_set_trains_for_more_epochs_until_it_has_its_steps(atlas, pretrained, tmp_path):
+    config = small_finetuning(epochs=1, min_steps=20, patience=100, **QUICK)
+    report = finetune(atlas, pretrained, "cell_type", tmp_path / "ft", config)
+    last = json.loads((tmp_path / "ft" / "metrics.jsonl").read_text().splitlines()[-1])
+    steps_per_epoch = -(-report.split["train"] // 32)
+    assert last["epoch"] == -(-20 // steps_per_epoch)
+    assert last["step"] == last["epoch"] * steps_per_epoch >= 20
 
 
 def test_test_cells_are_never_read_in_training(atlas, pretrained, tmp_path):
