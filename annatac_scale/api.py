@@ -141,10 +141,12 @@ def pretrain(
     from annatac_scale.store.store import IslandStore
     from annatac_scale.train.presets import PretrainConfig, pretrain_preset
 
-    chosen = pretrain_preset(preset, attend)
+    chosen = pretrain_preset(preset)
     if config is not None:
         chosen = read_toml(PretrainConfig, config, chosen)
     chosen = override(chosen, settings)
+    if attend is not None:
+        chosen = replace(chosen, encoder=replace(chosen.encoder, attend=attend))
     if epochs is not None:
         chosen = replace(chosen, train=replace(chosen.train, epochs=epochs, min_steps=0))
     if workers or gpus:

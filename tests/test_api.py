@@ -168,3 +168,27 @@ def test_errors_are_of_one_tree(tmp_path: Path, cells: Path, sizes: Path) -> Non
         ats.pretrain(tmp_path, out=tmp_path, preset="huge")
     assert all(isinstance(error.value, AnnatacError) for error in (no_store, no_file, no_preset))
     assert all(isinstance(error.value, ValueError) for error in (no_file, no_preset))
+
+
+def test_flags_win_over_settings_and_these_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "c.toml").write_text(
+        '[encoder]\nattend = "all"\nk = 4\n[train]\nepochs = 7\nlearning_rate = 0.5\n'
+    )
+    seen = []
+    monkeypatch.setattr("annatac_scale.store.store.IslandStore.open", lambda path: path)
+    monkeypatch.setattr(
+        "annatac_scale.train.pretrain.pretrain", lambda store, out, config, progress: seen.append(config)
+    )
+    options = {
+        "out": tmp_path / "run",
+        "config": tmp_path / "c.toml",
+        "settings": ["train.learning_rate=0.25"],
+    }
+    api.pretrain("x", **options)
+    api.pretrain("x", attend="open", epochs=2, **options)
+    assert [(c.encoder.attend, c.encoder.k, c.train.epochs, c.train.learning_rate) for c in seen] == [
+        ("all", 4, 7, 0.25),
+        ("open", 4, 2, 0.25),
+    ]

@@ -85,14 +85,14 @@ _SIZES = {
 }
 
 
-def pretrain_preset(name: str, attend: str | None = None) -> PretrainConfig:
-    """The pretraining configuration of a preset; ``attend`` overrides its own ("open", but "all" in paper)."""
+def pretrain_preset(name: str) -> PretrainConfig:
+    """The pretraining configuration of a preset. Raises ConfigError for a name that is none."""
     if name not in PRESETS:
-        raise ConfigError(f"--preset {name}: expected {', '.join(PRESETS)}")
+        raise ConfigError(f"--preset {name}: expected {', '.join(PRESETS)}; choose one of these")
     published = name == "paper"
     encoder = EncoderConfig(
         **_SIZES[name],
-        attend=attend or ("all" if published else "open"),
+        attend="all" if published else "open",
         norm="post" if published else "pre",
         positions="frozen",
     )

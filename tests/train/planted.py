@@ -65,9 +65,17 @@ def small_pretraining(
     epochs: int = 2, attend: str = "open", positions: str = "frozen", **options: object
 ) -> PretrainConfig:
     """The tiny preset cut down to a width of 16 and one layer."""
-    preset = pretrain_preset("tiny", attend)
+    preset = pretrain_preset("tiny")
     encoder = replace(
-        preset.encoder, width=16, layers=1, heads=2, head_dim=8, k=8, ff=32, positions=positions
+        preset.encoder,
+        width=16,
+        layers=1,
+        heads=2,
+        head_dim=8,
+        k=8,
+        ff=32,
+        attend=attend,
+        positions=positions,
     )
     train = {
         "epochs": epochs, "global_batch_size": 32, "learning_rate": 1e-2, "table_learning_rate": 1e-2,
@@ -84,7 +92,13 @@ def small_pretraining(
 
 def small_finetuning(head: str = "pooled", epochs: int = 3, **options: object) -> FinetuneConfig:
     preset = finetune_preset("tiny", head)
-    train = {"epochs": epochs, "min_steps": 0, "global_batch_size": 32, "warmup_steps": 2, "micro_tokens": 1000}
+    train = {
+        "epochs": epochs,
+        "min_steps": 0,
+        "global_batch_size": 32,
+        "warmup_steps": 2,
+        "micro_tokens": 1000,
+    }
     small_head = replace(preset.head, pooled=8, hidden=() if head == "pooled" else (16, 8))
     own = {name: options.pop(name) for name in list(options) if name in FinetuneConfig.__dataclass_fields__}
     return replace(preset, head=small_head, train=replace(preset.train, **{**train, **options}), **own)
