@@ -23,6 +23,7 @@ from annatac_scale.stream.loader import IslandStream
 from annatac_scale.train.checkpoint import RunFolder
 
 SCHEDULES = ("step", "cosine")
+PRECISIONS = ("auto", "fp32", "bf16")
 LOG_EVERY = 20
 """Steps between two lines of metrics.jsonl."""
 
@@ -58,13 +59,16 @@ class TrainOptions:
     patience: int = 10
     """Validations after which training stops when none of them gained ``min_gain`` in score."""
     min_gain: float = 1e-3
-    bf16: bool = False
-    """Forward and backward in bfloat16 (autocast); weights, sums and optimizer stay in float32."""
+    precision: str = "auto"
+    """Forward and backward in "fp32" or "bf16" (autocast; weights, sums and optimizer stay in fp32). "auto": bf16 on GPUs
+    that compute in it; fp32 on CPUs, where bf16 pays only at larger widths on those with bf16 instructions."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"schedule: found {self.schedule!r}, expected {' or '.join(SCHEDULES)}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision: found {self.precision!r}, expected {', '.join(PRECISIONS)}")
         for name in ("epochs", "global_batch_size", "micro_tokens", "decay_epochs", "patience"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: found {getattr(self, name)}, expected at least 1")
@@ -74,6 +78,13 @@ class TrainOptions:
         for name in ("min_steps", "lanes", "weight_decay", "warmup_steps", "min_gain", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: found {getattr(self, name)}, expected at least 0")
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Whether forward and backward run in bfloat16 on a device."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision == "bf16"
 
 
 class Task(Protocol):
@@ -253,8 +264,9 @@ def accumulate(task: Task, batch: Batch, options: TrainOptions, ranks: Ranks) ->
     counts = ranks.sum([float(own[name]) for name in names])
     scales = [task.loss_weights[name] / max(n, 1.0) for name, n in zip(names, counts, strict=True)]
     found = torch.zeros(2, len(names), dtype=torch.float64, device=ranks.device)
+    in_bf16 = uses_bf16(options.precision, ranks.device)
     for piece in micro_batches(batch, options.micro_tokens):
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=options.bf16):
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=in_bf16):
             losses: dict[str, LossSum] = task.module(piece)
         sums = torch.stack([losses[name].sum for name in names])
         (sums * sums.new_tensor(scales)).sum().backward()

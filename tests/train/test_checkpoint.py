@@ -51,7 +51,7 @@ def test_the_written_config_gives_the_configuration_back_whatever_the_preset(tmp
         (None, {"samples": {"s0": "other"}}, r"samples.s0 abc \(now other\)"),
         (None, {"samples": {"s0": "abc", "s1": "d"}}, r"samples.s1 None \(now d\)"),
         (None, {"world_size": 2}, r"world_size 1 \(now 2\)"),
-        (small_pretraining(9, seed=1, clip=2.0, lanes=2, bf16=True, patience=2), {}, "and 1 more"),
+        (small_pretraining(9, seed=1, clip=2.0, lanes=2, precision="bf16", patience=2), {}, "and 1 more"),
     ],
 )
 def test_another_configuration_or_input_is_refused_and_named(tmp_path, config, identity, message):

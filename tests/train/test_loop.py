@@ -16,7 +16,15 @@ from annatac_scale.model.heads import LossSum
 from annatac_scale.progress import Silent
 from annatac_scale.stream.batch import Batch
 from annatac_scale.train.checkpoint import RunFolder
-from annatac_scale.train.loop import Ranks, TrainOptions, accumulate, micro_batches, rate_factor, train
+from annatac_scale.train.loop import (
+    Ranks,
+    TrainOptions,
+    accumulate,
+    micro_batches,
+    rate_factor,
+    train,
+    uses_bf16,
+)
 from annatac_scale.train.pretrain import PretrainData, pretrain_task
 
 ALONE = Ranks(device=torch.device("cpu"))
@@ -73,7 +81,7 @@ def test_the_rate_of_schedule_cosine_falls_from_one_to_zero_over_all_epochs():
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("schedule", "linear"), ("epochs", 0), ("global_batch_size", 0), ("micro_tokens", 0), ("patience", 0),
+        ("schedule", "linear"), ("epochs", 0), ("global_batch_size", 0), ("micro_tokens", 0), ("patience", 0), ("precision", "fp16"),
         ("learning_rate", 0.0), ("table_learning_rate", float("nan")), ("clip", -1.0), ("decay", 0.0),
         ("weight_decay", -0.1), ("warmup_steps", -1), ("seed", -1), ("lanes", -2), ("min_gain", float("nan")),
     ],
@@ -215,8 +223,13 @@ def test_metrics_are_lines_of_json_with_losses_per_target(store, tmp_path):
     assert [line["validation_score"] for line in lines if "validation_score" in line] == [0.0] * 9
 
 
+@pytest.mark.parametrize(("precision", "expected"), [("auto", False), ("fp32", False), ("bf16", True)])
+def test_bf16_is_for_gpus_unless_it_is_asked_for(precision, expected):
+    assert uses_bf16(precision, torch.device("cpu")) is expected
+
+
 def test_bf16_trains_weights_that_stay_in_float32(store):
-    config = small_pretraining(bf16=True)
+    config = small_pretraining(precision="bf16")
     data = PretrainData.of(store, config, Silent())
     torch.manual_seed(0)
     task = pretrain_task(data, config, ALONE)
@@ -224,7 +237,7 @@ def test_bf16_trains_weights_that_stay_in_float32(store):
     accumulate(task, batch, config.train, ALONE)
     found = gradients(task.module)
     task.module.zero_grad()
-    accumulate(task, batch, replace(config.train, bf16=False), ALONE)
+    accumulate(task, batch, replace(config.train, precision="fp32"), ALONE)
     for name, gradient in gradients(task.module).items():
         assert found[name].dtype == torch.float32
         assert (found[name] - gradient).norm() <= 0.1 * gradient.norm() + 1e-6, name
