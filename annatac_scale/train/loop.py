@@ -60,8 +60,8 @@ class TrainOptions:
     """Validations after which training stops when none of them gained ``min_gain`` in score."""
     min_gain: float = 1e-3
     precision: str = "auto"
-    """Forward and backward in "fp32" or "bf16" (autocast; weights, sums and optimizer stay in fp32). "auto": bf16 on GPUs
-    that compute in it; fp32 on CPUs, where bf16 pays only at larger widths on those with bf16 instructions."""
+    """Forward and backward in "fp32" or "bf16" (autocast; weights, sums and optimizer stay in fp32). "auto": bf16 on
+    GPUs that compute in it; fp32 on CPUs, where bf16 pays only at larger widths and with bf16 instructions."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -81,7 +81,8 @@ def test_the_rate_of_schedule_cosine_falls_from_one_to_zero_over_all_epochs():
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("schedule", "linear"), ("epochs", 0), ("global_batch_size", 0), ("micro_tokens", 0), ("patience", 0), ("precision", "fp16"),
+        ("schedule", "linear"), ("epochs", 0), ("global_batch_size", 0), ("micro_tokens", 0), ("patience", 0),
+        ("precision", "fp16"), ("min_steps", -1),
         ("learning_rate", 0.0), ("table_learning_rate", float("nan")), ("clip", -1.0), ("decay", 0.0),
         ("weight_decay", -0.1), ("warmup_steps", -1), ("seed", -1), ("lanes", -2), ("min_gain", float("nan")),
     ],
