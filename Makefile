@@ -1,7 +1,9 @@
 # `make demo` and `make test` set up what they need: one virtual environment, made once.
-# Without a GPU they keep to the CPU build of torch (constraints-cpu.txt); with one: make demo CONSTRAINT=
+# constraints-cpu.txt pins the torch that was tested on CPUs; on Linux x86-64 the README says how to have its CPU build.
+# With a GPU: make demo CONSTRAINT=
 PYTHON ?= python3
 VENV ?= .venv
+OUT ?= demo
 CONSTRAINT ?= constraints-cpu.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -10,10 +12,10 @@ WITH := $(if $(CONSTRAINT),-c $(CONSTRAINT))
 .PHONY: demo demo-full test lint bench clean
 
 demo: $(READY)
-	$(BIN)/annatac demo
+	$(BIN)/annatac demo --out $(OUT)
 
 demo-full: $(READY)
-	$(BIN)/annatac demo --full
+	$(BIN)/annatac demo --full --out $(OUT)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from annatac_scale.errors import InputError
+from annatac_scale.errors import ConfigError, InputError
 from annatac_scale.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def pretrain(
     attend: str | None = None,
     epochs: int | None = None,
     config: AnyPath | None = None,
-    settings: Sequence[str] = (),
+    settings: Sequence[str] | str = (),
     workers: int = 0,
     gpus: bool = False,
     progress: Progress | None = None,
@@ -144,7 +144,7 @@ def pretrain(
     chosen = pretrain_preset(preset)
     if config is not None:
         chosen = read_toml(PretrainConfig, config, chosen)
-    chosen = override(chosen, settings)
+    chosen = override(chosen, _listed(settings))
     if attend is not None:
         chosen = replace(chosen, encoder=replace(chosen.encoder, attend=attend))
     if epochs is not None:
@@ -169,7 +169,7 @@ def finetune(
     freeze_encoder: bool = False,
     epochs: int | None = None,
     config: AnyPath | None = None,
-    settings: Sequence[str] = (),
+    settings: Sequence[str] | str = (),
     progress: Progress | None = None,
 ) -> "FinetuneReport":
     """Fine-tune a pretrained model on the labelled cells of a store; the model folder is ``out``/model.
@@ -188,7 +188,9 @@ def finetune(
     chosen = finetune_preset(read_model(model).info.preset, head)
     if config is not None:
         chosen = read_toml(FinetuneConfig, config, chosen)
-    chosen = override(chosen, settings)
+    chosen = override(chosen, _listed(settings))
+    if head is not None and chosen.head.kind != head:
+        raise ConfigError(f"--head {head}: --config or --set says {chosen.head.kind!r}; give one of them")
     if freeze_encoder:
         chosen = replace(chosen, freeze_encoder=True)
     if epochs is not None:
@@ -225,3 +227,8 @@ def demo(
     from annatac_scale.demonstration import run_demo
 
     return run_demo(Path(out), full, progress or Silent())
+
+
+def _listed(settings: Sequence[str] | str) -> Sequence[str]:
+    """One ``key=value`` may come alone."""
+    return [settings] if isinstance(settings, str) else settings

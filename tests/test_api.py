@@ -192,3 +192,17 @@ def test_flags_win_over_settings_and_these_over_the_file(
         ("all", 4, 7, 0.25),
         ("open", 4, 2, 0.25),
     ]
+
+
+def test_a_head_that_the_settings_contradict_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = type("Info", (), {"preset": "tiny"})()
+    monkeypatch.setattr(
+        "annatac_scale.model.folder.read_model", lambda path: type("Model", (), {"info": info})()
+    )
+    (tmp_path / "c.toml").write_text('[head]\nkind = "cnn"\n')
+    with pytest.raises(ConfigError, match="--head pooled: --config or --set says 'cnn'; give one of them"):
+        api.finetune("x", model="m", labels="l", out=tmp_path, head="pooled", config=tmp_path / "c.toml")
+    with pytest.raises(ConfigError, match="--head subtype"):
+        api.finetune("x", model="m", labels="l", out=tmp_path, head="subtype", settings="head.kind=pooled")

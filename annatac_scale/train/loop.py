@@ -221,7 +221,12 @@ def train(
     Resumes from the run's last checkpoint when there is one. Returns the figures of the best validation.
     Raises AnnatacError when a gradient is not finite, ModelError when a checkpoint is damaged.
     """
-    options = replace(options, epochs=max(options.epochs, -(-options.min_steps // max(len(stream), 1))))
+    epochs = max(options.epochs, -(-options.min_steps // max(len(stream), 1)))
+    if epochs > options.epochs:
+        progress.say(
+            f"{len(stream)} steps an epoch: up to {epochs} epochs, for train.min_steps = {options.min_steps}"
+        )
+    options = replace(options, epochs=epochs)
     optimizer = torch.optim.AdamW(task.parameter_groups(options), weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
     loop = _Loop(task, stream, options, run, ranks, progress, optimizer)
