@@ -1,5 +1,6 @@
 """What the README and the jobs tell people to type runs, word for word, on a small cut of real data."""
 
+import json
 import os
 import re
 import subprocess
@@ -80,6 +81,31 @@ def test_every_file_that_the_readme_links_to_is_there() -> None:
         text = (ROOT / name).read_text()
         for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
             assert (ROOT / name).parent.joinpath(link).exists(), f"{name}: {link}"
+
+
+def test_the_figures_of_the_readme_are_those_that_were_measured() -> None:
+    shown = re.search(r"<!-- demo-full -->\n(.*?)<!-- /demo-full -->", (ROOT / "README.md").read_text(), re.S)
+    assert shown is not None
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown[1].splitlines()[2:]]
+    measured = json.loads((ROOT / "benchmarks" / "results" / "demo_full.json").read_text())
+    methods = ("annatac_scale", "logistic_regression")
+    assert rows == [
+        [
+            row["data_set"],
+            str(row["held_out_cells"]),
+            *[f"{row[method]['accuracy']:.3f}, {row[method]['macro_f1']:.3f}" for method in methods],
+        ]
+        for row in measured
+    ]
+
+
+def test_the_benchmark_of_the_road_runs_quickly_and_ends_with_json(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_road.py"), "--quick"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert set(figures["stages"]) == {"convert", "pretrain", "finetune", "predict", "evaluate"}
+    assert all(stage["cpu_s_median"] > 0 for stage in figures["stages"].values())
 
 
 def test_the_targets_that_the_readme_names_are_in_the_makefile() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from annatac_scale.errors import AnnatacError, ConfigError
+from annatac_scale.memory import give_back_freed_memory
 from annatac_scale.model.heads import LossSum
 from annatac_scale.progress import Progress
 from annatac_scale.stream.batch import Batch
@@ -256,6 +257,7 @@ def train(
                     run.log({"step": state.step, "epoch": epoch, "rate": rate, **meter.figures()})
             epoch += 1
             _after_epoch(loop, state, epoch, meter)
+            give_back_freed_memory()
     return _load_best(loop, state)
 
 
