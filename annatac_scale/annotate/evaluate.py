@@ -17,27 +17,30 @@ from annatac_scale.errors import InputError
 from annatac_scale.model.calibration import expected_calibration_error
 from annatac_scale.model.labels import label_texts
 from annatac_scale.store.store import IslandStore
+from annatac_scale.train.splits import SPLITS
 
 CELLS = ("test", "all")
-COLUMNS = ("label", "best")
-SPLITS = ("train", "val", "calib", "test")
 NO_SPLIT = "none"
 """Stands for the split of a cell that was not in the fine-tuning."""
+MUCH_NOVEL = 0.5
+"""Above this share of Novel_cell_type the figures of ``label`` say little of the model: a note says so."""
 
 Floats = NDArray[np.float32]
 Texts = NDArray[np.object_]
 
-_READ = ("sample", "barcode", "split", "probabilities")
+_READ = ("sample", "barcode", "label", "best", "split", "probabilities")
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluationReport:
     """Figures of a labels data set, and of which cells they are.
 
-    evaluation: the figures; cells: "test" or "all"; column: of the data set, compared with ``truth``, an obs column
+    evaluation: the figures of ``label``, where Novel_cell_type is an error, against ``truth``, an obs column
+    best: the same of ``best``, the likeliest type however sure the model is
+    cells: "test" or "all"; novel_threshold: below this confidence a cell was named Novel_cell_type
     n_by_split: all cells of the data set by split, "none" for those that were not in the fine-tuning
     calibration_error: expected calibration error of the cells whose type the model knows, NaN without any
-    share_novel: share of the evaluated cells that are named Novel_cell_type
+    n_novel: evaluated cells that are named Novel_cell_type
     unknown_types: true types that the model does not know, with their cells
     """
 
@@ -45,12 +48,18 @@ class EvaluationReport:
     model: str
     truth: str
     cells: str
-    column: str
+    novel_threshold: float
     evaluation: Evaluation
+    best: Evaluation
     n_by_split: dict[str, int]
     calibration_error: float
-    share_novel: float
+    n_novel: int
     unknown_types: dict[str, int]
+
+    @property
+    def share_novel(self) -> float:
+        """Share of the evaluated cells that are named Novel_cell_type."""
+        return self.n_novel / self.evaluation.n_cells
 
     @property
     def n_trained_on(self) -> int:
@@ -72,6 +81,11 @@ class EvaluationReport:
             notes.append(
                 f"{self.n_trained_on:,} of them were used in fine-tuning: the figures are better than on new cells"
             )
+        if self.share_novel > MUCH_NOVEL:
+            notes.append(
+                f"{self.n_novel:,} of {self.evaluation.n_cells:,} cells are below the novel threshold "
+                f"{self.novel_threshold:g}; see best, or predict with --novel-threshold 0"
+            )
         if self.evaluation.n_without_truth:
             notes.append(f"{self.evaluation.n_without_truth:,} cells without a {self.truth} are left out")
         if self.unknown_types:
@@ -86,11 +100,13 @@ class EvaluationReport:
             "model": self.model,
             "truth": self.truth,
             "cells": self.cells,
-            "column": self.column,
             "n_by_split": self.n_by_split,
             "n_trained_on": self.n_trained_on,
             "calibration_error": None if math.isnan(self.calibration_error) else self.calibration_error,
+            "novel_threshold": self.novel_threshold,
             "share_novel": self.share_novel,
+            "best_accuracy": self.best.accuracy,
+            "best_macro_f1": self.best.macro_f1,
             "unknown_types": self.unknown_types,
             "notes": self.notes,
             **self.evaluation.to_dict(),
@@ -102,6 +118,8 @@ class EvaluationReport:
             "cells": f"{self.evaluation.n_cells:,}",
             "accuracy": f"{self.evaluation.accuracy:.4f}",
             "macro F1": f"{self.evaluation.macro_f1:.4f}",
+            "accuracy of best": f"{self.best.accuracy:.4f}",
+            "macro F1 of best": f"{self.best.macro_f1:.4f}",
             "Cohen's kappa": f"{self.evaluation.kappa:.4f}",
             "Jaccard, micro": f"{self.evaluation.jaccard_micro:.4f}",
             "Jaccard, weighted": f"{self.evaluation.jaccard_weighted:.4f}",
@@ -118,7 +136,7 @@ class EvaluationReport:
             "",
             *per_type.to_string(index=False, float_format="{:.4f}".format).splitlines(),
             "",
-            f"rows: {self.truth}, columns: {self.column}",
+            f"rows: {self.truth}, columns: label",
             *confusion.to_string().splitlines(),
         ]
 
@@ -129,22 +147,21 @@ def evaluate(
     truth: str,
     *,
     cells: str = "test",
-    column: str = "label",
 ) -> EvaluationReport:
     """Compare a labels data set with the true types of its cells.
 
     labels: folder that ``predict`` wrote, complete; truth: obs column of the store; cells: "test", those that
-    fine-tuning held out, or "all"; column: "label", where Novel_cell_type is an error, or "best"
+    fine-tuning held out, or "all"
 
     Raises InputError where parts or cells are missing, no cell was held out, or no cell has a truth.
     """
-    _check_choice("--cells", cells, CELLS)
-    _check_choice("column", column, COLUMNS)
+    if cells not in CELLS:
+        raise InputError(f"--cells: found {cells!r}, expected {' or '.join(CELLS)}")
     folder = LabelsFolder.open_complete(labels)
     store = store if isinstance(store, IslandStore) else IslandStore.open(store)
     rows, chances, n_by_split = _rows(folder, cells)
     true_types = _true_types(folder, store, truth, rows)
-    evaluation = evaluate_labels(true_types, rows[column])
+    evaluation = evaluate_labels(true_types, rows["label"])
     classes = folder.manifest.classes
     n_true = evaluation.per_type.set_index("cell_type")["n"]
     return EvaluationReport(
@@ -152,18 +169,14 @@ def evaluate(
         model=folder.manifest.model,
         truth=truth,
         cells=cells,
-        column=column,
+        novel_threshold=folder.manifest.novel_threshold,
         evaluation=evaluation,
+        best=evaluate_labels(true_types, rows["best"]),
         n_by_split=n_by_split,
         calibration_error=_calibration_error(chances, true_types, classes),
-        share_novel=float((rows["label"][true_types != ""] == NOVEL).mean()),
+        n_novel=int((rows["label"][true_types != ""] == NOVEL).sum()),
         unknown_types={str(name): int(n) for name, n in n_true.items() if name not in classes},
     )
-
-
-def _check_choice(name: str, found: str, choices: tuple[str, ...]) -> None:
-    if found not in choices:
-        raise InputError(f"{name}: found {found!r}, expected {' or '.join(choices)}")
 
 
 def _rows(folder: LabelsFolder, cells: str) -> tuple[pd.DataFrame, Floats, dict[str, int]]:
@@ -171,7 +184,7 @@ def _rows(folder: LabelsFolder, cells: str) -> tuple[pd.DataFrame, Floats, dict[
     n_by_split: Counter[str] = Counter()
     rows, chances = [], []
     for part in folder.manifest.parts:
-        table = folder.read(part, [*_READ, *COLUMNS])
+        table = folder.read(part, list(_READ))
         split = table["split"].to_pandas().fillna(NO_SPLIT)
         n_by_split.update(split)
         kept = np.full(len(split), True) if cells == "all" else (split == "test").to_numpy()

@@ -95,7 +95,7 @@ def predict(
     if not isinstance(model, Model):
         model = read_model(model, "cuda" if torch.cuda.is_available() else "cpu")
     predictor = _Predictor(store, model, novel_threshold)
-    source = None if write_h5ad is None else _h5ad_source(store)
+    source = None if write_h5ad is None else _h5ad_source(store, Path(write_h5ad))
     with labels_writer(out, predictor.manifest) as folder:
         n_skipped = _write_parts(folder, predictor, progress)
         report = _report(folder, store, n_skipped)
@@ -221,8 +221,8 @@ def _typer_of(model: Model) -> CellTyper:
     return model.typer
 
 
-def _h5ad_source(store: IslandStore) -> Path:
-    """The h5ad file that the store's one sample was converted from."""
+def _h5ad_source(store: IslandStore, out: Path) -> Path:
+    """The h5ad file that the store's one sample was converted from, which ``out`` must not be."""
     names = list(store.samples)
     if len(names) != 1:
         raise InputError(
@@ -240,6 +240,11 @@ def _h5ad_source(store: IslandStore) -> Path:
         raise InputError(
             f"{paths[0]}: not there any more, expected the file that sample {names[0]!r} was converted from; put it "
             "back or leave out --write-h5ad"
+        )
+    if out.exists() and out.samefile(paths[0]):
+        raise InputError(
+            f"--write-h5ad {out}: found the file that sample {names[0]!r} was converted from, expected another one, as "
+            "the input stays what it was; choose another path"
         )
     return paths[0]
 

@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 
 from annatac_scale.errors import ModelError
 from annatac_scale.store.store import Sample
-
-SPLIT_FILE = "split.parquet"
-STORE_DIGESTS = b"store_digests"
+from annatac_scale.train.splits import SPLIT_FILE, STORE_DIGESTS
 
 
 class Splits:

@@ -184,7 +184,11 @@ class IslandSpace:
         """Write a gzip table ``chrom start end genes`` below one ``#`` line of JSON that carries the rest.
 
         The bytes depend on the islands alone. The file is written aside and renamed.
+        Raises InputError where its folder does not exist.
         """
+        target = FilePath(path)
+        if not target.parent.is_dir():
+            raise InputError(f"{target}: its folder does not exist; make it, or choose another path")
         head = {
             "assembly": self.assembly,
             "width_bp": self.width_bp,
@@ -192,7 +196,6 @@ class IslandSpace:
             "sha256": self.sha256,
             "chromosomes": self.chromosomes,
         }
-        target = FilePath(path)
         aside = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
             with open(aside, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:

@@ -16,18 +16,16 @@ from annatac_scale.errors import InputError, ModelError
 TEMPERATURE_BOUNDS = (0.05, 20.0)
 
 
-def fit_temperature(logits: ArrayLike | None, labels: ArrayLike | None) -> float:
+def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     """The temperature in TEMPERATURE_BOUNDS that minimises the cross-entropy with smoothed labels.
 
     The true type's target is (n + 1) / (n + 2), the rest is spread over the other types (after Platt 1999): few cells,
     all of them right, are no proof of certainty. With many cells this is the negative log-likelihood.
 
-    logits: float [n, C]; labels: int [n], 0 to C - 1. None and None (no calibration wanted) give 1.0, as
-    does a likelihood that no temperature betters. Raises InputError without cells or for labels that do not
-    fit the logits, ModelError for logits that are not finite.
+    logits: float [n, C]; labels: int [n], 0 to C - 1. A likelihood that no temperature betters gives 1.0.
+    Raises InputError without cells or for labels that do not fit the logits, ModelError for logits that are not
+    finite.
     """
-    if logits is None and labels is None:
-        return 1.0
     scores = np.asarray(logits, np.float64)
     truth = _checked(labels, scores)
     _check_finite(scores)
@@ -85,7 +83,7 @@ def _check_finite(scores: NDArray[np.float64]) -> None:
         )
 
 
-def _checked(labels: ArrayLike | None, scores: NDArray[np.float64]) -> NDArray[np.int64]:
+def _checked(labels: ArrayLike, scores: NDArray[np.float64]) -> NDArray[np.int64]:
     """The labels as int64 [n], one for each row of the scores [n, C]; InputError if they do not fit."""
     truth = np.asarray(labels)
     fits = (

@@ -18,7 +18,7 @@ def write_obs_into_h5ad(source: Path | str, columns: pd.DataFrame, out: Path | s
 
     columns: indexed by barcode, in any order; numbers stay numbers, all else becomes categorical. Cells of the file
     that have no row get missing values; a column that obs has already is replaced.
-    out: written aside and renamed; it may be the source itself
+    out: written aside and renamed
 
     Raises InputError where the file cannot be read or written, or a barcode of ``columns`` is not in it.
     """

@@ -42,7 +42,7 @@ def finetuned_card(info: ModelInfo, vocabulary: Vocabulary) -> str:
             f"- cells: {', '.join(f'{n:,} {split}' for split, n in facts['split'].items())}",
             f"- temperature {info.temperature:.3f}, fitted on the val cells; novel below {info.novel_threshold}",
             *_figures("val", facts["validation"]),
-            *_figures("test (cells that training never saw)", facts["test"]),
+            *_figures("test (cells that fine-tuning never saw)", facts["test"]),
             f"- {facts['pretraining_cells']}",
             "",
             "| cell type | training cells |",

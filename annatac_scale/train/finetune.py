@@ -32,7 +32,7 @@ from annatac_scale.train.loop import Ranks, TrainOptions, micro_batches, train
 from annatac_scale.train.positions import CellMatrix, inverse_document_frequency, truncated_svd
 from annatac_scale.train.presets import FinetuneConfig
 from annatac_scale.train.provenance import earlier_sight, made_by, run_inputs, sample_facts
-from annatac_scale.train.splits import LabelledCells, SplitRule, split_cells, write_split
+from annatac_scale.train.splits import SPLIT_FILE, LabelledCells, SplitRule, split_cells, write_split
 
 
 @dataclass(frozen=True)
@@ -180,10 +180,7 @@ def finetune(
     labelled = split_cells(store, labels, rule)
     progress.say(_split_line(labels, labelled))
     if not labelled.sizes["val"]:
-        raise InputError(
-            f"--labels {labels}: too few labelled cells of each type to hold any out for validation; label more "
-            "cells, or --set validation_share=0.3"
-        )
+        raise InputError(_too_few(labels, labelled))
     work = _Work(store, pretrained, labels, labelled, config, rule.described)
     run = RunFolder(out, config, _identity(work))
     with run.use():
@@ -197,6 +194,16 @@ def finetune(
 def _split_line(labels: str, labelled: LabelledCells) -> str:
     sizes = ", ".join(f"{n:,} {name}" for name, n in labelled.sizes.items())
     return f"labels {labels}: {len(labelled.types)} types, {sizes}; {labelled.n_without_label:,} cells without a label"
+
+
+def _too_few(labels: str, labelled: LabelledCells) -> str:
+    """Why no cell validates: few cells, or a column of something else, where most cells are a type of their own."""
+    n_types, n_cells = len(labelled.types), len(labelled.cells)
+    doubt = "; is this a column of cell types?" if n_types > n_cells / 2 else ""
+    return (
+        f"--labels {labels}: too few labelled cells of each type to hold any out for validation: found {n_types:,} "
+        f"types in {n_cells:,} cells{doubt}; label more cells, hold out fewer, or --set validation_share=0.3"
+    )
 
 
 def _identity(work: _Work) -> dict[str, Any]:
@@ -240,7 +247,7 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
     info = _info(work, fit_temperature(*task.logits(labelled.of("val"))), facts)
     pretrained = work.pretrained
     model = Model(info, pretrained.vocabulary, pretrained.islands, pretrained.encoder, task.module.typer)
-    write_split(run.path / "split.parquet", work.store, labelled)
+    write_split(run.path / SPLIT_FILE, work.store, labelled)
     write_model(run.model, model, finetuned_card(info, model.vocabulary))
 
 

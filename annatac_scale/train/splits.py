@@ -19,6 +19,10 @@ from annatac_scale.model.labels import label_texts
 from annatac_scale.store.store import IslandStore
 
 SPLITS = ("train", "val", "calib", "test")
+SPLIT_FILE = "split.parquet"
+"""Name of the file, in the folder of a fine-tuning run."""
+STORE_DIGESTS = b"store_digests"
+"""Key of the schema metadata that holds, as JSON, the x_sha256 of each sample."""
 FEWEST_TRAIN_TYPES = 2
 _VALUES_SHOWN = 10
 
@@ -180,5 +184,5 @@ def write_split(path: Path, store: IslandStore, labelled: LabelledCells) -> None
     )
     digests = {name: sample.x_sha256 for name, sample in store.samples.items()}
     aside = path.with_name(f".{path.name}.part")
-    pq.write_table(table.replace_schema_metadata({"store_digests": json.dumps(digests)}), aside)
+    pq.write_table(table.replace_schema_metadata({STORE_DIGESTS: json.dumps(digests)}), aside)
     aside.replace(path)

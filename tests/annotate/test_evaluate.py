@@ -50,9 +50,9 @@ def joined(atlas: Path) -> pd.DataFrame:
     return pd.read_parquet(atlas / "labels").merge(obs, on=["sample", "barcode"], validate="1:1")
 
 
-def assert_figures(report: EvaluationReport, rows: pd.DataFrame, column: str) -> None:
+def assert_figures(report: EvaluationReport, rows: pd.DataFrame) -> None:
     known = rows[rows["truth"].notna()]
-    truth, label = known["truth"], known[column]
+    truth, label, best = known["truth"], known["label"], known["best"]
     types = sorted(set(truth))
     found = report.evaluation
     assert found.n_cells == len(known)
@@ -60,6 +60,10 @@ def assert_figures(report: EvaluationReport, rows: pd.DataFrame, column: str) ->
     assert found.accuracy == pytest.approx(sk.accuracy_score(truth, label))
     assert found.macro_f1 == pytest.approx(
         sk.f1_score(truth, label, labels=types, average="macro", zero_division=0)
+    )
+    assert report.best.accuracy == pytest.approx(sk.accuracy_score(truth, best))
+    assert report.best.macro_f1 == pytest.approx(
+        sk.f1_score(truth, best, labels=types, average="macro", zero_division=0)
     )
     assert found.kappa == pytest.approx(sk.cohen_kappa_score(truth, label))
     crossed = pd.crosstab(truth, label)
@@ -80,12 +84,11 @@ def calibration_error(rows: pd.DataFrame) -> float:
     return sum(abs(sum(c - right for c, right in members)) for members in bins.values()) / n
 
 
-@pytest.mark.parametrize("column", ["label", "best"])
-def test_held_out_cells_alone_are_evaluated_unless_asked_otherwise(atlas: Path, column: str) -> None:
+def test_held_out_cells_alone_are_evaluated_unless_asked_otherwise(atlas: Path) -> None:
     table = joined(atlas)
-    report = evaluate(atlas / "labels", atlas / "atlas.zarr", "truth", column=column)
+    report = evaluate(atlas / "labels", atlas / "atlas.zarr", "truth")
     test = table[table["split"] == "test"]
-    assert_figures(report, test, column)
+    assert_figures(report, test)
     assert report.calibration_error == pytest.approx(calibration_error(test), rel=1e-5)
     assert report.n_by_split == {"train": 84, "val": 42, "calib": 42, "test": 42, "none": 50}
     assert report.notes[0] == "held-out test cells: 42 of 260"
@@ -96,7 +99,7 @@ def test_held_out_cells_alone_are_evaluated_unless_asked_otherwise(atlas: Path, 
 def test_all_cells_are_evaluated_with_a_warning_that_some_were_trained_on(atlas: Path) -> None:
     table = joined(atlas)
     report = evaluate(str(atlas / "labels"), IslandStore.open(atlas / "atlas.zarr"), "truth", cells="all")
-    assert_figures(report, table, "label")
+    assert_figures(report, table)
     assert report.calibration_error == pytest.approx(calibration_error(table), rel=1e-5)
     assert report.notes[0] == "all 260 cells"
     assert report.notes[1] == (
@@ -118,17 +121,39 @@ def test_the_report_is_json_and_text(atlas: Path) -> None:
     assert values["accuracy"] == report.evaluation.accuracy
     assert values["n_by_split"] == report.n_by_split
     assert values["cells"] == "test"
-    assert values["column"] == "label"
+    assert values["best_accuracy"] == report.best.accuracy
+    assert values["best_macro_f1"] == report.best.macro_f1
     assert values["notes"] == report.notes
     assert values["confusion"]["truth"] == report.evaluation.confusion.index.tolist()
     lines = report.text()
     assert lines[: len(report.notes)] == report.notes
     assert any(line.split() == ["accuracy", f"{report.evaluation.accuracy:.4f}"] for line in lines)
+    assert any(line.split() == f"accuracy of best {report.best.accuracy:.4f}".split() for line in lines)
+    assert any(line.split() == f"macro F1 of best {report.best.macro_f1:.4f}".split() for line in lines)
     for name, values in report.evaluation.confusion.iterrows():
         assert any(line.split() == [*str(name).split(), *map(str, values)] for line in lines)
     for row in report.evaluation.per_type.itertuples():
         figures = [str(row.n), *(f"{value:.4f}" for value in (row.precision, row.recall, row.f1))]
         assert any(line.split() == [*row.cell_type.split(), *figures] for line in lines)
+
+
+@pytest.mark.parametrize("threshold", [0.9, 0.5, 0])
+def test_a_note_says_so_where_most_cells_are_novel_and_best_does_not_depend_on_it(
+    atlas: Path, tmp_path: Path, threshold: float
+) -> None:
+    predict(atlas / "atlas.zarr", atlas / "run/model", tmp_path / "labels", novel_threshold=threshold)
+    report = evaluate(tmp_path / "labels", atlas / "atlas.zarr", "truth")
+    table = joined(atlas)
+    known = table[(table["split"] == "test") & table["truth"].notna()]
+    n_novel = int((known["confidence"] < threshold).sum())
+    notes = [note for note in report.notes if "novel threshold" in note]
+    expected = (
+        f"{n_novel} of {len(known)} cells are below the novel threshold {threshold}; see best, or predict with "
+        "--novel-threshold 0"
+    )
+    assert notes == ([expected] if n_novel > len(known) / 2 else [])
+    assert bool(notes) == (threshold == 0.9)
+    assert report.best.accuracy == pytest.approx((known["best"] == known["truth"]).mean())
 
 
 def test_truths_of_numbers_are_compared_as_text(atlas: Path, tmp_path: Path) -> None:
@@ -211,7 +236,6 @@ def test_labels_of_another_store_are_refused(atlas: Path, tmp_path: Path) -> Non
         ({"truth": "type"}, "no obs column 'type'"),
         ({"truth": "blank"}, "truth: found no label in any of 42 cells"),
         ({"truth": "truth", "cells": "train"}, "--cells: found 'train', expected test or all"),
-        ({"truth": "truth", "column": "second"}, "column: found 'second', expected label or best"),
     ],
 )
 def test_questions_without_an_answer_are_refused(atlas: Path, options: dict[str, Any], message: str) -> None:

@@ -533,16 +533,31 @@ def test_labels_are_written_into_a_copy_of_the_input(tmp_path: Path) -> None:
     assert (found.X != given.X).nnz == 0
 
 
-def test_labels_can_be_written_into_the_input_of_a_finished_run(tmp_path: Path) -> None:
+def test_an_h5ad_of_a_finished_run_is_written_over_an_older_one(tmp_path: Path) -> None:
     write_h5ad(tmp_path / "cells.h5ad")
     convert(tmp_path / "cells.h5ad", assembly=ASSEMBLY, out=tmp_path / "a.zarr", select="all")
     small_model(tmp_path / "model", space=IslandStore.open(tmp_path / "a.zarr").space)
     predict(tmp_path / "a.zarr", tmp_path / "model", tmp_path / "labels")
-    path = tmp_path / "cells.h5ad"
-    assert (
-        predict(tmp_path / "a.zarr", tmp_path / "model", tmp_path / "labels", write_h5ad=path).n_skipped == 1
-    )
+    path = tmp_path / "labelled.h5ad"
+    path.write_text("older")
+    report = predict(tmp_path / "a.zarr", tmp_path / "model", tmp_path / "labels", write_h5ad=path)
+    assert report.n_skipped == 1
     assert "annatac_label" in anndata.read_h5ad(path).obs
+
+
+def test_labels_are_never_written_over_the_input_whatever_it_is_called(tmp_path: Path) -> None:
+    path = tmp_path / "cells.h5ad"
+    write_h5ad(path)
+    convert(path, assembly=ASSEMBLY, out=tmp_path / "a.zarr", select="all")
+    small_model(tmp_path / "model", space=IslandStore.open(tmp_path / "a.zarr").space)
+    (tmp_path / "link.h5ad").symlink_to(path)
+    (tmp_path / "hard.h5ad").hardlink_to(path)
+    before = path.read_bytes()
+    for out in (path, tmp_path / "model/../cells.h5ad", tmp_path / "link.h5ad", tmp_path / "hard.h5ad"):
+        with pytest.raises(InputError, match=r"found the file that .* converted from.*choose another path"):
+            predict(tmp_path / "a.zarr", tmp_path / "model", tmp_path / "labels", write_h5ad=out)
+    assert path.read_bytes() == before
+    assert not (tmp_path / "labels").exists()
 
 
 def test_an_h5ad_is_asked_for_in_vain(tmp_path: Path, store: IslandStore, model: Path) -> None:

@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import random
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -361,7 +362,8 @@ def test_a_file_cut_or_flipped_anywhere_is_refused(tmp_path: Path) -> None:
                 IslandSpace.read(path)
 
 
-def test_writing_into_a_missing_folder_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        IslandSpace.all(TOY).write(tmp_path / "absent" / "i.gz")
+def test_writing_into_a_missing_folder_names_the_path_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "absent" / "i.gz"
+    with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: its folder does not exist; make it"):
+        IslandSpace.all(TOY).write(path)
     assert list(tmp_path.iterdir()) == []

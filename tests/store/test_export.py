@@ -103,8 +103,8 @@ def test_columns_that_are_there_already_are_replaced(tmp_path: Path, source: Pat
     first = pd.DataFrame({"label": ["x"] * 4, "donor": [1, 2, 3, 4]}, index=BARCODES)
     write_obs_into_h5ad(source, first, tmp_path / "out.h5ad")
     second = pd.DataFrame({"label": ["y"] * 4}, index=BARCODES)
-    write_obs_into_h5ad(tmp_path / "out.h5ad", second, tmp_path / "out.h5ad")
-    found = anndata.read_h5ad(tmp_path / "out.h5ad").obs
+    write_obs_into_h5ad(tmp_path / "out.h5ad", second, tmp_path / "again.h5ad")
+    found = anndata.read_h5ad(tmp_path / "again.h5ad").obs
     assert list(found.columns) == ["donor", "depth", "note", "label"]
     assert found["label"].tolist() == ["y"] * 4
     assert found["donor"].tolist() == [1, 2, 3, 4]

@@ -106,6 +106,7 @@ def test_the_model_folder_says_what_it_was_made_of(atlas, pretrained, tmp_path):
     assert sum(facts["training_cells_per_type"].values()) == report.split["train"]
     card = (report.model / "README.md").read_text()
     assert "labels from obs column `cell_type`, held out: donor=D1" in card
+    assert "\n- test (cells that fine-tuning never saw): accuracy " in card
     assert (
         "pretraining saw all cells of these samples without their labels, the test cells among them" in card
     )
@@ -217,10 +218,14 @@ def test_a_type_with_one_cell_trains(atlas, pretrained, tmp_path):
         (np.full(400, None, object), "0 cell types have training cells"),
         (
             np.where(np.arange(400) < 6, np.array(["a", "b"] * 200, object), None),
-            "too few labelled cells of each",
+            "found 2 types in 6 cells; label more cells, hold out fewer, or --set validation_share",
+        ),
+        (
+            np.random.default_rng(0).random(400),
+            r"too few labelled cells of each .* 400 types in 400 cells; is this a column of cell types\?; label",
         ),
     ],
-    ids=["none", "six"],
+    ids=["none", "six", "numbers"],
 )
 def test_too_few_labelled_cells_are_refused(atlas, pretrained, tmp_path, labels, message):
     store = relabelled(atlas, tmp_path / "a.zarr", labels)
