@@ -6,7 +6,7 @@ order of the inputs, each as soon as it and those before it are done.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from annatac_scale.ingest.samples import (
     files_of,
     finish_matrix,
     fragment_peaks,
+    ignored_options,
     kind_of,
     n_cells_of_matrix,
     options_of,
@@ -41,8 +42,9 @@ from annatac_scale.ingest.samples import (
 )
 from annatac_scale.ingest.sheet import SampleInput, check_samples, name_inputs, read_sheet
 from annatac_scale.progress import Progress, Silent
+from annatac_scale.store.metadata import read_root
 from annatac_scale.store.schema import COUNTINGS, SHARD_CELLS
-from annatac_scale.store.store import IslandStore
+from annatac_scale.store.store import IslandStore, remove_empty
 from annatac_scale.store.writer import create_store, replace_obs
 
 
@@ -52,7 +54,7 @@ class ConvertOptions:
 
     select: islands, "tss" (bins that hold a TSS), "all" (all bins) or the path of a BED file of windows
     counting: "insertion", "fragment" or "paired-insertion" (fragments.CountingRules says what they are)
-    min_fragments: of fragment files without a list of barcodes, how many make a barcode a cell
+    min_fragments: of fragment files without a list of barcodes, how many make a barcode a cell; others ignore it
     layer, use_raw: where an h5ad has its counts, if not in X
     workers: threads that work at the same time
     sample: names of the inputs, in their order; none: after the files
@@ -116,10 +118,12 @@ def convert(
     options: the fields of ConvertOptions by name
 
     An existing store gets the samples added; those that it has from the same files and options are left alone, but for
-    labels (``obs``), which are joined anew. Raises InputError for whatever is wrong with the inputs, and StoreError
-    where the store has other islands, another counting or a sample of that name made otherwise.
+    labels (``obs``), which are joined anew. A new store that gets no sample is removed again. Raises InputError for
+    whatever is wrong with the inputs, and StoreError where the store has other islands, another counting or a sample of
+    that name made otherwise, or would lie in another store.
     """
     chosen = ConvertOptions(**options)
+    _check_place(Path(out))
     progress = progress or Silent()
     samples = _samples(inputs, sheet, chosen)
     check_samples(samples)
@@ -140,6 +144,20 @@ def convert(
             lru_cache(4)(partial(fragment_peaks, assembly=genome, space=space)),
         )
         return _Conversion(samples, target, chosen.workers).run()
+
+
+def _check_place(out: Path) -> None:
+    """Raise StoreError where a folder above ``out`` is an island store."""
+    for folder in out.resolve().parents:
+        with suppress(StoreError):
+            read_root(folder)
+            break
+    else:
+        return
+    raise StoreError(
+        f"{out}: lies in {folder}, which is an island store; expected a place outside of it; choose another --out, or "
+        "give that store to add samples to it"
+    )
 
 
 def _samples(
@@ -185,19 +203,25 @@ class _Conversion:
         self.kinds = {sample.name: kind_of(sample.path) for sample in samples}
         for sample in samples:
             check_options(sample, self.kinds[sample.name], target)
+        for sample in samples:
+            for line in ignored_options(sample, self.kinds[sample.name], target):
+                target.progress.say(line)
         paths = dict.fromkeys(sample.obs for sample in samples if sample.obs is not None)
         self.labels = {path: read_labels(path) for path in paths}
         self.matched: set[Path] = set()
 
     def run(self) -> ConvertReport:
         """Convert what is not there yet."""
-        if (self.target.store / "zarr.json").exists():
+        is_new = not (self.target.store / "zarr.json").exists()
+        if not is_new:
             create_store(self.target.store, self.target.space, self.target.counting)
             self._look_at_store()
         todo = [sample for sample in self.samples if sample.name not in self.report.skipped]
         n_shards = {sample.name: self._n_shards(sample) for sample in todo}
         if todo:
             create_store(self.target.store, self.target.space, self.target.counting)
+            if is_new:  # after the samples that were begun are left
+                self.target.open_things.callback(remove_empty, self.target.store)
             self._compute(todo, n_shards)
         self._check_labels()
         return self.report

@@ -33,7 +33,7 @@ from annatac_scale.ingest.tenx import (
 )
 from annatac_scale.progress import Progress
 from annatac_scale.store.schema import SHARD_CELLS
-from annatac_scale.store.writer import SampleWriter
+from annatac_scale.store.writer import SampleWriter, create_store
 
 FRAGMENTS, H5AD, TENX_H5, TENX_MTX = "fragments", "h5ad", "10x h5", "10x mtx"
 
@@ -87,6 +87,8 @@ class Target:
             things = self.open_things.enter_context(ExitStack())
             for close in to_close:
                 things.callback(close)
+            # A conversion that made the store and came to nothing may have removed it meanwhile.
+            create_store(self.store, self.space, self.counting)
             return Begun(things.enter_context(SampleWriter(self.store, name, n_cells)), things)
 
     def end(self, begun: "Begun") -> None:
@@ -167,8 +169,24 @@ def check_options(sample: SampleInput, kind: str, target: Target) -> None:
         raise InputError(
             f"{sample.path}: found --layer or --use-raw for {kind}; expected an h5ad; leave them out"
         )
+    if kind != FRAGMENTS and target.counting != CountingRules.counting:
+        raise InputError(
+            f"{sample.path}: found --counting {target.counting} for {kind}, which is counted already; expected it for "
+            "fragments only; leave it out, and convert fragments counted so into another --out"
+        )
     if sample.barcodes is not None:
         read_barcodes(sample.barcodes)
+
+
+def ignored_options(sample: SampleInput, kind: str, target: Target) -> list[str]:
+    """Lines that tell which options that were given do not apply to a sample."""
+    if target.min_fragments == CountingRules.min_fragments:
+        return []
+    if kind != FRAGMENTS:
+        return [f"{sample.path.name}: a peak matrix: --min-fragments does not apply"]
+    if sample.barcodes is not None:
+        return [f"{sample.path.name}: --barcodes lists the cells: --min-fragments does not apply"]
+    return []
 
 
 def _open_matrix(sample: SampleInput, kind: str, target: Target) -> PeakMatrix:

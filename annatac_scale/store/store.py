@@ -1,5 +1,11 @@
-"""Open, check and read an island store. Rows are read encoded and decoded to open islands, never to dense rows."""
+"""Open, check and read an island store, or remove one that came to nothing.
 
+Rows are read encoded and decoded to open islands, never to dense rows.
+"""
+
+import contextlib
+import shutil
+import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +20,7 @@ from numpy.typing import NDArray
 from annatac_scale.errors import InputError, StoreError
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.store import schema
+from annatac_scale.store.files import INCOMING, move, store_lock
 from annatac_scale.store.metadata import read_index, read_root
 from annatac_scale.store.obs import finish_obs
 from annatac_scale.store.open_islands import OpenIslands
@@ -129,12 +136,17 @@ class IslandStore:
     def obs(self, columns: list[str] | None = None) -> pd.DataFrame:
         """One row a cell, row i = cell id i: sample, barcode and the given columns (all when None).
 
-        A column that a sample lacks is missing there; one that no sample has raises InputError.
+        A column that a sample lacks is missing there; one that no sample has raises InputError, as does any column
+        of a store without samples.
         """
         frames = [
             sample.obs().reset_index(names="barcode").assign(sample=name)
             for name, sample in self.samples.items()
         ]
+        if columns and not frames:
+            raise InputError(
+                f"{self.path}: holds no sample, so no obs column {columns[0]!r}; add one with `annatac convert`"
+            )
         known = list(dict.fromkeys(name for frame in frames for name in frame))
         for name in columns or ():
             if name not in known:
@@ -183,3 +195,14 @@ class IslandStore:
 def _plain(frame: pd.DataFrame) -> pd.DataFrame:
     # Categories differ between samples: plain values concatenate, and missing ones stay missing.
     return frame.astype({n: object for n, d in frame.dtypes.items() if isinstance(d, pd.CategoricalDtype)})
+
+
+def remove_empty(path: Path) -> None:
+    """Remove the store at ``path``, unless it holds a sample or one is being written, or it is gone or damaged."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    with contextlib.suppress(FileNotFoundError, StoreError):
+        with store_lock(path):
+            if read_index(path) or (path / INCOMING).exists():
+                return
+            move(path, aside)  # others see a whole store or none
+        shutil.rmtree(aside)

@@ -19,9 +19,11 @@ from scipy import sparse
 
 from annatac_scale.errors import InputError, StoreError
 from annatac_scale.genome.annotation import builtin_tss
+from annatac_scale.ingest import samples
 from annatac_scale.ingest.convert import ConvertReport, convert
 from annatac_scale.ingest.labels import join_obs
-from annatac_scale.store.store import IslandStore
+from annatac_scale.store.store import IslandStore, remove_empty
+from annatac_scale.store.writer import SampleWriter, create_store
 
 Convert = Callable[..., ConvertReport]
 
@@ -296,7 +298,7 @@ def test_a_bad_input_stops_and_leaves_only_whole_samples(
     with pytest.raises(InputError, match=r"b\.tsv, line 3001"):
         toy_convert([tmp_path / f for f in ("a.tsv", "b.tsv", "c.h5ad")], min_fragments=0, workers=workers)
     store = tmp_path / "atlas.zarr"
-    assert set(digests(store)) <= {"a"}
+    assert not store.exists() or list(digests(store)) == ["a"]
     assert not (store / ".incoming").exists() or not list((store / ".incoming").iterdir())
     write_lines(tmp_path / "b.tsv", FRAGMENTS)
     report = toy_convert(
@@ -315,7 +317,7 @@ def test_a_sample_of_closed_islands_alone_is_refused(tmp_path: Path, toy_convert
     for name in ("f.tsv", "h.h5ad"):
         with pytest.raises(InputError, match=f"{name}: found no count of any cell in the 2 islands"):
             toy_convert(tmp_path / name, min_fragments=0, select=windows)
-    assert digests(tmp_path / "atlas.zarr") == {}
+    assert not (tmp_path / "atlas.zarr").exists()
 
 
 def test_a_truncated_file_is_never_a_sample(tmp_path: Path, toy_convert: Convert) -> None:
@@ -323,7 +325,7 @@ def test_a_truncated_file_is_never_a_sample(tmp_path: Path, toy_convert: Convert
     (tmp_path / "cut.tsv.gz").write_bytes(gzip.compress(text)[:-100])
     with pytest.raises(InputError, match=r"cut\.tsv\.gz, after line .*byte"):
         toy_convert(tmp_path / "cut.tsv.gz", min_fragments=0)
-    assert digests(tmp_path / "atlas.zarr") == {}
+    assert not (tmp_path / "atlas.zarr").exists()
 
 
 def test_a_listed_barcode_that_a_matrix_lacks_is_an_all_closed_row(
@@ -426,6 +428,12 @@ def test_options_that_do_not_go_with_an_input_are_refused_before_work(
         (["a.h5ad"], {"peaks": peaks}, "found a peak file for h5ad"),
         (["a.h5ad", "f.tsv"], {"layer": "counts"}, r"f\.tsv: found --layer or --use-raw for fragments"),
         (["a.h5ad"], {"layer": "counts", "use_raw": True}, "found both a layer and raw"),
+        (
+            ["f.tsv", "a.h5ad"],
+            {"counting": "fragment"},
+            r"a\.h5ad: found --counting fragment for h5ad, .* leave it",
+        ),
+        (["a.h5ad"], {"counting": "paired-insertion"}, "found --counting paired-insertion for h5ad"),
         (["f.tsv"], {"tss": "x", "gtf": "y"}, "both a TSS table and a GTF file"),
         (["f.tsv"], {"workers": 0}, "workers 0"),
         (["f.tsv"], {"select": "tss"}, "found no TSS table"),
@@ -434,9 +442,87 @@ def test_options_that_do_not_go_with_an_input_are_refused_before_work(
     ]:
         with pytest.raises(InputError, match=message):
             toy_convert([tmp_path / name for name in inputs], **options)
-    assert not any(path.suffix == ".zarr" and digests(path) for path in tmp_path.iterdir())
+    assert not any(path.suffix == ".zarr" for path in tmp_path.iterdir())
     with pytest.raises(TypeError, match="strategy"):
         toy_convert(tmp_path / "f.tsv", strategy="x")
+
+
+def test_options_that_do_not_apply_are_told(tmp_path: Path, toy_convert: Convert, said: Any) -> None:
+    some_anndata().write_h5ad(tmp_path / "cells.h5ad")
+    write_lines(tmp_path / "f.tsv", FRAGMENTS)
+    barcodes = write_lines(tmp_path / "cells.txt", [(barcode,) for barcode in BARCODES])
+    inputs = [tmp_path / "cells.h5ad", tmp_path / "f.tsv"]
+    toy_convert(inputs, "default.zarr", barcodes=barcodes, progress=said)
+    assert "--min-fragments" not in said
+    toy_convert(inputs, "listed.zarr", barcodes=barcodes, min_fragments=7, progress=said)
+    assert [line for line in said.lines if "--min-fragments" in line] == [
+        "cells.h5ad: a peak matrix: --min-fragments does not apply",
+        "f.tsv: --barcodes lists the cells: --min-fragments does not apply",
+    ]
+    assert digests(tmp_path / "default.zarr") == digests(tmp_path / "listed.zarr")
+    said.lines.clear()
+    toy_convert(tmp_path / "f.tsv", "found.zarr", min_fragments=7, progress=said)
+    assert "--min-fragments" not in said
+
+
+def test_a_failed_conversion_leaves_a_store_that_was_there(tmp_path: Path, toy_convert: Convert) -> None:
+    some_anndata().write_h5ad(tmp_path / "a.h5ad")
+    write_lines(tmp_path / "bad.tsv", [("chr1", 5, 4, "A")])
+    toy_convert(tmp_path / "a.h5ad")
+    before = all_bytes(tmp_path / "atlas.zarr")
+    with pytest.raises(InputError, match=r"bad\.tsv, line 1"):
+        toy_convert(tmp_path / "bad.tsv", min_fragments=0)
+    after = all_bytes(tmp_path / "atlas.zarr")
+    assert after == before
+    create_store(tmp_path / "empty.zarr", IslandStore.open(tmp_path / "atlas.zarr").space, "insertion")
+    with pytest.raises(InputError, match=r"bad\.tsv, line 1"):
+        toy_convert(tmp_path / "bad.tsv", "empty.zarr", min_fragments=0)
+    with pytest.raises(InputError, match=r"empty\.zarr: holds no sample, .* `annatac convert`"):
+        IslandStore.open(tmp_path / "empty.zarr").obs(["cell_type"])
+
+
+def test_an_empty_store_is_not_removed_while_another_writes(tmp_path: Path, toy_convert: Convert) -> None:
+    some_anndata().write_h5ad(tmp_path / "a.h5ad")
+    toy_convert(tmp_path / "a.h5ad")
+    remove_empty(tmp_path / "atlas.zarr")
+    assert list(digests(tmp_path / "atlas.zarr")) == ["a"]
+    store = tmp_path / "new.zarr"
+    create_store(store, IslandStore.open(tmp_path / "atlas.zarr").space, "insertion")
+    with SampleWriter(store, "s", 1):
+        remove_empty(store)
+        assert store.exists()
+    remove_empty(store)
+    remove_empty(store)  # nothing there, nothing to do
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5ad", "atlas.zarr", "toy.chrom.sizes"]
+
+
+def test_a_store_that_another_conversion_removed_is_made_again(
+    tmp_path: Path, toy_convert: Convert, said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "f.tsv", FRAGMENTS)
+    count = samples.count_fragments
+
+    def removed_meanwhile(*arguments: Any) -> Any:
+        remove_empty(tmp_path / "atlas.zarr")
+        assert not (tmp_path / "atlas.zarr").exists()
+        return count(*arguments)
+
+    monkeypatch.setattr(samples, "count_fragments", removed_meanwhile)
+    toy_convert(tmp_path / "f.tsv", min_fragments=0)
+    assert list(digests(tmp_path / "atlas.zarr")) == ["f"]
+
+
+@pytest.mark.parametrize("place", ["x.zarr", "samples/x.zarr", "samples/a/deep/x.zarr"])
+def test_a_store_within_a_store_is_refused(tmp_path: Path, toy_convert: Convert, place: str) -> None:
+    some_anndata().write_h5ad(tmp_path / "a.h5ad")
+    toy_convert(tmp_path / "a.h5ad")
+    before = all_bytes(tmp_path / "atlas.zarr")
+    (tmp_path / "link").symlink_to(tmp_path / "atlas.zarr")
+    for outer in ("atlas.zarr", "link"):
+        with pytest.raises(StoreError, match=r"x\.zarr: lies in .*atlas\.zarr, which is an island store"):
+            toy_convert(tmp_path / "a.h5ad", f"{outer}/{place}")
+    assert all_bytes(tmp_path / "atlas.zarr") == before
+    toy_convert(tmp_path / "a.h5ad", "beside/x.zarr")
 
 
 def test_a_tss_table_or_a_gtf_select_the_same_islands(tmp_path: Path, toy_convert: Convert) -> None:
@@ -484,7 +570,7 @@ def test_what_became_of_contigs_and_peaks_is_said_and_recorded(
 def test_another_assembly_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"peaks \([0-9.]+%\) that pass the end of their chromosome"):
         convert(CEREBELLUM, assembly="hg38", out=tmp_path / "a.zarr")
-    assert not (tmp_path / "a.zarr").exists() or digests(tmp_path / "a.zarr") == {}
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_script_without_a_main_guard_ends(tmp_path: Path, chrom_sizes: Path) -> None:
