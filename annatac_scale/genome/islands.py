@@ -188,7 +188,7 @@ class IslandSpace:
         """
         target = FilePath(path)
         if not target.parent.is_dir():
-            raise InputError(f"{target}: its folder does not exist; make it, or choose another path")
+            raise InputError(f"{target}: its folder does not exist; make it or check the path")
         head = {
             "assembly": self.assembly,
             "width_bp": self.width_bp,
