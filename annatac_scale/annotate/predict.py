@@ -28,6 +28,7 @@ from annatac_scale.annotate.labels import (
 from annatac_scale.annotate.splits import Splits
 from annatac_scale.annotate.table import LabelRule
 from annatac_scale.errors import InputError, ModelError
+from annatac_scale.memory import give_back_freed_memory
 from annatac_scale.model.cell_typer import CellTyper
 from annatac_scale.model.folder import Model, read_model
 from annatac_scale.progress import Progress, Silent
@@ -116,6 +117,7 @@ def _write_parts(folder: LabelsFolder, predictor: "_Predictor", progress: Progre
         advance(n_cells - sum(part.n_cells for part in todo))
         for part in todo:
             folder.write(part, predictor.table(part))
+            give_back_freed_memory()
             advance(part.n_cells)
     if todo or not folder.manifest.complete:
         folder.write_manifest(complete=True)

@@ -219,9 +219,9 @@ class _Conversion:
         todo = [sample for sample in self.samples if sample.name not in self.report.skipped]
         n_shards = {sample.name: self._n_shards(sample) for sample in todo}
         if todo:
-            create_store(self.target.store, self.target.space, self.target.counting)
-            if is_new:  # after the samples that were begun are left
+            if is_new:  # runs after the samples that were begun are left, and where an interrupt comes early
                 self.target.open_things.callback(remove_empty, self.target.store)
+            create_store(self.target.store, self.target.space, self.target.counting)
             self._compute(todo, n_shards)
         self._check_labels()
         return self.report

@@ -201,6 +201,7 @@ def remove_empty(path: Path) -> None:
     """Remove the store at ``path``, unless it holds a sample or one is being written, or it is gone or damaged."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     with contextlib.suppress(FileNotFoundError, StoreError):
+        read_root(path)  # not even a lock is put into what is no store of ours
         with store_lock(path):
             if read_index(path) or (path / INCOMING).exists():
                 return

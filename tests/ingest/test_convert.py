@@ -493,7 +493,14 @@ def test_an_empty_store_is_not_removed_while_another_writes(tmp_path: Path, toy_
         assert store.exists()
     remove_empty(store)
     remove_empty(store)  # nothing there, nothing to do
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5ad", "atlas.zarr", "toy.chrom.sizes"]
+    (tmp_path / "mine").mkdir()
+    write_lines(tmp_path / "mine" / "notes.txt", [("kept",)])
+    with pytest.raises(StoreError, match="mine: exists and is not an island store"):
+        toy_convert(tmp_path / "a.h5ad", "mine")
+    assert list(all_bytes(tmp_path / "mine")) == ["notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.h5ad", "atlas.zarr", "mine", "toy.chrom.sizes"
+    ]  # fmt: skip
 
 
 def test_a_store_that_another_conversion_removed_is_made_again(
