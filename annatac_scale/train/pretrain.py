@@ -326,6 +326,8 @@ def _check_objective(config: PretrainConfig, shares: tuple[float, ...]) -> None:
 
 def _split(store: IslandStore, config: PretrainConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Training and validation cells."""
+    if not store.n_cells:
+        raise InputError(f"{store.path}: holds no cell; add a sample with `annatac convert`")
     n_validation = max(1, round(store.n_cells * config.validation_share))
     if store.n_cells - n_validation < 1:
         raise InputError(

@@ -13,9 +13,12 @@ from planted import Lines, StopAfter, draw_cells, files_of, small_pretraining, w
 from safetensors.torch import load_file
 
 from annatac_scale.errors import AnnatacError, ConfigError, InputError
+from annatac_scale.genome.assembly import Assembly
+from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.model.folder import read_model
 from annatac_scale.progress import Silent
 from annatac_scale.store.store import IslandStore
+from annatac_scale.store.writer import create_store
 from annatac_scale.stream.batch import MASK_TOKEN
 from annatac_scale.train.checkpoint import RunFolder
 from annatac_scale.train.loop import Ranks
@@ -339,3 +342,10 @@ def test_ranks_and_lanes_that_do_not_fit_the_batch_are_refused(atlas):
     with pytest.raises(ConfigError, match="lanes = 3 does not divide the global batch of 8"):
         data.stream(data.training, replace(options, lanes=3), ALONE)
     assert len(data.stream(data.training, replace(options, lanes=2), Ranks(1, 2, torch.device("cpu")))) == 45
+
+
+def test_a_store_without_a_cell_says_what_to_do(tmp_path):
+    create_store(tmp_path / "empty.zarr", IslandSpace.all(Assembly("toy", ("chr1",), (20_000,))), "insertion")
+    empty = IslandStore.open(tmp_path / "empty.zarr")
+    with pytest.raises(InputError, match="holds no cell; add a sample with `annatac convert`"):
+        pretrain(empty, tmp_path / "run", small_pretraining())
