@@ -62,7 +62,7 @@ class TrainOptions:
     min_gain: float = 1e-3
     precision: str = "auto"
     """Forward and backward in "fp32" or "bf16" (autocast; weights, sums and optimizer stay in fp32). "auto": bf16 on
-    GPUs that compute in it; fp32 on CPUs, where bf16 pays only at larger widths and with bf16 instructions."""
+    GPUs that compute in it, fp32 elsewhere."""
     seed: int = 0
 
     def __post_init__(self) -> None:

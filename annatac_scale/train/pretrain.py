@@ -175,7 +175,7 @@ class PretrainData:
         training, validation = _split(store, config)
         counts = count_open(store, training, progress)
         vocabulary = Vocabulary.fit(store, training, config.min_cells, counts)
-        shares = level_shares(store, training)
+        shares = level_shares(store, training, progress)
         return cls(store, training, validation, vocabulary, counts[vocabulary.islands], shares)
 
     @property
@@ -305,11 +305,15 @@ def _model(data: PretrainData, config: PretrainConfig, encoder: Encoder, figures
     return Model(info, data.vocabulary, vocabulary_islands(data.store.space, data.vocabulary), encoder)
 
 
-def level_shares(store: IslandStore, cells: NDArray[np.int64]) -> tuple[float, ...]:
+def level_shares(
+    store: IslandStore, cells: NDArray[np.int64], progress: Progress | None = None
+) -> tuple[float, ...]:
     """Share of each level among the open islands of the cells. Raises InputError where none is open."""
     totals = np.zeros(N_LEVELS, np.int64)
-    for _, rows in sequential(store, cells):
-        totals += np.bincount(rows.levels, minlength=N_LEVELS + 1)[1:]
+    with (progress or Silent()).task("Counting levels", len(cells), "cells") as advance:
+        for ids, rows in sequential(store, cells):
+            totals += np.bincount(rows.levels, minlength=N_LEVELS + 1)[1:]
+            advance(len(ids))
     if not totals.sum():
         raise InputError(f"{store.path}: no cell has an open island; check the peaks and the assembly")
     return tuple((totals / totals.sum()).tolist())
