@@ -1,11 +1,21 @@
 """How long work tells how far it is: library functions report, the command line draws."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-Advance = Callable[[int], None]
-"""Adds work done; may be called from any thread."""
+
+class Advance:
+    """Takes the work done in a task; this one counts nothing. All of it may be called from any thread."""
+
+    def __call__(self, n: int, lines: int = 0, sample: str = "") -> None:
+        """Add ``n`` units done in this run, and the lines of input they held, as work of ``sample``."""
+
+    def found(self, n: int, sample: str = "") -> None:
+        """Add ``n`` units that an earlier run had done: they count as done, but say nothing about speed."""
+
+    def finished(self, sample: str) -> None:
+        """Note that a sample is complete, all that it still lacked included."""
 
 
 class Progress(Protocol):
@@ -14,8 +24,13 @@ class Progress(Protocol):
     def say(self, line: str) -> None:
         """Print one line."""
 
-    def task(self, name: str, total: int | None, unit: str) -> AbstractContextManager[Advance]:
-        """Begin a task of ``total`` units (None when unknown), ended with the context."""
+    def task(
+        self, name: str, total: int | None, unit: str, samples: Mapping[str, int] | None = None
+    ) -> AbstractContextManager[Advance]:
+        """Begin a task of ``total`` units (None when unknown), ended with the context; tasks may run side by side.
+
+        samples: the units of each sample, where the task works through samples; their sum is ``total``
+        """
         ...
 
 
@@ -26,6 +41,8 @@ class Silent:
         """Say nothing."""
 
     @contextmanager
-    def task(self, name: str, total: int | None, unit: str) -> Iterator[Advance]:
+    def task(
+        self, name: str, total: int | None, unit: str, samples: Mapping[str, int] | None = None
+    ) -> Iterator[Advance]:
         """Count nothing."""
-        yield lambda n: None
+        yield Advance()
