@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numba
 import numpy as np
-from fragment_writer import EXTENSION, FragmentWriter, Fragments, open_packed
+from fragment_writer import EXTENSION, Fragments, FragmentWriter, open_packed
 
 from annatac_scale.genome.annotation import builtin_tss
 from annatac_scale.genome.assembly import Assembly
