@@ -10,39 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 
 from annatac_scale import api
 from annatac_scale.errors import AnnatacError
-from annatac_scale.progress import Advance
+from annatac_scale.terminal import TerminalProgress
 
 USER_ERROR = 2
 INTERRUPTED = 130
-
-
-class TerminalProgress:
-    """Bars on a terminal, plain lines elsewhere; all on standard error, results on standard output."""
-
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-
-    def say(self, line: str) -> None:
-        """Print a line above the bars."""
-        self.console.print(line, markup=False, emoji=False)
-
-    @contextmanager
-    def task(self, name: str, total: int | None, unit: str) -> Iterator[Advance]:
-        """Show a bar while the task runs, if anybody is looking."""
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), MofNCompleteColumn())
-        bars = Bars(
-            *columns, TextColumn(unit), TimeRemainingColumn(), console=self.console, transient=True,
-            disable=not self.console.is_terminal,
-        )  # fmt: skip
-        with bars:
-            number = bars.add_task(name, total=total)
-            yield lambda n: bars.advance(number, n)
 
 
 class OrderedGroup(click.Group):

@@ -27,7 +27,7 @@ FLOORS = (
     ("biology",),
     ("report",),
     ("baseline",),
-    ("demonstration", "api", "cli", "__init__", "__main__"),
+    ("demonstration", "api", "terminal", "cli", "__init__", "__main__"),
 )
 """From the lowest to the highest: a room may import from its own and from lower floors."""
 
@@ -43,7 +43,8 @@ FENCES = {
     "safetensors": ("model/",),
     "sklearn": ("train/", "annotate/", "baseline.py", "demonstration.py"),
     "click": ("cli.py",),
-    "rich": ("cli.py",),
+    "rich": ("terminal.py",),
+    "matplotlib": ("report/", "biology/"),
 }
 """Where alone a heavy library may be imported, in functions too."""
 
@@ -51,7 +52,7 @@ WHEN_CALLED = (ROOT / "api.py", ROOT / "demonstration.py")
 """The one import that closes a circle: the demo calls the API, which offers the demo as one of its functions."""
 
 MOST_LINES = 500
-HEAVY = ("torch", "ray", "dask")
+HEAVY = ("torch", "ray", "dask", "matplotlib")
 
 
 @dataclass(frozen=True)
