@@ -6,13 +6,31 @@ lock. A sample is written there under its own name, which never begins with a do
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from annatac_scale.errors import StoreError
+
 INCOMING = ".incoming"
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def as_store_error(error: OSError, path: Path | str, what: str) -> StoreError:
+    """What the system refused, in words for the user. what: "read" or "written"."""
+    advice = "look at the disk, then run the same command again"
+    if error.errno in _FULL:
+        advice = "expected room for it; free some, then run the same command again: what is whole is kept"
+    elif error.errno in _FORBIDDEN:
+        advice = (
+            "expected a place that this user may write to; choose another, or have the permissions changed"
+        )
+    return StoreError(f"{path}: cannot be {what} ({error.strerror or error}); {advice}")
 
 
 def sample_aside(path: Path, sample: str) -> Path:

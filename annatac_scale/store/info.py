@@ -167,9 +167,9 @@ def _open_per_cell(sample: Sample, n_open: NDArray[np.int64] | None) -> OpenPerC
 
 
 def _unfinished(store: IslandStore) -> list[str]:
-    # In .incoming a sample is told by its X from the locks and obs beside it; in samples/ it lies, not yet in the
+    # In .incoming a sample is told by its name from the locks and obs beside it; in samples/ it lies, not yet in the
     # index, for a moment in each commit and for good when its writer was killed in that moment.
-    incoming = {x.parent.name for x in (store.path / INCOMING).glob("*/X")}
+    incoming = {draft.name for draft in (store.path / INCOMING).glob("[!.]*")}
     renamed = {x.parent.name for x in (store.path / schema.SAMPLES).glob("*/X")}
     return sorted(incoming | renamed - set(store.samples))
 

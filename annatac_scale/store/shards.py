@@ -9,6 +9,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ _ZSTD = Zstd(level=ZSTD_LEVEL)
 
 
 def create_x(group: zarr.Group, n_cells: int, n_islands: int) -> None:
-    """Write the metadata of ``X``, uint8 [n_cells, n_islands]; the shards are written by ``write_shard``."""
+    """Write the metadata of ``X``, uint8 [n_cells, n_islands]; ``encode_shard`` makes the shards."""
     sharding = ShardingCodec(
         chunk_shape=(BLOCK_CELLS, n_islands),
         codecs=[IslandCodec(), ZstdCodec(level=ZSTD_LEVEL, checksum=False), Crc32cCodec()],
@@ -54,11 +55,16 @@ def shard_path(x: Path, shard: int) -> Path:
     return x / "c" / str(shard) / "0"
 
 
-def write_shard(x: Path, shard: int, rows: OpenIslands) -> str:
-    """Write the cells of one shard; returns the sha256 (hex) of their encoded blocks before compression.
+@dataclass(frozen=True)
+class EncodedShard:
+    """A shard as it is on disk. sha256: hex, of its encoded blocks before compression; data: empty if all closed."""
 
-    The file appears whole or not at all. All-closed blocks are omitted, and so is an all-closed shard.
-    """
+    sha256: str
+    data: bytes
+
+
+def encode_shard(rows: OpenIslands) -> EncodedShard:
+    """Encode the cells of one shard. Blocks without an open island are left out."""
     digest = hashlib.sha256()
     body, index = bytearray(), np.full((SHARD_BLOCKS, 2), _ABSENT, np.uint64)
     for block in range(-(-len(rows) // BLOCK_CELLS)):
@@ -71,12 +77,7 @@ def write_shard(x: Path, shard: int, rows: OpenIslands) -> str:
             body += chunk
     if body:
         body += _with_crc(index.astype("<u8").tobytes())
-        path = shard_path(x, shard)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name("0.partial")
-        aside.write_bytes(body)
-        os.replace(aside, path)
-    return digest.hexdigest()
+    return EncodedShard(digest.hexdigest(), bytes(body))
 
 
 class ShardReader:

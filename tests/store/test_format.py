@@ -392,6 +392,6 @@ def test_islands_that_do_not_fit_their_sha256_are_refused(small: Path) -> None:
 def test_a_sample_is_written_in_incoming_under_a_lock(small: Path) -> None:
     with SampleWriter(small, "t", 3):
         assert sorted(file.name for file in (small / ".incoming").iterdir()) == [".t.lock", "t"]
-        assert (small / ".incoming/t/X/zarr.json").exists()
+        assert (small / ".incoming/t/plan.json").exists()
         assert committed_samples(small) == ["s"]
     assert not (small / ".incoming").exists()

@@ -252,8 +252,8 @@ def test_the_renames_of_a_commit_are_on_disk_before_the_next_step(
     sample = happened.index("rename samples/s")
     written = [step for step in happened[:sample] if step.startswith("sync")]
     parts = [file.relative_to(path / "samples/s") for file in (path / "samples/s").rglob("*")]
-    assert {f"sync .incoming/s/{part}" for part in parts} <= set(written)
-    assert set(happened[sample + 1 : sample + 3]) == {"sync samples", "sync .incoming"}
+    assert {f"sync .incoming/s/sample/{part}" for part in parts} <= set(written)
+    assert set(happened[sample + 1 : sample + 3]) == {"sync samples", "sync .incoming/s"}
     assert happened[sample + 3 :] == [
         "sync samples/.zarr.json.partial",
         "rename samples/zarr.json",
