@@ -6,7 +6,7 @@ Heavy libraries are imported inside the functions: asking for help must not wait
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from annatac_scale.errors import ConfigError, InputError
 from annatac_scale.progress import Progress, Silent
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from annatac_scale.annotate.predict import PredictReport
     from annatac_scale.genome.islands import IslandSpace
     from annatac_scale.ingest.convert import ConvertReport
+    from annatac_scale.report.quality import QualityTable
     from annatac_scale.store.info import StoreInfo
     from annatac_scale.train.finetune import FinetuneReport
     from annatac_scale.train.pretrain import PretrainReport
@@ -110,12 +111,51 @@ def _join(
     return ConvertReport(store, relabelled=[name for name in there.samples if len(labels.of(name))])
 
 
-def info(store: AnyPath) -> "StoreInfo":
-    """What a store holds and where it came from."""
-    from annatac_scale.store.info import describe
+@overload
+def info(
+    store: AnyPath, *, qc: Literal[False] = False, plot: None = None, digest: Literal[False] = False
+) -> "StoreInfo": ...
+@overload
+def info(
+    store: AnyPath, *, qc: Literal[True], plot: AnyPath | None = None, digest: Literal[False] = False
+) -> "QualityTable": ...
+@overload
+def info(store: AnyPath, *, qc: Literal[False] = False, plot: None = None, digest: Literal[True]) -> str: ...
+def info(
+    store: AnyPath, *, qc: bool = False, plot: AnyPath | None = None, digest: bool = False
+) -> "StoreInfo | QualityTable | str":
+    """What a store holds and where it came from.
+
+    qc: the quality of its cells instead, a line a sample; plot: drawn into this PNG, SVG or PDF file as well
+    digest: the digest of the store alone, equal for stores of the same samples
+    """
     from annatac_scale.store.store import IslandStore
 
+    if plot is not None and not qc:
+        raise InputError(f"--plot {plot}: found without --qc, whose picture it is; expected both; add --qc")
+    if digest and qc:
+        raise InputError("found both --digest and --qc; expected one of both; leave one out")
+    if digest:
+        return IslandStore.open(store).digest
+    if qc:
+        return _quality(store, plot)
+    from annatac_scale.store.info import describe
+
     return describe(IslandStore.open(store))
+
+
+def _quality(store: AnyPath, plot: AnyPath | None) -> "QualityTable":
+    from annatac_scale.report.quality import QualityTable, read_quality
+    from annatac_scale.store.store import IslandStore
+
+    if plot is not None:
+        from annatac_scale.report.pictures import check_ending, write_picture
+
+        check_ending(plot)
+    samples = read_quality(IslandStore.open(store))
+    if plot is not None:
+        write_picture(samples, plot)
+    return QualityTable(str(store), samples)
 
 
 def pretrain(

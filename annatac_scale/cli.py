@@ -191,12 +191,18 @@ def convert(inputs: Sequence[Path], **options: Any) -> None:
 
 
 @main.command()
-@_store
+@click.argument("store")
+@click.option("--qc", is_flag=True, help="Show the quality of the cells instead, one line a sample.")
+@_file("--plot", help="With --qc: draw it as well; the ending says which of png, svg and pdf.")
+@click.option("--digest", is_flag=True, help="Print the store's digest alone.")
 @_json
-def info(store: Path, as_json: bool) -> None:
+def info(store: str, as_json: bool, **options: Any) -> None:
     """Show what a store holds and where it came from."""
-    found = api.info(store)
-    click.echo(_dumped(found.to_dict()) if as_json else found.text())
+    found = api.info(store, **options)
+    if isinstance(found, str):
+        click.echo(_dumped({"digest": found}) if as_json else found)
+    else:
+        click.echo(_dumped(found.to_dict()) if as_json else found.text())
 
 
 @main.command()

@@ -183,7 +183,7 @@ def test_a_folder_that_may_not_be_written_is_told(atlas: Atlas) -> None:
 
 
 def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(store: Path) -> None:
+    def full(store: str, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(api, "info", full)
@@ -194,7 +194,7 @@ def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     "error", [RuntimeError("ours"), OSError("no path"), ValueError("ours"), MemoryError()]
 )
 def test_our_own_mistakes_are_not_hidden(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(store: Path) -> None:
+    def fail(store: str, **options: object) -> None:
         raise error
 
     monkeypatch.setattr(api, "info", fail)
@@ -205,7 +205,7 @@ def test_our_own_mistakes_are_not_hidden(error: Exception, monkeypatch: pytest.M
 
 
 def test_a_message_of_several_lines_becomes_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(store: Path) -> None:
+    def fail(store: str, **options: object) -> None:
         raise api.InputError("first\n  second\tthird")
 
     monkeypatch.setattr(api, "info", fail)

@@ -70,7 +70,7 @@ def test_cells_called_by_a_threshold_are_coloured_and_no_other() -> None:
     curve = RankCurve(rank, n_fragments[rank - 1], 3000)
     share = called_share(curve, n_fragments[n_fragments >= 1000].astype(float))
     n = curve.n_fragments
-    assert (share[n[1:] >= 1000] > 0.95).all()  # equal numbers beyond a recorded rank are missed
+    assert (share[n[1:] >= 1000] > 0.85).all()  # equal numbers beyond a recorded rank are missed
     assert (share[n[:-1] < 1000] < 0.01).all()
     assert not called_share(curve, np.empty(0)).any()
 

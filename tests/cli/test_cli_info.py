@@ -1,0 +1,86 @@
+"""`annatac info`: the quality of cells as text, JSON and a picture, and the digest alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from command_line import done, refusal, strict_json
+
+import annatac_scale as ats
+from annatac_scale.genome.assembly import Assembly
+from annatac_scale.genome.islands import IslandSpace
+from annatac_scale.store.open_islands import OpenIslands
+from annatac_scale.store.store import IslandStore
+from annatac_scale.store.writer import SampleWriter, create_store
+
+SPACE = IslandSpace.all(Assembly("toy", ("chr1",), (300_000,)))
+OBS = pd.DataFrame(
+    {
+        "n_fragments": [10, 400, 90],
+        "tss_enrichment": [4.0, np.nan, 8.0],
+        "fraction_in_peaks": [0.5, 0.25, 0.125],
+    },
+    index=["a", "b", "c"],
+)
+CONVERSION = {
+    "kind": "fragments",
+    "lines": {"lines": 2000, "comment": 0, "counted": 500, "not_a_cell": 1500},
+    "barcode_rank": {"rank": [1, 2, 3, 9], "n_fragments": [400, 90, 10, 1], "n_barcodes": 9, "n_cells": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("info") / "atlas.zarr"
+    create_store(path, SPACE, "insertion")
+    with SampleWriter(path, "kidney", 3) as writer:
+        writer.write_shard(
+            0, OpenIslands(np.zeros(4, np.int64), np.empty(0, np.int32), np.empty(0, np.uint8))
+        )
+        writer.commit(OBS, np.ones(len(SPACE), bool), CONVERSION)
+    return path
+
+
+def test_quality_is_a_line_a_sample(store: Path) -> None:
+    result = done("info", store, "--qc")
+    assert result.stderr == ""
+    head, line = result.stdout.splitlines()[:2]
+    assert head.split()[:4] == ["sample", "from", "cells", "fragments"]
+    assert line.split() == ["kidney", "fragments", "3", "90", "25.0%", "6", "9", "2,000", "25.0%", "75.0%"]
+
+
+def test_quality_as_json_says_the_same(store: Path) -> None:
+    (sample,) = strict_json(done("info", store, "--qc", "--json").stdout)["samples"]
+    assert sample["medians"] == {"n_fragments": 90, "fraction_in_peaks": 0.25, "tss_enrichment": 6}
+    assert (sample["n_cells"], sample["n_barcodes"]) == (3, 9)
+    assert sample["shares_of_lines"] == {"counted": 0.25, "not_a_cell": 0.75}
+
+
+def test_a_picture_is_drawn_beside_the_table(store: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "quality.png"
+    assert done("info", store, "--qc", "--plot", picture).stdout == done("info", store, "--qc").stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_digest_is_printed_alone(store: Path) -> None:
+    digest = IslandStore.open(store).digest
+    assert done("info", store, "--digest").stdout == f"{digest}\n"
+    assert strict_json(done("info", store, "--digest", "--json").stdout) == {"digest": digest}
+    assert ats.info(store, digest=True) == digest
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--plot", "x.png"], "--plot x.png: found without --qc"),
+        (["--digest", "--qc"], "found both --digest and --qc"),
+        (["--qc", "--plot", "x.jpg"], "x.jpg: found the ending '.jpg'; expected .png, .svg, .pdf"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(words: list[str], message: str, store: Path) -> None:
+    assert refusal("info", store, *words).startswith(message)
+
+
+def test_an_ending_is_refused_before_anything_is_read() -> None:
+    assert "x.jpg" in refusal("info", "nosuch", "--qc", "--plot", "x.jpg")
