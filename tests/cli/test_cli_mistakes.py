@@ -130,7 +130,7 @@ MISTAKES = {
     # words
     "no such command": ("annotate", "No such command 'annotate'; see `annatac --help`"),
     "no such option": ("--csv info", "No such option '--csv'; see `annatac --help`"),
-    "no such option of a command": ("info --csv {store}", "No such option '--csv'; see `annatac info --help`"),
+    "no such option of a command": ("info --parquet {store}", "No such option '--parquet'; see `annatac info --help`"),
     "option that is missing": ("predict {store} --out x", "Missing option '--model'; see `annatac predict --help`"),
     "one store too many": ("info {store} {other}", "unexpected extra argument", "`annatac info --help`"),
     "no such preset": (f"{PRETRAIN} --preset huge", "'huge' is not one of 'tiny', 'small', 'paper'"),
@@ -165,8 +165,8 @@ def test_a_mistake_is_told_in_one_line(name: str, places: dict[str, str], tmp_pa
 
 
 def test_a_file_that_may_not_be_read_is_told(atlas: Atlas, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(store: Path) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", str(store / "zarr.json"))
+    def denied(store: str, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", f"{store}/zarr.json")
 
     monkeypatch.setattr(api, "info", denied)
     line = refusal("info", atlas.store)
