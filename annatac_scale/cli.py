@@ -163,6 +163,20 @@ def islands(out: Path | None, **options: Any) -> None:
     help="Fragments that make a barcode a cell.",
 )
 @click.option(
+    "--min-tsse",
+    default=0.0,
+    metavar="X",
+    type=click.FloatRange(min=0),
+    help="TSS enrichment that a cell needs besides.",
+)
+@click.option("--qc/--no-qc", default=True, help="Make the quality of each cell from fragments.")
+@click.option(
+    "--on-invalid",
+    default="stop",
+    type=click.Choice(["stop", "count"]),
+    help="At an invalid line of a fragment file: stop there, or count such lines and go on.",
+)
+@click.option(
     "--counting", default="insertion", help="What is counted in a peak.",
     type=click.Choice(["insertion", "fragment", "paired-insertion"]),
 )  # fmt: skip
@@ -175,6 +189,10 @@ def islands(out: Path | None, **options: Any) -> None:
     metavar="N",
     type=click.IntRange(min=1),
     help="Threads that work at the same time.",
+)
+@click.option("--dask", metavar="ADDRESS", help="Scheduler of a Dask cluster to work on, as tcp://host:8786.")
+@click.option(
+    "--scratch", metavar="FOLDER", help="Where to put down what a stopped run finds again; default: in --out."
 )
 def convert(inputs: Sequence[Path], **options: Any) -> None:
     """Convert peak matrices and fragment files into an island store.

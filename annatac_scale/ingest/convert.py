@@ -1,49 +1,45 @@
-"""Conversion: any number of inputs into an island store, as a Dask graph of small steps.
+"""Conversion: any number of inputs into an island store, as a Dask graph of small tasks.
 
-A graph of matrices has one task a shard of 4,000 cells, one of fragments one task a file. Samples are committed in the
-order of the inputs, each as soon as it and those before it are done.
+A fragment file has a task a range, then one that chooses its cells, some that finish its shards, and its commit; a matrix
+has no ranges. Samples are committed in the order of the inputs, each as soon as it and those before it are done.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from dask.base import compute
-from dask.delayed import Delayed, delayed
 
 from annatac_scale.errors import InputError, StoreError
-from annatac_scale.genome.annotation import read_gtf, read_tss
-from annatac_scale.genome.assembly import Assembly
+from annatac_scale.genome.annotation import builtin_tss, place_tss, read_gtf, read_tss
+from annatac_scale.genome.assembly import BUILTIN_ASSEMBLIES, Assembly
 from annatac_scale.genome.islands import select_islands
 from annatac_scale.genome.rows import Path as AnyPath
-from annatac_scale.ingest.labels import join_labels, read_labels
-from annatac_scale.ingest.provenance import difference, now
+from annatac_scale.ingest.fragment_tasks import Done, Said, with_labels
+from annatac_scale.ingest.graph import Graph, run_graph
+from annatac_scale.ingest.hook import Hook
+from annatac_scale.ingest.labels import LabelTable, read_labels
+from annatac_scale.ingest.provenance import difference
 from annatac_scale.ingest.samples import (
-    FRAGMENTS,
-    Target,
-    Written,
-    begin_matrix,
-    bytes_of,
-    check_options,
+    INSERTION,
+    MIN_FRAGMENTS,
+    Job,
+    Recipe,
     files_of,
-    finish_matrix,
-    fragment_peaks,
     ignored_options,
-    kind_of,
-    n_cells_of_matrix,
+    is_stream,
+    job_of,
     options_of,
-    write_fragments,
-    write_rows,
 )
-from annatac_scale.ingest.sheet import SampleInput, check_samples, name_inputs, read_sheet
+from annatac_scale.ingest.sheet import SampleInput, check_samples, located, name_inputs, read_sheet
+from annatac_scale.ingest.text import RANGE_BYTES
 from annatac_scale.progress import Progress, Silent
-from annatac_scale.store.metadata import read_root
-from annatac_scale.store.schema import COUNTINGS, SHARD_CELLS
+from annatac_scale.store.draft import Draft, open_draft
+from annatac_scale.store.metadata import committed_samples, read_root
+from annatac_scale.store.place import Location, is_url, place_of
+from annatac_scale.store.schema import COUNTINGS
 from annatac_scale.store.store import IslandStore, remove_empty
 from annatac_scale.store.writer import create_store, replace_obs
 
@@ -53,21 +49,31 @@ class ConvertOptions:
     """Options of a conversion.
 
     select: islands, "tss" (bins that hold a TSS), "all" (all bins) or the path of a BED file of windows
-    counting: "insertion", "fragment" or "paired-insertion" (fragments.CountingRules says what they are)
-    min_fragments: of fragment files without a list of barcodes, how many make a barcode a cell; others ignore it
+    counting: "insertion", "fragment" or "paired-insertion" (fragments.Counting says what they are)
+    min_fragments, min_tsse: of fragment files without a list of barcodes, how many fragments and which TSS enrichment
+    make a barcode a cell; others ignore them
+    qc: whether the quality of cells is made from fragments; it takes about half of the time again
+    on_invalid: "stop" at an invalid line of a fragment file, or "count" such lines and go on
     layer, use_raw: where an h5ad has its counts, if not in X
-    workers: threads that work at the same time
+    workers: threads that work at the same time; dask: address of a Dask scheduler, whose workers work in their place
+    scratch: folder for what is put down on the way, in place of the store
     sample: names of the inputs, in their order; none: after the files
     peaks, barcodes, obs: files as in SampleInput, for every input that the sheet gives none for
     chrom_sizes, tss, gtf: files that describe an assembly which is not built in, or other TSS for one that is
+    range_bytes: size of the ranges that fragment files are cut into: a stopped run loses at most one a worker
     """
 
     select: str = "tss"
-    counting: str = "insertion"
-    min_fragments: int = 1000
+    counting: str = INSERTION
+    min_fragments: int = MIN_FRAGMENTS
+    min_tsse: float = 0.0
+    qc: bool = True
+    on_invalid: str = "stop"
     layer: str | None = None
     use_raw: bool = False
     workers: int = 1
+    dask: str | None = None
+    scratch: Location | None = None
     sample: Sequence[str] = ()
     peaks: AnyPath | None = None
     barcodes: AnyPath | None = None
@@ -75,14 +81,19 @@ class ConvertOptions:
     chrom_sizes: AnyPath | None = None
     tss: AnyPath | None = None
     gtf: AnyPath | None = None
+    range_bytes: int = RANGE_BYTES
 
     def __post_init__(self) -> None:
-        if self.counting not in COUNTINGS:
-            raise InputError(f"counting: found {self.counting!r}; expected one of {', '.join(COUNTINGS)}")
-        if self.workers < 1 or self.min_fragments < 0:
+        for name, found, expected in (
+            ("counting", self.counting, COUNTINGS),
+            ("on_invalid", self.on_invalid, ("stop", "count")),
+        ):
+            if found not in expected:
+                raise InputError(f"{name}: found {found!r}; expected one of {', '.join(expected)}")
+        if self.workers < 1 or self.min_fragments < 0 or self.min_tsse < 0 or self.range_bytes < 1:
             raise InputError(
-                f"found workers {self.workers}, min_fragments {self.min_fragments}; expected at least 1 "
-                "worker and 0 fragments"
+                f"found workers {self.workers}, min_fragments {self.min_fragments}, min_tsse {self.min_tsse}; expected "
+                "at least 1 worker, 0 fragments and a TSS enrichment of 0"
             )
         if self.tss is not None and self.gtf is not None:
             raise InputError("found both a TSS table and a GTF file; expected one; leave out --tss or --gtf")
@@ -96,7 +107,7 @@ class ConvertReport:
     those that were there already; relabelled: those of them whose obs was joined anew
     """
 
-    store: Path
+    store: Location
     converted: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     relabelled: list[str] = field(default_factory=list)
@@ -118,37 +129,51 @@ def convert(
     options: the fields of ConvertOptions by name
 
     An existing store gets the samples added; those that it has from the same files and options are left alone, but for
-    labels (``obs``), which are joined anew. A new store that gets no sample is removed again. Raises InputError for
-    whatever is wrong with the inputs, and StoreError where the store has other islands, another counting or a sample of
-    that name made otherwise, or would lie in another store.
+    labels (``obs``), which are joined anew. A conversion that was stopped goes on from the ranges and shards that are
+    done. Raises InputError for whatever is wrong with the inputs, and StoreError where the store has other islands,
+    another counting or a sample of that name made otherwise, or would lie in another store.
     """
     chosen = ConvertOptions(**options)
-    _check_place(Path(out))
     progress = progress or Silent()
+    store = located(out)
+    _check_place(store)
     samples = _samples(inputs, sheet, chosen)
     check_samples(samples)
-    genome = _assembly(assembly, chosen)
-    table = read_tss(chosen.tss) if chosen.tss else read_gtf(chosen.gtf) if chosen.gtf else None
-    space = select_islands(genome, chosen.select, table, progress)
-    with ExitStack() as open_things:
-        target = Target(
-            Path(out),
-            genome,
-            space,
-            chosen.counting,
-            chosen.min_fragments,
-            chosen.layer,
-            chosen.use_raw,
-            progress,
-            open_things,
-            lru_cache(4)(partial(fragment_peaks, assembly=genome, space=space)),
-        )
-        return _Conversion(samples, target, chosen.workers).run()
+    recipe = _recipe(store, assembly, chosen, progress)
+    return _Conversion(samples, recipe, chosen.dask, progress).run()
 
 
-def _check_place(out: Path) -> None:
+def _recipe(store: Location, assembly: str | Assembly, options: ConvertOptions, progress: Progress) -> Recipe:
+    genome = _assembly(assembly, options)
+    table = read_tss(options.tss) if options.tss else read_gtf(options.gtf) if options.gtf else None
+    space = select_islands(genome, options.select, table, progress)
+    if table is None and genome.name in BUILTIN_ASSEMBLIES:
+        table = builtin_tss(genome.name)
+    tss = place_tss(genome, table) if table is not None and options.qc else None
+    return Recipe(
+        store=store,
+        assembly=genome,
+        space=space,
+        counting=options.counting,
+        quality=options.qc,
+        tss=tss,
+        min_fragments=options.min_fragments,
+        min_tsse=options.min_tsse,
+        count_invalid=options.on_invalid == "count",
+        layer=options.layer,
+        use_raw=options.use_raw,
+        scratch=options.scratch,
+        range_bytes=options.range_bytes,
+        workers=options.workers,
+        hook=Hook(),
+    )
+
+
+def _check_place(out: Location) -> None:
     """Raise StoreError where a folder above ``out`` is an island store."""
-    for folder in out.resolve().parents:
+    if is_url(out):
+        return
+    for folder in Path(out).resolve().parents:
         with suppress(StoreError):
             read_root(folder)
             break
@@ -172,16 +197,16 @@ def _samples(
     return [
         replace(
             sample,
-            peaks=sample.peaks or _path(options.peaks),
-            barcodes=sample.barcodes or _path(options.barcodes),
-            obs=sample.obs or _path(options.obs),
+            peaks=sample.peaks or _located(options.peaks),
+            barcodes=sample.barcodes or _located(options.barcodes),
+            obs=sample.obs or _located(options.obs),
         )
         for sample in found
     ]
 
 
-def _path(path: AnyPath | None) -> Path | None:
-    return None if path is None else Path(path)
+def _located(path: AnyPath | None) -> Location | None:
+    return None if path is None else located(path)
 
 
 def _assembly(assembly: str | Assembly, options: ConvertOptions) -> Assembly:
@@ -195,124 +220,132 @@ def _assembly(assembly: str | Assembly, options: ConvertOptions) -> Assembly:
 class _Conversion:
     """One run: which samples are to be done, the graph that does them, and the report."""
 
-    def __init__(self, samples: list[SampleInput], target: Target, workers: int) -> None:
+    def __init__(
+        self, samples: list[SampleInput], recipe: Recipe, dask: str | None, progress: Progress
+    ) -> None:
         self.samples = samples
-        self.target = target
-        self.workers = workers
-        self.report = ConvertReport(target.store)
-        self.kinds = {sample.name: kind_of(sample.path) for sample in samples}
+        self.recipe = recipe
+        self.dask = dask
+        self.progress = progress
+        self.report = ConvertReport(recipe.store)
+        n_streams = sum(is_stream(sample) for sample in samples)
+        self.jobs = {sample.name: job_of(sample, recipe, n_streams) for sample in samples}
         for sample in samples:
-            check_options(sample, self.kinds[sample.name], target)
-        for sample in samples:
-            for line in ignored_options(sample, self.kinds[sample.name], target):
-                target.progress.say(line)
+            for line in ignored_options(sample, self.jobs[sample.name].kind, recipe):
+                progress.say(line)
         paths = dict.fromkeys(sample.obs for sample in samples if sample.obs is not None)
         self.labels = {path: read_labels(path) for path in paths}
-        self.matched: set[Path] = set()
+        self.matched: set[Location] = set()
 
     def run(self) -> ConvertReport:
         """Convert what is not there yet."""
-        is_new = not (self.target.store / "zarr.json").exists()
+        store = self.recipe.store
+        is_new = place_of(store).size("zarr.json") is None
         if not is_new:
-            create_store(self.target.store, self.target.space, self.target.counting)
+            create_store(store, self.recipe.space, self.recipe.counting)
             self._look_at_store()
-        todo = [sample for sample in self.samples if sample.name not in self.report.skipped]
-        n_shards = {sample.name: self._n_shards(sample) for sample in todo}
+        todo = [self.jobs[sample.name] for sample in self.samples if sample.name not in self.report.skipped]
         if todo:
-            if is_new:  # runs after the samples that were begun are left, and where an interrupt comes early
-                self.target.open_things.callback(remove_empty, self.target.store)
-            create_store(self.target.store, self.target.space, self.target.counting)
-            self._compute(todo, n_shards)
+            with ExitStack() as left_behind:
+                if is_new:  # runs after the drafts are left, and where an interrupt comes early
+                    left_behind.callback(remove_empty, store)
+                create_store(store, self.recipe.space, self.recipe.counting)
+                self._convert(todo)
         self._check_labels()
         return self.report
+
+    def _convert(self, todo: list[Job]) -> None:
+        """Let Dask work through the graph; whatever goes wrong stops all of it, and what is done is kept."""
+        sizes = {job.name: job.n_bytes for job in todo}
+        with ExitStack() as stack:
+            advance = stack.enter_context(
+                self.progress.task("convert", sum(sizes.values()), "B", samples=sizes)
+            )
+            drafts = {job.name: stack.enter_context(self._draft(job)) for job in todo}
+            recipe = replace(self.recipe, hook=Hook(advance))
+            graph = Graph(recipe)
+            for job in todo:
+                labels = None if job.sample.obs is None else self.labels[job.sample.obs]
+                graph.add(job.begun(drafts[job.name]), labels, self._needed(labels))
+
+            def note(done: Done) -> None:
+                for line in done.says:
+                    self.progress.say(line)
+                advance.finished(done.name)
+                self.report.converted[done.name] = done.conversion
+                obs = self.jobs[done.name].sample.obs
+                if done.labelled and obs is not None:
+                    self.matched.add(obs)
+
+            run_graph(graph, self.dask, note, advance)
+
+    def _draft(self, job: Job) -> "_KeptDraft":
+        return _KeptDraft(self.recipe.store, job)
+
+    def _needed(self, labels: LabelTable | None) -> bool:
+        """Whether a sample has to have labels: a table without samples may be meant for some of them only."""
+        return labels is not None and (labels.sample is not None or len(self.samples) == 1)
 
     def _check_labels(self) -> None:
         """Raise InputError for a table of labels that fits no cell of any sample."""
         for path in self.labels.keys() - self.matched:
             raise InputError(
-                f"{path}: found {self.labels[path].described()}, none of a cell of {self.target.store}; expected "
+                f"{path}: found {self.labels[path].described()}, none of a cell of {self.recipe.store}; expected "
                 "barcodes as there; the cells are converted: mend the table and run the same command again"
             )
 
     def _look_at_store(self) -> None:
         """Skip samples that were converted before, and join their labels anew."""
-        there = IslandStore.open(self.target.store).samples
+        there = IslandStore.open(self.recipe.store).samples
         for sample in self.samples:
             if sample.name not in there:
                 continue
-            kind = self.kinds[sample.name]
+            kind = self.jobs[sample.name].kind
             differs = difference(
                 there[sample.name].conversion,
                 kind,
                 files_of(sample, kind),
-                options_of(sample, kind, self.target),
+                options_of(sample, kind, self.recipe),
             )
             if differs:
                 raise StoreError(
-                    f"{self.target.store}: sample {sample.name!r} is there already, but {differs}; "
+                    f"{self.recipe.store}: sample {sample.name!r} is there already, but {differs}; "
                     "choose another --sample or another --out"
                 )
             self.report.skipped.append(sample.name)
-            self.target.progress.say(f"{sample.name}: is in {self.target.store} already, from the same files")
+            self.progress.say(f"{sample.name}: is in {self.recipe.store} already, from the same files")
         for name in self.report.skipped:
-            sample = next(sample for sample in self.samples if sample.name == name)
-            if sample.obs is not None or sample.columns:
-                replace_obs(self.target.store, name, self._labelled(there[name].obs(), sample))
+            job = self.jobs[name]
+            if job.sample.obs is not None or job.sample.columns:
+                replace_obs(self.recipe.store, name, self._relabelled(there[name].obs(), job))
                 self.report.relabelled.append(name)
 
-    def _n_shards(self, sample: SampleInput) -> int:
-        kind = self.kinds[sample.name]
-        return 0 if kind == FRAGMENTS else -(-n_cells_of_matrix(sample, kind) // SHARD_CELLS)
-
-    def _compute(self, todo: list[SampleInput], n_shards: dict[str, int]) -> None:
-        """Let Dask's threads work through the graph; whatever goes wrong stops all of them."""
-        n_bytes = sum(bytes_of(sample, self.kinds[sample.name]) for sample in todo)
-        with (
-            self.target.progress.task("convert", n_bytes, "B") as advance,
-            ThreadPoolExecutor(self.workers) as pool,
-        ):
-            target = replace(self.target, advance=advance)
-            last = None
-            for sample in todo:
-                last = _task(self._commit, sample, self._written(sample, n_shards[sample.name], target), last)
-            try:
-                compute(last, scheduler="threads", pool=pool)
-            except BaseException:
-                target.stopping.set()
-                raise
-
-    def _written(self, sample: SampleInput, n_shards: int, target: Target) -> Delayed:
-        """The part of the graph that writes a sample's shards."""
-        kind = self.kinds[sample.name]
-        if kind == FRAGMENTS:
-            return _task(partial(write_fragments, sample, target))
-        opened = _task(partial(begin_matrix, sample, kind, target))
-        quality = [
-            _task(partial(write_rows, shard=shard, target=target), opened) for shard in range(n_shards)
-        ]
-        return _task(partial(finish_matrix, target=target), opened, quality)
-
-    def _commit(self, sample: SampleInput, written: Written, previous: None) -> None:
-        """Commit a sample; ``previous`` is the commit of the one before it, for the order."""
-        obs = self._labelled(written.obs, sample)
-        conversion = written.conversion | {"finished": now()}
-        written.begun.writer.commit(obs, written.measured, conversion)
-        self.target.end(written.begun)
-        self.report.converted[sample.name] = conversion
-
-    def _labelled(self, obs: pd.DataFrame, sample: SampleInput) -> pd.DataFrame:
-        """``obs`` with the sheet's columns and the labels of a sample."""
-        obs = obs.assign(**dict(sample.columns))
-        if sample.obs is None:
-            return obs
-        labels = self.labels[sample.obs]
-        if obs.index.isin(labels.barcode).any():
-            self.matched.add(sample.obs)
-        # A table without samples may be meant for some of them only.
-        needed = labels.sample is not None or len(self.samples) == 1
-        return join_labels(obs, labels, sample.name, self.target.progress, needed)
+    def _relabelled(self, obs: pd.DataFrame, job: Job) -> pd.DataFrame:
+        labels = None if job.sample.obs is None else self.labels[job.sample.obs]
+        if labels is not None and job.sample.obs is not None and obs.index.isin(labels.barcode).any():
+            self.matched.add(job.sample.obs)
+        said = Said()
+        joined = with_labels(obs, job, labels, self._needed(labels), said)
+        for line in said.lines:
+            self.progress.say(line)
+        return joined
 
 
-def _task(function: Callable[..., Any], *arguments: Any) -> Delayed:
-    # pure=False: names tasks by number, where hashing their arguments would cost more than some of the tasks.
-    return delayed(function, pure=False)(*arguments)
+class _KeptDraft:
+    """Opens the draft of a job; leaving it removes one in which nothing was done that could be gone on with."""
+
+    def __init__(self, store: Location, job: Job) -> None:
+        self.store = store
+        self.job = job
+        self._context = open_draft(store, job.name, job.plan)
+
+    def __enter__(self) -> Draft:
+        self.draft = self._context.__enter__()
+        return self.draft
+
+    def __exit__(self, *error: Any) -> None:
+        if self.job.name not in committed_samples(self.store):
+            done = [name for name in self.draft.place.names() if "/" in name]
+            if not done:
+                self.draft.discard()
+        self._context.__exit__(*error)

@@ -1,25 +1,29 @@
-"""Fragment files: from lines ``contig start end barcode ...`` to open islands, every line accounted for.
+"""Count ranges of fragment files: from lines ``contig start end barcode ...`` to spills, every line accounted for.
 
-Columns 5 and on never matter, nor does the order of lines. A line that repeats counts again.
+The order of lines never matters. A line that repeats counts again. Column 5, the reads that support a fragment, never
+changes counts; it tells the share of duplicates.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from annatac_scale.errors import InputError
+from annatac_scale.errors import AnnatacError, InputError
 from annatac_scale.genome.assembly import Assembly
-from annatac_scale.genome.rows import Path, complaint, shown
+from annatac_scale.genome.rows import shown
 from annatac_scale.ingest import kernel
-from annatac_scale.ingest.bgzf import TEXT_BYTES, BrokenTextError, whole_lines
-from annatac_scale.ingest.key_table import KeyTable, empty_table, grown, look_up
-from annatac_scale.ingest.peaks import PeakSet, levels
+from annatac_scale.ingest.key_table import KeyTable, copied, empty_table, grown
+from annatac_scale.ingest.segments import Segments
+from annatac_scale.ingest.spill import Spill, encode_counts, packed
 from annatac_scale.ingest.tally import Tally
-from annatac_scale.store.open_islands import OpenIslands
+from annatac_scale.ingest.text import BrokenTextError, RangeReader, TextFile, cut_off, n_lines_before
+from annatac_scale.store.place import Place
 
 STRATEGIES = {
     "insertion": kernel.INSERTION,
@@ -27,216 +31,297 @@ STRATEGIES = {
     "paired-insertion": kernel.PAIRED_INSERTION,
 }
 
+INVALID = {
+    kernel.FEW_COLUMNS: "few_columns",
+    kernel.NO_CONTIG: "no_contig",
+    kernel.BAD_START: "bad_start",
+    kernel.BAD_END: "bad_end",
+    kernel.END_NOT_AFTER_START: "end_not_after_start",
+    kernel.NO_BARCODE: "no_barcode",
+    kernel.END_BEYOND: "end_beyond_chromosome",
+}
+"""What may be wrong with a line, as it is named in a conversion's record."""
+
+MITOCHONDRIA = ("chrM", "chrMT", "M", "MT")
+
 _KEYS = 1 << 22
-_MAX_CONTIGS_SHOWN = 20
-
-
-@dataclass(frozen=True)
-class CountingRules:
-    """How fragments are counted, and which barcodes are cells.
-
-    counting: "insertion" (each end of a fragment, at start and end - 1), "fragment" (each peak that it overlaps) or
-    "paired-insertion" (each end, but a peak that holds both counts once)
-    barcodes: the cells, in the order of their rows; None: those with ``min_fragments``, sorted by their bytes
-    text_bytes, n_keys: sizes of the buffers of text and of counts
-    """
-
-    counting: str = "insertion"
-    barcodes: tuple[str, ...] | None = None
-    min_fragments: int = 1000
-    text_bytes: int = TEXT_BYTES
-    n_keys: int = _KEYS
+_COLUMNS = "4 or more columns 'contig start end barcode' separated by tabs"
+_EXPECTED = {
+    kernel.FEW_COLUMNS: _COLUMNS,
+    kernel.NO_CONTIG: f"a contig in {_COLUMNS}",
+    kernel.BAD_START: f"a whole number as start in {_COLUMNS}, with header lines marked by #",
+    kernel.BAD_END: f"a whole number as end in {_COLUMNS}, with header lines marked by #",
+    kernel.END_NOT_AFTER_START: "an end greater than the start",
+    kernel.NO_BARCODE: "a barcode in column 4",
+}
 
 
 @dataclass(frozen=True, eq=False)
-class FragmentCounts:
-    """The cells of a fragment file.
+class Counting:
+    """How the lines of a file are counted.
 
-    barcodes: [n_cells]; open: their open islands
-    n_fragments, n_inside: int64 [n_cells], fragments on the assembly, and those with a count in an island
-    lines: comment, other_contig, not_a_cell, outside_islands, counted; they add up to ``lines``
-    contigs: ``renamed`` {name in the file: chromosome}, ``other`` {name: lines} of up to 20, and ``n_other``
-    chromosomes: those with a line, in the assembly's order
+    strategy: "insertion" (each end of a fragment, at start and end - 1), "fragment" (each peak that it overlaps) or
+    "paired-insertion" (each end, but a peak that holds both counts once)
+    barcodes: the table of those that are cells, numbered by their rows; None: cells are called from what was counted
+    quality: whether all QC is to be known of each barcode
+    count_invalid: whether invalid lines are counted and passed over, instead of raising InputError
+    n_keys: counts held before they are added up
     """
 
-    barcodes: list[str]
-    open: OpenIslands
-    n_fragments: NDArray[np.int64]
-    n_inside: NDArray[np.int64]
-    lines: dict[str, int]
-    contigs: dict[str, Any]
-    chromosomes: list[str]
+    assembly: Assembly
+    segments: Segments
+    n_islands: int
+    strategy: str = "insertion"
+    barcodes: KeyTable | None = None
+    quality: bool = True
+    count_invalid: bool = False
+    n_keys: int = _KEYS
+
+    @property
+    def n_listed(self) -> int:
+        """How many barcodes are listed, -1 where none are."""
+        return -1 if self.barcodes is None else int(self.barcodes.size[0])
+
+    def rules(self) -> kernel.Rules:
+        """All of it as the kernel takes it."""
+        mitochondrion = np.array([name in MITOCHONDRIA for name in self.assembly.chromosomes])
+        return kernel.Rules(
+            STRATEGIES[self.strategy],
+            self.n_islands,
+            self.n_listed,
+            self.quality,
+            self.count_invalid,
+            mitochondrion,
+        )
 
 
-def count_fragments(
-    path: Path,
-    assembly: Assembly,
-    peaks: PeakSet,
-    index: kernel.PeakIndex,
-    rules: CountingRules,
-    advance: Callable[[int], None],
-) -> FragmentCounts:
-    """Count a fragment file over the islands of ``peaks``, given with their index; ``advance`` is told the bytes read.
+def spill_names(file: TextFile, n_strands: int) -> list[str]:
+    """The spills of a file: one a range, or one a strand where it is a single stream."""
+    n = file.n_ranges if file.n_ranges > 1 else max(1, n_strands)
+    return [f"ranges/{number}" for number in range(n)]
 
-    Raises InputError naming file and line for an invalid line and for data cut off or damaged, and naming the file
-    where nothing fits: no line at all, none on the assembly's chromosomes, no cell.
+
+def count_range(
+    file: TextFile, number: int, counting: Counting, place: Place, advance: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Count a range and write its spill, unless it is there; returns the spill's summary.
+
+    advance: told the bytes of the file and the lines that were worked through
+    Raises InputError naming file and line for an invalid line and for data cut off or damaged.
     """
-    counter = _Counter(path, assembly, peaks, index, rules)
+    return _count(file, number, spill_names(file, 1)[number : number + 1], counting, place, advance)[0]
+
+
+def count_stream(
+    file: TextFile, n_strands: int, counting: Counting, place: Place, advance: Callable[[int, int], None]
+) -> list[dict[str, Any]]:
+    """As ``count_range``, for a file of one range whose text is dealt to several threads while it is decompressed."""
+    return _count(file, 0, spill_names(file, n_strands), counting, place, advance)
+
+
+def _count(
+    file: TextFile,
+    number: int,
+    names: list[str],
+    counting: Counting,
+    place: Place,
+    advance: Callable[[int, int], None],
+) -> list[dict[str, Any]]:
+    found = [Spill(place, name) for name in names if place.size(name) is not None]
+    if len(found) == len(names) and all(spill.is_whole() for spill in found):
+        return [spill.summary | {"found": True} for spill in found]
+    reader = RangeReader(file, number, lambda n_bytes: advance(n_bytes, 0))
+    strands = [_Strand(counting, advance) for _ in names]
+    place_of_error = _Where(file, number)
     try:
-        for text in whole_lines(path, advance, rules.text_bytes):
-            counter.count(np.frombuffer(text, np.uint8))
+        deal = _deal if len(strands) > 1 else _follow
+        deal(place_of_error.counted(reader.buffers()), strands)
+    except _InvalidLineError as error:
+        raise error.explained(file, place_of_error.line_of(error), counting.assembly) from error
     except BrokenTextError as error:
-        raise InputError(
-            f"{path}, after line {counter.n_lines}: found {error}; expected a whole file; copy or make it again"
-        ) from error
-    counter.check_matches()
-    return counter.cells()
+        raise cut_off(file.location, place_of_error.n_lines(), error) from error
+    span = {"first_block": reader.first_block, "end": reader.end, "digest": reader.digest().hex()}
+    summaries = []
+    for name, strand in zip(names, strands, strict=True):
+        summary, arrays = strand.told()
+        place.write(name, packed(summary | span, arrays))
+        summaries.append(summary | span)
+    return summaries
 
 
-class _Counter:
+class _InvalidLineError(Exception):
+    """A line that is none of a fragment; ``n_before`` lines of the buffer ``buffer`` come before it."""
+
+    def __init__(self, buffer: int, n_before: int, line: str, status: int) -> None:
+        super().__init__(line)
+        self.buffer = buffer
+        self.n_before = n_before
+        self.line = line
+        self.status = status
+
+    def explained(self, file: TextFile, number: int, assembly: Assembly) -> AnnatacError:
+        """What to tell the user."""
+        expected, remedy = _EXPECTED.get(self.status, ""), "give a fragment file; mend or remove the line"
+        if self.status == kernel.END_BEYOND:
+            code = assembly.code(self.line.split("\t")[0])
+            size = assembly.sizes[code] if code is not None else 0
+            expected = f"an end of at most {size}, the size of that chromosome in {assembly.name}"
+            remedy = "check the assembly, or remove the line"
+        return InputError(
+            f"{file.location}, line {number}: found {shown(self.line)}; expected {expected}; {remedy}, or pass over "
+            "such lines with --on-invalid count"
+        )
+
+
+class _Where:
+    """Finds the number of a line in the whole file, where that is asked for."""
+
+    def __init__(self, file: TextFile, number: int) -> None:
+        self.file = file
+        self.number = number
+        self._lines: list[int] = []
+        self._buffers: dict[int, bytes] = {}
+        self._n = 0
+
+    def counted(self, buffers: Iterator[bytes]) -> Iterator[bytes]:
+        """The same buffers, noted down."""
+        for buffer in buffers:
+            self._n += 1
+            yield buffer
+
+    def _before(self, n_buffers: int) -> int:
+        """Lines before the buffer of a number: they are read once more, which only errors ask for."""
+        lines = n_lines_before(self.file, self.number)
+        try:
+            for i, buffer in enumerate(RangeReader(self.file, self.number).buffers()):
+                if i >= n_buffers:
+                    break
+                lines += buffer.count(b"\n")
+        except BrokenTextError:
+            pass
+        return lines
+
+    def line_of(self, error: _InvalidLineError) -> int:
+        """The number of an invalid line."""
+        return self._before(error.buffer) + error.n_before + 1
+
+    def n_lines(self) -> int:
+        """All whole lines before the damage."""
+        return self._before(self._n)
+
+
+def _follow(buffers: Iterator[bytes], strands: list["_Strand"]) -> None:
+    for i, buffer in enumerate(buffers):
+        strands[0].count(i, buffer)
+
+
+def _deal(buffers: Iterator[bytes], strands: list["_Strand"]) -> None:
+    """Count buffers in a thread a strand while the next are read; never more than one waits for each."""
+    with ThreadPoolExecutor(len(strands)) as pool:
+        busy: dict[int, Future[None]] = {}
+        for i, buffer in enumerate(buffers):
+            strand = i % len(strands)
+            if strand in busy:
+                busy[strand].result()
+            busy[strand] = pool.submit(strands[strand].count, i, buffer)
+        for future in busy.values():
+            future.result()
+
+
+class _Strand:
     """Feeds the kernel, and gives it what it asks for."""
 
-    def __init__(
-        self, path: Path, assembly: Assembly, peaks: PeakSet, index: kernel.PeakIndex, rules: CountingRules
-    ) -> None:
-        self.path = path
-        self.assembly = assembly
-        self.peaks = peaks
-        self.rules = rules
-        self.index = index
-        self.kernel_rules = kernel.Rules(
-            STRATEGIES[rules.counting],
-            len(peaks.n),
-            rules.barcodes is not None,
-            np.array(assembly.sizes, np.int64),
-        )
-        contigs, barcodes = empty_table(), _barcode_table(rules.barcodes)
+    def __init__(self, counting: Counting, advance: Callable[[int, int], None]) -> None:
+        self.counting = counting
+        self.advance = advance
+        self.rules = counting.rules()
+        contigs = empty_table()
+        barcodes = empty_table(1 << 15) if counting.barcodes is None else copied(counting.barcodes)
         self.tallies = kernel.Tallies(
             contigs,
             np.full(contigs.room, kernel.UNRESOLVED, np.int64),
             np.zeros(contigs.room, np.int64),
             barcodes,
-            np.zeros(barcodes.room, np.int64),
-            np.zeros(barcodes.room, np.int64),
+            np.zeros((barcodes.room, kernel.N_QUALITY), np.int64),
             # A single fragment may touch every peak, and no more than twice.
-            np.zeros(max(rules.n_keys, 2 * len(peaks) + 2), np.int64),
+            np.empty(max(counting.n_keys, 2 * len(counting.segments.by_start) + 2), np.int64),
             np.zeros(kernel.N_COUNTERS, np.int64),
         )
         self.tally = Tally()
 
-    @property
-    def n_lines(self) -> int:
-        """Lines counted so far."""
-        return int(self.tallies.counters[kernel.LINES])
-
-    def count(self, text: NDArray[np.uint8]) -> None:
-        """Count a buffer of whole lines."""
+    def count(self, number: int, buffer: bytes) -> None:
+        """Count a buffer of whole lines, the ``number``-th of its range."""
+        text = np.frombuffer(buffer, np.uint8)
+        n_before = int(self.tallies.counters[kernel.LINES])
         at, status = 0, kernel.KEYS_FULL
         while status != kernel.DONE:
-            at, status = kernel.count_lines(text, at, self.index, self.kernel_rules, self.tallies)
+            at, status = kernel.count_lines(text, at, self.counting.segments, self.rules, self.tallies)
             if status == kernel.NEW_CONTIG:
                 self._resolve_contig()
             elif status == kernel.CONTIGS_FULL:
-                self._grow_contigs(len(_line_at(text, at)))
+                self._grow_contigs(len(_line_at(buffer, at)))
             elif status == kernel.BARCODES_FULL:
-                self._grow_barcodes(len(_line_at(text, at)))
+                self._grow_barcodes(len(_line_at(buffer, at)))
             elif status == kernel.KEYS_FULL:
                 self._empty_keys()
             elif status != kernel.DONE:
-                raise self._complaint(_line_at(text, at).decode(errors="replace"), status)
+                n = int(self.tallies.counters[kernel.LINES]) - n_before
+                raise _InvalidLineError(number, n, _line_at(buffer, at).decode(errors="replace"), status)
+        self.advance(0, int(self.tallies.counters[kernel.LINES]) - n_before)
 
-    def check_matches(self) -> None:
-        """Raise InputError where no line lies on the assembly, or none is of a listed barcode."""
-        lines = self._line_counts()
-        if lines["lines"] == lines["comment"]:
-            raise InputError(
-                f"{self.path}: found no fragment; expected at least one line 'contig start end barcode'; "
-                "check the path, or leave the file out"
-            )
-        if lines["lines"] == lines["comment"] + lines["other_contig"]:
-            raise InputError(
-                f"{self.path}: found {lines['other_contig']:,} fragments on {self._some_contigs()}, none "
-                f"on a chromosome of {self.assembly.name}; expected names such as "
-                f"{self.assembly.chromosomes[0]}; check the assembly"
-            )
-        if self.rules.barcodes is not None and not self.tallies.n_fragments.any():
-            listed = ", ".join(shown(barcode) for barcode in self.rules.barcodes[:3])
-            raise InputError(
-                f"{self.path}: found no fragment of any of the {len(self.rules.barcodes):,} listed "
-                f"barcodes, such as {listed}; expected barcodes as in the file, such as "
-                f"{_some_barcodes(self.path)}; give the list of this sample"
-            )
-
-    def cells(self) -> FragmentCounts:
-        """The cells of what was counted. Raises InputError where no barcode is one."""
+    def told(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """Summary and arrays of the spill."""
         self._empty_keys()
-        names = self.tallies.barcodes.all_keys()
-        n_fragments = self.tallies.n_fragments[: len(names)]
-        chosen = self._choose(names, n_fragments)
         keys, counts = self.tally.result()
-        barcode, island = np.divmod(keys, len(self.peaks.n))
-        offsets = np.searchsorted(barcode, np.arange(len(names) + 1))
-        level = levels(counts, self.peaks.n[island])
-        return FragmentCounts(
-            [self._text(names[i]) for i in chosen.tolist()],
-            OpenIslands(offsets.astype(np.int64), island.astype(np.int32), level).take(chosen),
-            n_fragments[chosen],
-            self.tallies.n_inside[chosen],
-            self._line_counts(chosen),
-            self._contigs(),
-            self._chromosomes(),
+        table = self.tallies.barcodes
+        order = self._order()
+        encoded, entry_ends, count_ends = encode_counts(keys, counts, self.counting.n_islands, order)
+        lengths = np.diff(table.ends)[order]
+        arrays = {
+            "name_ends": np.concatenate([[0], np.cumsum(lengths)]),
+            "names": _gathered(table.arena, table.ends[:-1][order], lengths),
+            "quality": self.tallies.quality[order].ravel(),
+            "entry_ends": entry_ends,
+            "count_ends": count_ends,
+            "entries": encoded,
+        }
+        return {"lines": self._lines(), "contigs": self._contigs()}, arrays
+
+    def _order(self) -> NDArray[np.int64]:
+        """The barcodes met by the order of their rows: as listed, or by their bytes."""
+        n, n_listed = int(self.tallies.barcodes.size[0]), max(0, self.counting.n_listed)
+        met = np.flatnonzero(self.tallies.quality[:n, kernel.FRAGMENTS])
+        if n_listed:
+            return met
+        table = self.tallies.barcodes
+        names = pa.LargeBinaryArray.from_buffers(
+            pa.large_binary(), n, [None, pa.py_buffer(table.ends[: n + 1]), pa.py_buffer(table.arena)]
         )
+        order = pc.sort_indices(names).to_numpy().astype(np.int64)
+        return order[self.tallies.quality[order, kernel.FRAGMENTS] > 0]
 
-    def _choose(self, names: list[bytes], n_fragments: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The numbers of the barcodes that are cells, in the order of their rows."""
-        if self.rules.barcodes is not None:
-            return np.arange(len(names))
-        enough = np.flatnonzero(n_fragments >= self.rules.min_fragments)
-        if not len(enough):
-            most = int(n_fragments.argmax())
-            raise InputError(
-                f"{self.path}: found no barcode with {self.rules.min_fragments:,} fragments among "
-                f"{len(names):,}, the largest, {shown(self._text(names[most]))}, has "
-                f"{n_fragments[most]:,}; expected at least one cell; give --min-fragments "
-                f"{_rounded(n_fragments[most])} or a list with --barcodes"
-            )
-        return np.array(sorted(enough.tolist(), key=names.__getitem__), np.int64)
-
-    def _line_counts(self, cells: NDArray[np.int64] | None = None) -> dict[str, int]:
-        tallies = self.tallies
-        of_barcodes = int(tallies.n_fragments.sum())
-        cells = np.empty(0, np.int64) if cells is None else cells
-        inside, of_cells = int(tallies.n_inside[cells].sum()), int(tallies.n_fragments[cells].sum())
+    def _lines(self) -> dict[str, int]:
+        """Lines by what became of them; those inside islands are divided into cells and others later."""
+        counters = self.tallies.counters
+        invalid = counters[kernel.INVALID :].tolist()
         return {
-            "lines": self.n_lines,
-            "comment": int(tallies.counters[kernel.COMMENTS]),
-            "other_contig": int(tallies.counters[kernel.OTHER_CONTIG]),
-            "not_a_cell": int(tallies.counters[kernel.NOT_LISTED]) + of_barcodes - of_cells,
-            "outside_islands": of_cells - inside,
-            "counted": inside,
-        }
+            "lines": int(counters[kernel.LINES]),
+            "comment": int(counters[kernel.COMMENTS]),
+            "other_contig": int(counters[kernel.OTHER_CONTIG]),
+            "outside_islands": int(counters[kernel.OUTSIDE]),
+            "not_listed": int(counters[kernel.NOT_LISTED]),
+        } | {name: invalid[status - kernel.FIRST_INVALID] for status, name in INVALID.items()}
 
-    def _contigs(self) -> dict[str, Any]:
-        names = [self._text(name) for name in self.tallies.contigs.all_keys()]
-        code, n_lines = self.tallies.contig_code, self.tallies.contig_lines
-        other = {name: int(n_lines[i]) for i, name in enumerate(names) if code[i] == kernel.FOREIGN}
-        chromosome = {
-            name: self.assembly.chromosomes[code[i]] for i, name in enumerate(names) if code[i] >= 0
-        }
-        return {
-            "renamed": {name: meant for name, meant in chromosome.items() if name != meant},
-            "other": dict(sorted(other.items(), key=lambda item: -item[1])[:_MAX_CONTIGS_SHOWN]),
-            "n_other": len(other),
-        }
-
-    def _chromosomes(self) -> list[str]:
-        met = np.unique(self.tallies.contig_code[self.tallies.contig_lines > 0])
-        return [self.assembly.chromosomes[code] for code in met[met >= 0].tolist()]
+    def _contigs(self) -> dict[str, list[int]]:
+        """Chromosome (-1: not in the assembly) and valid lines of each contig that has some."""
+        names = [name.decode(errors="surrogateescape") for name in self.tallies.contigs.all_keys()]
+        code, lines = self.tallies.contig_code.tolist(), self.tallies.contig_lines.tolist()
+        return {name: [code[i], lines[i]] for i, name in enumerate(names) if lines[i]}
 
     def _resolve_contig(self) -> None:
         """Look up the contig met last: the kernel asks for each as it comes."""
         last = int(self.tallies.contigs.size[0]) - 1
-        code = self.assembly.code(self._text(self.tallies.contigs.key(last)))
+        code = self.counting.assembly.code(self.tallies.contigs.key(last).decode(errors="replace"))
         self.tallies.contig_code[last] = kernel.FOREIGN if code is None else code
 
     def _grow_contigs(self, key_bytes: int) -> None:
@@ -250,83 +335,28 @@ class _Counter:
     def _grow_barcodes(self, key_bytes: int) -> None:
         barcodes = grown(self.tallies.barcodes, key_bytes)
         self.tallies = self.tallies._replace(
-            barcodes=barcodes,
-            n_fragments=_extended(self.tallies.n_fragments, barcodes.room, 0),
-            n_inside=_extended(self.tallies.n_inside, barcodes.room, 0),
+            barcodes=barcodes, quality=_extended(self.tallies.quality, barcodes.room, 0)
         )
 
     def _empty_keys(self) -> None:
         self.tally.add(self.tallies.keys[: self.tallies.counters[kernel.KEYS]])
         self.tallies.counters[kernel.KEYS] = 0
 
-    def _complaint(self, line: str, status: int) -> InputError:
-        expected, remedy = _EXPECTED.get(status, ""), "give a fragment file; mend or remove the line"
-        if status == kernel.END_BEYOND:
-            code = self.assembly.code(line.split("\t")[0])
-            size = self.assembly.sizes[code] if code is not None else 0
-            expected = f"an end of at most {size}, the size of that chromosome in {self.assembly.name}"
-            remedy = "check the assembly, or remove the line"
-        return complaint(self.path, self.n_lines + 1, shown(line), expected, remedy)
-
-    def _some_contigs(self) -> str:
-        names = self.tallies.contigs.all_keys()
-        return ", ".join(shown(self._text(name)) for name in names[:3]) + (", ..." if len(names) > 3 else "")
-
-    def _text(self, name: bytes) -> str:
-        try:
-            return name.decode()
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{self.path}: found the name {name!r}; expected contigs and barcodes in UTF-8; "
-                "convert the file to UTF-8"
-            ) from error
-
-
-_COLUMNS = "4 or more columns 'contig start end barcode' separated by tabs"
-_EXPECTED = {
-    kernel.FEW_COLUMNS: _COLUMNS,
-    kernel.BAD_START: f"a whole number as start in {_COLUMNS}, with header lines marked by #",
-    kernel.BAD_END: f"a whole number as end in {_COLUMNS}, with header lines marked by #",
-    kernel.END_NOT_AFTER_START: "an end greater than the start",
-    kernel.NO_BARCODE: "a barcode in column 4",
-}
-
-
-def _barcode_table(barcodes: Sequence[str] | None) -> KeyTable:
-    """An empty table, or one of the listed barcodes, numbered as listed."""
-    if barcodes is None:
-        return empty_table(1 << 16)
-    keys = [barcode.encode() for barcode in barcodes]
-    text = np.frombuffer(b"".join(keys), np.uint8)
-    ends = np.cumsum([0, *map(len, keys)])
-    table = empty_table(len(keys) + 1, max(map(len, keys)) + 1)
-    for a, b in pairwise(ends.tolist()):
-        look_up(table, text, a, b, True)
-    return table
-
 
 def _extended(values: NDArray[np.int64], length: int, fill: int) -> NDArray[np.int64]:
-    return np.concatenate([values, np.full(length - len(values), fill, np.int64)])
+    longer = np.full((length, *values.shape[1:]), fill, np.int64)
+    longer[: len(values)] = values
+    return longer
 
 
-def _line_at(text: NDArray[np.uint8], at: int) -> bytes:
-    """The line that begins at ``at``, without its end; ``text`` ends with a newline."""
-    stop = at
-    while text[stop] != ord("\n"):
-        stop += 1
-    return text[at:stop].tobytes().removesuffix(b"\r")
+def _gathered(
+    arena: NDArray[np.uint8], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    """The bytes ``arena[start : start + length]`` of all in a row."""
+    before = np.cumsum(lengths) - lengths
+    return arena[np.repeat(starts - before, lengths) + np.arange(lengths.sum())]
 
 
-def _some_barcodes(path: Path) -> str:
-    """The first barcodes of a file, for messages."""
-    for text in whole_lines(path, lambda _: None):
-        lines = [line.split(b"\t") for line in text[:100_000].splitlines()]
-        found = dict.fromkeys(line[3] for line in lines if len(line) > 3 and not line[0].startswith(b"#"))
-        return ", ".join(shown(barcode.decode(errors="replace")) for barcode in list(found)[:3])
-    return "none"
-
-
-def _rounded(n: np.int64) -> int:
-    """A round number no greater than n: 345 -> 300."""
-    digit = 10 ** (len(str(n)) - 1)
-    return int(n) // digit * digit
+def _line_at(buffer: bytes, at: int) -> bytes:
+    """The line that begins at ``at``, without its end."""
+    return buffer[at : buffer.index(b"\n", at)].removesuffix(b"\r")

@@ -8,45 +8,42 @@ so that it is called again from the same place. The kernels hold no lock and rel
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from annatac_scale.genome.assembly import Assembly
 from annatac_scale.ingest.key_table import ABSENT, NO_ROOM, KeyTable, look_up, same_bytes
-from annatac_scale.ingest.peaks import PeakSet
+from annatac_scale.ingest.segments import BUCKET_BITS, SEVERAL
+from annatac_scale.store.compiled import compiled
 
 INSERTION, FRAGMENT, PAIRED_INSERTION = 0, 1, 2
 
 DONE, NEW_CONTIG, CONTIGS_FULL, BARCODES_FULL, KEYS_FULL = 0, 1, 2, 3, 4
-FEW_COLUMNS, BAD_START, BAD_END, END_NOT_AFTER_START, END_BEYOND, NO_BARCODE = 10, 11, 12, 13, 14, 15
+FEW_COLUMNS, NO_CONTIG, BAD_START, BAD_END, END_NOT_AFTER_START, NO_BARCODE, END_BEYOND = (
+    10,
+    11,
+    12,
+    13,
+    14,
+    15,
+    16,
+)
+FIRST_INVALID, N_INVALID = 10, 7
 
-LINES, COMMENTS, OTHER_CONTIG, NOT_LISTED, KEYS = 0, 1, 2, 3, 4
-N_COUNTERS = 5
+LINES, COMMENTS, OTHER_CONTIG, OUTSIDE, NOT_LISTED, KEYS, INVALID = 0, 1, 2, 3, 4, 5, 6
+N_COUNTERS = INVALID + N_INVALID
+
+FRAGMENTS, INSIDE, IN_PEAKS, IN_TSS, CENTRE, FLANK, SHORT, MONO, MITO, COUNTED, READS = range(11)
+N_QUALITY = 11
 
 UNRESOLVED, FOREIGN = -2, -1
 
-_BUCKET_BITS = 9
+SHORT_BELOW, MONO_BELOW = 147, 295
+"""Fragments below 147 bp hold no nucleosome, those of 147 to 294 bp hold one (Signac, NucleosomeSignal)."""
+
+_BUCKET = np.int64(BUCKET_BITS)
 _TAB, _NEWLINE, _RETURN, _SPACE, _HASH, _ZERO = 9, 10, 13, 32, 35, 48
+_PLUS, _MINUS, _DOT = 43, 45, 46
 _MAX_DIGITS = 18
-
-
-class PeakIndex(NamedTuple):
-    """The peaks in islands by (chrom, start), to be found by position. Peaks may overlap.
-
-    start, end: int64 [n]; island: int32 [n]
-    reach: int64 [n], the largest end of this and the peaks before it on its chromosome
-    bounds: int64 [n_chromosomes + 1], the peaks of a chromosome
-    bucket: int64, the first peak that starts at or after each multiple of 512 bp
-    first_bucket: int64 [n_chromosomes], a chromosome's place in ``bucket``
-    """
-
-    start: NDArray[np.int64]
-    end: NDArray[np.int64]
-    island: NDArray[np.int32]
-    reach: NDArray[np.int64]
-    bounds: NDArray[np.int64]
-    bucket: NDArray[np.int64]
-    first_bucket: NDArray[np.int64]
+_MAX_READS = 1 << 40
 
 
 class Tallies(NamedTuple):
@@ -54,45 +51,38 @@ class Tallies(NamedTuple):
 
     contigs, barcodes: the names met; contig_code, contig_lines: int64 [contigs.room], a contig's chromosome (FOREIGN:
     not in the assembly, UNRESOLVED: to be asked for) and its valid lines
-    n_fragments, n_inside: int64 [barcodes.room], a barcode's lines on the assembly, and those with a count in an island
-    keys: int64, barcode * n_islands + island, one entry a count; counters: int64 [N_COUNTERS]
+    quality: int64 [barcodes.room, N_QUALITY], what was seen of a barcode, in the columns FRAGMENTS ... READS
+    keys: int64, barcode * n_islands + island, one entry a count
+    counters: int64 [N_COUNTERS], lines in all, by what became of them, and from INVALID on by what is wrong with them
     """
 
     contigs: KeyTable
     contig_code: NDArray[np.int64]
     contig_lines: NDArray[np.int64]
     barcodes: KeyTable
-    n_fragments: NDArray[np.int64]
-    n_inside: NDArray[np.int64]
+    quality: NDArray[np.int64]
     keys: NDArray[np.int64]
     counters: NDArray[np.int64]
 
 
 class Rules(NamedTuple):
-    """What the kernel goes by: strategy, n_islands, whether only listed barcodes count, chromosome sizes int64."""
+    """What the kernel goes by.
+
+    strategy: INSERTION, FRAGMENT or PAIRED_INSERTION; n_islands
+    n_listed: the barcodes from this number on are no cells, -1 where none are listed
+    quality: whether all is to be known of each barcode; else only what ``n_listed`` and the islands call for
+    count_invalid: whether invalid lines are counted and passed over; mitochondrion: bool [n_chromosomes]
+    """
 
     strategy: int
     n_islands: int
-    listed_only: bool
-    sizes: NDArray[np.int64]
+    n_listed: int
+    quality: bool
+    count_invalid: bool
+    mitochondrion: NDArray[np.bool_]
 
 
-def index_peaks(peaks: PeakSet, assembly: Assembly) -> PeakIndex:
-    """Sort the peaks that lie in islands and make their bucket table."""
-    used = np.flatnonzero(peaks.island >= 0)
-    used = used[np.lexsort((peaks.end[used], peaks.start[used], peaks.chrom[used]))]
-    chrom, start, end = peaks.chrom[used], peaks.start[used], peaks.end[used]
-    bounds = np.searchsorted(chrom, np.arange(len(assembly.sizes) + 1)).astype(np.int64)
-    n_buckets = (np.array(assembly.sizes, np.int64) >> _BUCKET_BITS) + 1
-    reach, buckets = end.copy(), []
-    for a, b, n in zip(bounds[:-1], bounds[1:], n_buckets, strict=True):
-        np.maximum.accumulate(end[a:b], out=reach[a:b])
-        buckets.append(a + np.searchsorted(start[a:b], np.arange(n) << _BUCKET_BITS))
-    bucket = np.concatenate(buckets).astype(np.int64)
-    return PeakIndex(start, end, peaks.island[used], reach, bounds, bucket, np.cumsum(n_buckets) - n_buckets)
-
-
-@njit(nogil=True, cache=True)
+@compiled
 def _find(text, byte, a, b):  # type: ignore[no-untyped-def]
     """Where ``byte`` comes first in text[a:b], else b."""
     while a < b and text[a] != byte:
@@ -100,21 +90,18 @@ def _find(text, byte, a, b):  # type: ignore[no-untyped-def]
     return a
 
 
-@njit(nogil=True, cache=True)
-def _number(text, a, b):  # type: ignore[no-untyped-def]
-    """The number that text[a:b] writes in digits, -1 where it holds anything else."""
+@compiled
+def _is_number(text, a, b):  # type: ignore[no-untyped-def]
+    """Whether text[a:b] is a number in digits."""
     if a == b or b - a > _MAX_DIGITS:
-        return -1
-    value = 0
-    for i in range(a, b):
-        digit = np.int64(text[i]) - _ZERO
-        if digit < 0 or digit > 9:
-            return -1
-        value = 10 * value + digit
-    return value
+        return False
+    for i in range(a, b):  # noqa: SIM110  (all() of a generator does not compile)
+        if text[i] < _ZERO or text[i] > _ZERO + 9:
+            return False
+    return True
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _is_comment(text, a, b):  # type: ignore[no-untyped-def]
     """Whether the line text[a:b] is blank or begins with #."""
     if a < b and text[a] == _HASH:
@@ -125,117 +112,213 @@ def _is_comment(text, a, b):  # type: ignore[no-untyped-def]
     return True
 
 
-@njit(nogil=True, cache=True)
-def _add_overlaps(index, chrom, span, but, key, keys, n_keys):  # type: ignore[no-untyped-def]
-    """Append key + island for each peak that overlaps span = (a, b), without those that hold the position ``but``.
-
-    Returns the new number of keys, -1 where they do not fit.
-    """
-    a, b = span
-    begin, stop = index.bounds[chrom], index.bounds[chrom + 1]
-    i = index.bucket[index.first_bucket[chrom] + (b >> _BUCKET_BITS)]
-    while i < stop and index.start[i] < b:
-        i += 1
-    i -= 1
-    while i >= begin and index.reach[i] > a:
-        if index.end[i] > a and not (index.start[i] <= but < index.end[i]):
-            if n_keys == len(keys):
-                return -1
-            keys[n_keys] = key + index.island[i]
-            n_keys += 1
-        i -= 1
-    return n_keys
-
-
-@njit(nogil=True, cache=True)
-def _count_fragment(index, strategy, chrom, start, end, key, keys, n_keys):  # type: ignore[no-untyped-def]
-    """Append the counts of one fragment; returns the new number of keys, -1 where they do not fit."""
-    if strategy == FRAGMENT:
-        return _add_overlaps(index, chrom, (start, end), -1, key, keys, n_keys)
-    n_keys = _add_overlaps(index, chrom, (start, start + 1), -1, key, keys, n_keys)
-    if n_keys < 0:
-        return -1
-    # Paired: a peak that holds both ends counts once.
-    but = start if strategy == PAIRED_INSERTION else -1
-    return _add_overlaps(index, chrom, (end - 1, end), but, key, keys, n_keys)
-
-
-@njit(nogil=True, cache=True)
-def _parse(text, at, end):  # type: ignore[no-untyped-def]
-    """Status, end of the contig, start and end of the fragment, begin and end of the barcode of text[at:end]."""
+@compiled
+def _problem(text, at, end):  # type: ignore[no-untyped-def]
+    """What is wrong with the line text[at:end], of which something is."""
     tab1 = _find(text, _TAB, at, end)
     tab2 = _find(text, _TAB, tab1 + 1, end)
     tab3 = _find(text, _TAB, tab2 + 1, end)
     if tab3 >= end:
-        return FEW_COLUMNS, 0, 0, 0, 0, 0
-    left, right = _number(text, tab1 + 1, tab2), _number(text, tab2 + 1, tab3)
-    tab4 = _find(text, _TAB, tab3 + 1, end)
-    status = DONE
-    if left < 0:
-        status = BAD_START
-    elif right < 0:
-        status = BAD_END
-    elif right <= left:
-        status = END_NOT_AFTER_START
-    elif tab4 == tab3 + 1:
-        status = NO_BARCODE
-    return status, tab1, left, right, tab3 + 1, tab4
+        return FEW_COLUMNS
+    if tab1 == at:
+        return NO_CONTIG
+    if not _is_number(text, tab1 + 1, tab2):
+        return BAD_START
+    if not _is_number(text, tab2 + 1, tab3):
+        return BAD_END
+    if _find(text, _TAB, tab3 + 1, end) == tab3 + 1:
+        return NO_BARCODE
+    return END_NOT_AFTER_START
 
 
-@njit(nogil=True, cache=True)
-def _tally(index, rules, tallies, chrom, left, right, barcode):  # type: ignore[no-untyped-def]
-    """Count the fragment left:right of a barcode (or ABSENT); False, and nothing counted, where the keys do not fit."""
-    counters = tallies.counters
-    if barcode == ABSENT:
-        counters[NOT_LISTED] += 1
-        return True
-    key = barcode * rules.n_islands
-    n_keys = _count_fragment(index, rules.strategy, chrom, left, right, key, tallies.keys, counters[KEYS])
-    if n_keys < 0:
-        return False
-    tallies.n_fragments[barcode] += 1
-    tallies.n_inside[barcode] += n_keys > counters[KEYS]
-    counters[KEYS] = n_keys
-    return True
+@compiled
+def _reads(text, at, stop):  # type: ignore[no-untyped-def]
+    """The reads that column 5, which begins at ``at``, tells; 0 where it does not, or where column 6 is a strand."""
+    reads, i = 0, at
+    while i < stop and text[i] >= _ZERO and text[i] <= _ZERO + 9 and reads < _MAX_READS:
+        reads = 10 * reads + (np.int64(text[i]) - _ZERO)
+        i += 1
+    if i < stop and text[i] == _TAB:
+        strand = i + 1
+        after = text[strand + 1] if strand < stop else text[stop]
+        alone = after == _TAB or after == _NEWLINE or after == _RETURN
+        if alone and (text[strand] == _PLUS or text[strand] == _MINUS or text[strand] == _DOT):
+            return 0
+    elif i < stop and text[i] != _RETURN:
+        return 0
+    return reads
 
 
-@njit(nogil=True, cache=True)
-def count_lines(text, at, index, rules, tallies):  # type: ignore[no-untyped-def]
+@compiled
+def _segment(segments, position):  # type: ignore[no-untyped-def]
+    """The segment that holds a position."""
+    segment = np.int64(segments.bucket[position >> _BUCKET])
+    while segments.start[segment + 1] <= position:
+        segment += 1
+    return segment
+
+
+@compiled
+def _n_peaks(segments, segment):  # type: ignore[no-untyped-def]
+    """The peaks in islands over a segment."""
+    if segments.island[segment] == SEVERAL:
+        return segments.offsets[segment + 1] - segments.offsets[segment]
+    return 1 if segments.island[segment] >= 0 else 0
+
+
+@compiled
+def _add_peaks(segments, segment, after, key, keys, n_keys):  # type: ignore[no-untyped-def]
+    """Append key + island for the peaks over a segment that begin after the segment ``after``."""
+    island = segments.island[segment]
+    if island >= 0 and after < 0:
+        keys[n_keys] = key + island
+        return n_keys + 1
+    for i in range(segments.offsets[segment], segments.offsets[segment + 1]):
+        if segments.at_first[i] > after:
+            keys[n_keys] = key + segments.at_island[i]
+            n_keys += 1
+    return n_keys
+
+
+@compiled
+def _add_counts(segments, strategy, first, last, key, keys, n_keys):  # type: ignore[no-untyped-def]
+    """Append the counts of a fragment whose ends lie in two segments; returns the new number of keys."""
+    n_keys = _add_peaks(segments, first, -1, key, keys, n_keys)
+    if strategy == FRAGMENT:
+        for i in range(segments.begun[first], segments.begun[last]):
+            keys[n_keys] = key + segments.by_start[i]
+            n_keys += 1
+        return n_keys
+    # Paired: of the peaks over the second end, those that begin after the first end do not hold both.
+    return _add_peaks(segments, last, first if strategy == PAIRED_INSERTION else -1, key, keys, n_keys)
+
+
+@compiled
+def _add_quality(segments, rules, of_barcode, chrom, first, last, length):  # type: ignore[no-untyped-def]
+    """Add what a fragment tells of its barcode, but for its reads."""
+    near = segments.near[first] | segments.near[last]
+    of_barcode[IN_PEAKS] += near & 1
+    of_barcode[IN_TSS] += near >> 1
+    of_barcode[CENTRE] += np.int64(segments.centre[first]) + segments.centre[last]
+    of_barcode[FLANK] += np.int64(segments.flank[first]) + segments.flank[last]
+    if length < SHORT_BELOW:
+        of_barcode[SHORT] += 1
+    elif length < MONO_BELOW:
+        of_barcode[MONO] += 1
+    of_barcode[MITO] += rules.mitochondrion[chrom]
+
+
+@compiled
+def count_lines(text, at, segments, rules, tallies):  # type: ignore[no-untyped-def]
     """Count the lines of ``text`` (uint8, whole lines) from ``at`` on; returns (where it stopped, why).
 
     ``why`` is DONE, a need (NEW_CONTIG, one of the three _FULL) or what is wrong with the line there.
     """
-    counters = tallies.counters
+    counters, keys, quality = tallies.counters, tallies.keys, tallies.quality
+    n_keys = counters[KEYS]
+    insert = rules.quality or rules.n_listed < 0
     # The previous line's contig: sorted files name the same one again and again.
-    last_a, last_n, contig = 0, -1, -1
+    last_a, last_n, contig, chrom = 0, 0, -1, FOREIGN
+    status = DONE
     while at < len(text):
-        stop = _find(text, _NEWLINE, at, len(text))
-        end = stop - 1 if stop > at and text[stop - 1] == _RETURN else stop
-        if _is_comment(text, at, end):
-            counters[COMMENTS] += 1
+        if (
+            last_n > 0
+            and at + last_n < len(text)
+            and text[at + last_n] == _TAB
+            and same_bytes(text, at, text, last_a, last_n)
+        ):
+            i = at + last_n
         else:
-            status, contig_end, left, right, a, b = _parse(text, at, end)
-            if status != DONE:
-                return at, status
-            if contig_end - at != last_n or not same_bytes(text, at, text, last_a, last_n):
-                contig = look_up(tallies.contigs, text, at, contig_end, True)
+            stop = _find(text, _NEWLINE, at, len(text))
+            end = stop - 1 if stop > at and text[stop - 1] == _RETURN else stop
+            if _is_comment(text, at, end):
+                counters[COMMENTS] += 1
+                counters[LINES] += 1
+                at = stop + 1
+                continue
+            i = _find(text, _TAB, at, end)
+            if at < i < end:
+                contig = look_up(tallies.contigs, text, at, i, True)
                 if contig == NO_ROOM:
-                    return at, CONTIGS_FULL
-                if tallies.contig_code[contig] == UNRESOLVED:
-                    return at, NEW_CONTIG
-                last_a, last_n = at, contig_end - at
-            chrom = tallies.contig_code[contig]
-            if chrom == FOREIGN:
-                counters[OTHER_CONTIG] += 1
-            elif right > rules.sizes[chrom]:
-                return at, END_BEYOND
+                    status = CONTIGS_FULL
+                    break
+                chrom = tallies.contig_code[contig]
+                if chrom == UNRESOLVED:
+                    status = NEW_CONTIG
+                    break
+                last_a, last_n = at, i - at
+        # Numbers end at the first byte that is no digit: the newline at the latest.
+        tab1 = i
+        i += 1
+        left = np.int64(0)
+        while text[i] >= _ZERO and text[i] <= _ZERO + 9:
+            left = 10 * left + (np.int64(text[i]) - _ZERO)
+            i += 1
+        tab2 = i
+        i += 1
+        right = np.int64(0)
+        sound = text[tab1] == _TAB and text[tab2] == _TAB and tab2 > tab1 + 1 and tab1 > at
+        if sound:
+            while text[i] >= _ZERO and text[i] <= _ZERO + 9:
+                right = 10 * right + (np.int64(text[i]) - _ZERO)
+                i += 1
+        a = i + 1
+        sound = sound and text[i] == _TAB and left < right and max(tab2 - tab1, i - tab2) <= _MAX_DIGITS + 1
+        if sound:
+            i = a
+            while text[i] != _TAB and text[i] != _NEWLINE:
+                i += 1
+            stop = i
+            b = i - 1 if text[i] == _NEWLINE and i > a and text[i - 1] == _RETURN else i
+            if text[i] == _TAB:
+                stop = _find(text, _NEWLINE, i + 1, len(text))
+            sound = b > a
+        if not sound or (chrom >= 0 and right > segments.size[chrom]):
+            stop = _find(text, _NEWLINE, at, len(text))
+            end = stop - 1 if stop > at and text[stop - 1] == _RETURN else stop
+            status = END_BEYOND if sound else _problem(text, at, end)
+            if not rules.count_invalid:
+                break
+            counters[INVALID + status - FIRST_INVALID] += 1
+            status = DONE
+        elif chrom < 0:
+            counters[OTHER_CONTIG] += 1
+            tallies.contig_lines[contig] += 1
+        else:
+            first = _segment(segments, segments.base[chrom] + left)
+            last = _segment(segments, segments.base[chrom] + right - 1)
+            need = _n_peaks(segments, first)
+            if rules.strategy == FRAGMENT:
+                need += segments.begun[last] - segments.begun[first]
             else:
-                barcode = look_up(tallies.barcodes, text, a, b, not rules.listed_only)
+                need += _n_peaks(segments, last)
+            if n_keys + need > len(keys):
+                status = KEYS_FULL
+                break
+            if need > 0 or insert:
+                barcode = look_up(tallies.barcodes, text, a, b, insert)
                 if barcode == NO_ROOM:
-                    return at, BARCODES_FULL
-                if not _tally(index, rules, tallies, chrom, left, right, barcode):
-                    return at, KEYS_FULL
+                    status = BARCODES_FULL
+                    break
+                if barcode == ABSENT:
+                    counters[NOT_LISTED] += 1
+                else:
+                    of_barcode = quality[barcode]
+                    of_barcode[FRAGMENTS] += 1
+                    if need > 0:
+                        of_barcode[INSIDE] += 1
+                        if rules.n_listed < 0 or barcode < rules.n_listed:
+                            key = barcode * rules.n_islands
+                            n_keys = _add_counts(segments, rules.strategy, first, last, key, keys, n_keys)
+                    if rules.quality:
+                        _add_quality(segments, rules, of_barcode, chrom, first, last, right - left)
+                        reads = _reads(text, b + 1, stop) if b < stop else 0
+                        of_barcode[READS] += reads
+                        of_barcode[COUNTED] += reads > 0
+            if need == 0:
+                counters[OUTSIDE] += 1
             tallies.contig_lines[contig] += 1
         counters[LINES] += 1
         at = stop + 1
-    return at, DONE
+    counters[KEYS] = n_keys
+    return at, status

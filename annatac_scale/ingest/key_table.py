@@ -1,28 +1,38 @@
 """A hash table from byte strings to the numbers 0, 1, 2 ... for use inside numba kernels, without Python objects."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
 from numpy.typing import NDArray
+
+from annatac_scale.store.compiled import compiled
 
 ABSENT = -1
 NO_ROOM = -2
 
-_PRIME = np.uint64(0x100000001B3)
-_BASIS = np.uint64(0xCBF29CE484222325)
+_PRIME = np.uint64(0x9E3779B97F4A7C15)
 _HALF = np.uint64(32)
+_TAG = np.uint64(0xFFFFFFFF00000000)
+_NUMBER = np.uint64(0x00000000FFFFFFFF)
+_FREE = np.uint64(0)
+_ONE = np.uint64(1)
 
 
 class KeyTable(NamedTuple):
     """Keys in order of arrival; key ``i`` is ``arena[ends[i]:ends[i + 1]]``.
 
-    slots: int32 [a power of 2, at least twice the keys it may hold], the number of a key, or ABSENT
+    slots: uint64 [a power of 2, at least twice the keys it may hold], the upper half of a key's hash and, in the lower
+    half, its number + 1; 0 where free
     hashes: uint64 [room]; ends: int64 [room + 1]; arena: uint8 [bytes]; size: int64 [1], keys held
     """
 
-    slots: NDArray[np.int32]
+    slots: NDArray[np.uint64]
     hashes: NDArray[np.uint64]
     ends: NDArray[np.int64]
     arena: NDArray[np.uint8]
@@ -48,7 +58,7 @@ def empty_table(room: int = 1 << 10, key_bytes: int = 32) -> KeyTable:
     """A table with room for ``room`` keys (rounded up to a power of 2) of ``key_bytes`` on average."""
     room = 1 << (room - 1).bit_length()
     return KeyTable(
-        np.full(2 * room, ABSENT, np.int32),
+        np.zeros(2 * room, np.uint64),
         np.zeros(room, np.uint64),
         np.zeros(room + 1, np.int64),
         np.zeros(room * key_bytes, np.uint8),
@@ -56,12 +66,26 @@ def empty_table(room: int = 1 << 10, key_bytes: int = 32) -> KeyTable:
     )
 
 
+def table_of(keys: Sequence[bytes]) -> KeyTable:
+    """A table of the given keys, which differ, numbered in their order, with room for at least one more."""
+    text = np.frombuffer(b"".join(keys), np.uint8)
+    ends = np.cumsum([0, *map(len, keys)])
+    table = empty_table(len(keys) + 1, max(map(len, keys), default=0) + 1)
+    look_up_all(table, text, ends, np.empty(len(keys), np.int64), 0)
+    return table
+
+
+def copied(table: KeyTable) -> KeyTable:
+    """A table of its own with the same keys."""
+    return KeyTable(*(array.copy() for array in table))
+
+
 def grown(table: KeyTable, key_bytes: int) -> KeyTable:
     """The same keys in a table of twice the room, with space for one more key of ``key_bytes`` at least."""
     room = 2 * table.room
     n = int(table.size[0])
     larger = KeyTable(
-        np.full(2 * room, ABSENT, np.int32),
+        np.zeros(2 * room, np.uint64),
         np.zeros(room, np.uint64),
         np.zeros(room + 1, np.int64),
         np.zeros(2 * len(table.arena) + key_bytes, np.uint8),
@@ -74,52 +98,79 @@ def grown(table: KeyTable, key_bytes: int) -> KeyTable:
     return larger
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _fill_slots(table):  # type: ignore[no-untyped-def]
     mask = np.uint64(len(table.slots) - 1)
     for number in range(table.size[0]):
-        table.slots[free_slot(table.slots, mask, table.hashes[number])] = number
+        key_hash = table.hashes[number]
+        slot = key_hash & mask
+        while table.slots[slot] != _FREE:
+            slot = (slot + _ONE) & mask
+        table.slots[slot] = (key_hash & _TAG) | np.uint64(number + 1)
 
 
-@njit(nogil=True, cache=True)
-def free_slot(slots, mask, key_hash):  # type: ignore[no-untyped-def]
-    """The first free slot for a hash."""
-    slot = (key_hash ^ (key_hash >> _HALF)) & mask
-    while slots[slot] != ABSENT:
-        slot = (slot + np.uint64(1)) & mask
-    return slot
+@intrinsic
+def load_word(typingctx, array, at):  # type: ignore[no-untyped-def]
+    """The eight bytes of a uint8 array from ``at`` on as one uint64: a loop over bytes takes five times as long."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        data = make_array(signature.args[0])(context, builder, arguments[0]).data
+        place = builder.gep(data, [arguments[1]])
+        word = builder.load(builder.bitcast(place, ir.IntType(64).as_pointer()))
+        word.align = 1
+        return word
+
+    return types.uint64(array, types.int64), generate
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def same_bytes(x, a, y, b, n):  # type: ignore[no-untyped-def]
     """Whether ``x[a:a + n]`` equals ``y[b:b + n]``."""
-    for i in range(n):  # noqa: SIM110  (all() of a generator does not compile)
-        if x[a + i] != y[b + i]:
+    if n < 8:
+        for i in range(n):
+            if x[a + i] != y[b + i]:
+                return False
+        return True
+    for i in range(0, n - 8, 8):
+        if load_word(x, a + i) != load_word(y, b + i):
             return False
-    return True
+    return load_word(x, a + n - 8) == load_word(y, b + n - 8)
 
 
-@njit(nogil=True, cache=True)
+@compiled
+def hash_bytes(text, a, b):  # type: ignore[no-untyped-def]
+    """A hash, uint64, of ``text[a:b]``."""
+    mixed = np.uint64(b - a) * _PRIME
+    if b - a < 8:
+        word = np.uint64(0)
+        for i in range(a, b):
+            word = (word << np.uint64(8)) | np.uint64(text[i])
+        mixed = (mixed ^ word) * _PRIME
+    else:
+        for i in range(a, b - 8, 8):
+            mixed = (mixed ^ load_word(text, i)) * _PRIME
+            mixed ^= mixed >> _HALF
+        mixed = (mixed ^ load_word(text, b - 8)) * _PRIME
+    return mixed ^ (mixed >> _HALF)
+
+
+@compiled
 def look_up(table, text, a, b, insert):  # type: ignore[no-untyped-def]
     """The number of the key ``text[a:b]``; a new key is added where ``insert``.
 
     Returns ABSENT for a key that is not there and not to be added, NO_ROOM where the table has to grow first.
     """
-    key_hash = _BASIS
-    for i in range(a, b):
-        key_hash = (key_hash ^ np.uint64(text[i])) * _PRIME
+    key_hash = hash_bytes(text, a, b)
     mask = np.uint64(len(table.slots) - 1)
-    slot = (key_hash ^ (key_hash >> _HALF)) & mask
-    while table.slots[slot] != ABSENT:
-        number = np.int64(table.slots[slot])
-        begin = table.ends[number]
-        if (
-            table.hashes[number] == key_hash
-            and table.ends[number + 1] - begin == b - a
-            and same_bytes(table.arena, begin, text, a, b - a)
-        ):
-            return number
-        slot = (slot + np.uint64(1)) & mask
+    slot = key_hash & mask
+    while table.slots[slot] != _FREE:
+        found = table.slots[slot]
+        if (found ^ key_hash) & _TAG == _FREE:
+            number = np.int64(found & _NUMBER) - 1
+            begin = table.ends[number]
+            if table.ends[number + 1] - begin == b - a and same_bytes(table.arena, begin, text, a, b - a):
+                return number
+        slot = (slot + _ONE) & mask
     if not insert:
         return ABSENT
     number = table.size[0]
@@ -130,6 +181,21 @@ def look_up(table, text, a, b, insert):  # type: ignore[no-untyped-def]
         table.arena[begin + i] = text[a + i]
     table.ends[number + 1] = begin + b - a
     table.hashes[number] = key_hash
-    table.slots[slot] = number
+    table.slots[slot] = (key_hash & _TAG) | np.uint64(number + 1)
     table.size[0] = number + 1
     return number
+
+
+@compiled
+def look_up_all(table, text, ends, numbers, at):  # type: ignore[no-untyped-def]
+    """Add the keys ``text[ends[i]:ends[i + 1]]`` from ``at`` on, and put their numbers into ``numbers``.
+
+    Returns how many keys are done: fewer than there are where the table has to grow first.
+    """
+    while at < len(ends) - 1:
+        number = look_up(table, text, ends[at], ends[at + 1], True)
+        if number == NO_ROOM:
+            break
+        numbers[at] = number
+        at += 1
+    return at

@@ -14,32 +14,43 @@ from annatac_scale.genome.rows import Path as AnyPath
 from annatac_scale.genome.rows import shown
 from annatac_scale.ingest.quality import unusable
 from annatac_scale.ingest.tables import read_table, typed
+from annatac_scale.store.place import Location, is_url
 from annatac_scale.store.schema import SAMPLE_NAME
 
 _SHEET_COLUMNS = ("sample", "path", "peaks", "barcodes", "obs")
-_EXTENSIONS = re.compile(r"(\.(gz|bgz|tsv|bed|txt|csv|h5ad|h5|hdf5|fragments))+$", re.IGNORECASE)
+_EXTENSIONS = re.compile(r"(\.(gz|bgz|zst|tsv|bed|txt|csv|h5ad|h5|hdf5|fragments))+$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class SampleInput:
     """One sample: where its data are, and what goes with them.
 
-    path: an h5ad, 10x h5 or fragment file, or a 10x mtx folder
+    path: an h5ad, 10x h5 or fragment file, or a 10x mtx folder; like the others a path or a URL
     peaks: BED file of a peak set, for fragments; barcodes: list of the cells; obs: table of labels
     columns: obs columns with one value for the whole sample
     """
 
     name: str
-    path: Path
-    peaks: Path | None = None
-    barcodes: Path | None = None
-    obs: Path | None = None
+    path: Location
+    peaks: Location | None = None
+    barcodes: Location | None = None
+    obs: Location | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
-def default_name(path: AnyPath) -> str:
+def located(path: AnyPath, folder: AnyPath = ".") -> Location:
+    """A path as users write it, or a URL; relative ones begin at ``folder``."""
+    if isinstance(path, str) and is_url(path):
+        return path
+    if isinstance(folder, str) and is_url(folder) and not os.path.isabs(path):
+        return f"{folder.rstrip('/')}/{path}"
+    return Path(folder, path)
+
+
+def default_name(path: Location) -> str:
     """The file's name without extensions, other characters than letters, digits, ``_ . -`` replaced by ``_``."""
-    stem = _EXTENSIONS.sub("", Path(os.path.abspath(path)).name)
+    name = str(path).rstrip("/").rsplit("/", 1)[-1] if is_url(path) else Path(os.path.abspath(path)).name
+    stem = _EXTENSIONS.sub("", name)
     return re.sub(r"[^A-Za-z0-9_.-]", "_", stem).lstrip("._-") or "sample"
 
 
@@ -50,18 +61,19 @@ def name_inputs(paths: Sequence[AnyPath], names: Sequence[str] = ()) -> list[Sam
             f"--sample: found {len(names)} names for {len(paths)} inputs; expected one for each input; "
             "give all or none"
         )
-    given = list(names) or [default_name(path) for path in paths]
-    return [SampleInput(name, Path(path)) for name, path in zip(given, paths, strict=True)]
+    locations = [located(path) for path in paths]
+    given = list(names) or [default_name(path) for path in locations]
+    return [SampleInput(name, path) for name, path in zip(given, locations, strict=True)]
 
 
-def read_sheet(path: AnyPath) -> list[SampleInput]:
+def read_sheet(path: AnyPath, folder: Location | None = None) -> list[SampleInput]:
     """The samples of a sheet: tab-separated, with a header.
 
-    The columns sample, path, peaks, barcodes and obs are reserved, and path is needed; relative paths start at the
-    sheet's folder; an empty field is as good as none. Every other column becomes an obs column.
+    The columns sample, path, peaks, barcodes and obs are reserved, and path is needed; relative paths start at
+    ``folder``, by default the sheet's own; an empty field is as good as none. Every other column becomes an obs column.
     """
     table = read_table(path, ("path",))
-    folder = Path(path).parent
+    folder = Path(path).parent if folder is None else folder
     wrong = [name for name in map(str, table) if unusable(name) and name not in _SHEET_COLUMNS]
     if wrong:
         raise InputError(
@@ -73,10 +85,12 @@ def read_sheet(path: AnyPath) -> list[SampleInput]:
     for i, row in enumerate(table.to_dict("records")):
         if not row["path"]:
             raise InputError(f"{path}: found row {i + 1} without a path; expected one; fill it in")
-        files = {name: folder / row[name] for name in ("peaks", "barcodes", "obs") if row.get(name)}
+        files = {name: located(row[name], folder) for name in ("peaks", "barcodes", "obs") if row.get(name)}
         values = {str(name): column.iloc[i] for name, column in columns.items() if pd.notna(column.iloc[i])}
-        name = row.get("sample") or default_name(row["path"])
-        samples.append(SampleInput(name, folder / row["path"], columns=values, **files))
+        location = located(row["path"], folder)
+        samples.append(
+            SampleInput(row.get("sample") or default_name(location), location, columns=values, **files)
+        )
     return samples
 
 
@@ -100,9 +114,9 @@ def check_samples(samples: Sequence[SampleInput]) -> None:
                 "samples with --sample or in the sheet"
             )
         for file in filter(None, (sample.path, sample.peaks, sample.barcodes, sample.obs)):
-            if not file.exists():
+            if not is_url(file) and not Path(file).exists():
                 raise InputError(f"{file}: found no such file (sample {sample.name}); check the path")
-        real = os.path.realpath(sample.path)
+        real = str(sample.path) if is_url(sample.path) else os.path.realpath(sample.path)
         if real in paths:
             raise InputError(
                 f"{sample.path}: found the same file in samples {paths[real]} and {sample.name}; expected "

@@ -1,0 +1,143 @@
+"""The Dask graph of a conversion, and its two ways to run: threads of this process, or a cluster's workers."""
+
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from dask.base import compute
+from dask.callbacks import Callback
+from dask.delayed import Delayed, delayed
+
+from annatac_scale.errors import InputError
+from annatac_scale.ingest.fragment_tasks import (
+    Done,
+    call_cells,
+    commit_fragments,
+    count_fragments,
+    counting_of,
+    finish_fragments,
+    fragment_peaks,
+    listed_barcodes,
+)
+from annatac_scale.ingest.labels import LabelTable
+from annatac_scale.ingest.matrix_tasks import commit_matrix, finish_matrix, plan_matrix
+from annatac_scale.ingest.samples import FRAGMENTS, Job, Recipe
+from annatac_scale.progress import Advance
+from annatac_scale.store.place import Location
+
+
+class Graph:
+    """The tasks of all samples of a conversion."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.commits: dict[Hashable, Delayed] = {}
+        self.counts: dict[Hashable, tuple[Job, int, Delayed]] = {}
+        self._shared = delayed(recipe, traverse=False)
+        self._peaks: dict[Location | None, Delayed] = {}
+        self._listed: dict[Location, Delayed] = {}
+        self._labels: dict[int, Delayed] = {}
+        self._last: Delayed | None = None
+
+    def add(self, job: Job, labels: LabelTable | None, needed: bool) -> None:
+        """Add the tasks of a sample; its commit follows that of the sample before."""
+        with_labels = None
+        if labels is not None:
+            with_labels = self._labels.setdefault(id(labels), delayed(labels, traverse=False))
+        task = delayed(job, traverse=False)
+        add = self._fragments if job.kind == FRAGMENTS else self._matrix
+        self._last = add(job, task, with_labels, needed)
+        self.commits[self._last.key] = self._last
+
+    def _fragments(self, job: Job, task: Delayed, labels: Delayed | None, needed: bool) -> Delayed:
+        peaks, barcodes = job.sample.peaks, job.sample.barcodes
+        source = self._peaks.get(peaks)
+        if source is None:
+            source = self._peaks[peaks] = _task(fragment_peaks, self._shared, peaks)
+        listed = None
+        if barcodes is not None:
+            listed = self._listed.get(barcodes)
+            if listed is None:
+                listed = self._listed[barcodes] = _task(listed_barcodes, self._shared, barcodes)
+        counting = _task(counting_of, self._shared, source, listed)
+        counted = []
+        for number in range(job.text.n_ranges):
+            counted.append(_task(count_fragments, task, number, self._shared, counting))
+            self.counts[counted[-1].key] = (job, number, counted[-1])
+        cells = _task(call_cells, task, self._shared, counting, counted)
+        n_parts = self._n_parts(job)
+        records = [
+            _task(finish_fragments, task, self._shared, source, cells, part, n_parts)
+            for part in range(n_parts)
+        ]
+        return _task(commit_fragments, task, self._shared, source, cells, labels, needed, records, self._last)
+
+    def _matrix(self, job: Job, task: Delayed, labels: Delayed | None, needed: bool) -> Delayed:
+        plan = _task(plan_matrix, task, self._shared)
+        n_parts = self._n_parts(job)
+        records = [_task(finish_matrix, task, self._shared, plan, part, n_parts) for part in range(n_parts)]
+        return _task(commit_matrix, task, self._shared, plan, labels, needed, records, self._last)
+
+    def _n_parts(self, job: Job) -> int:
+        """Tasks among which the shards of a sample are divided: few for a small file, one for each worker at most."""
+        return max(1, min(self.recipe.workers, job.n_bytes // (1 << 20)))
+
+
+def _task(function: Callable[..., Any], *arguments: Any) -> Delayed:
+    # pure=False: names tasks by number, where hashing their arguments would cost more than some of the tasks.
+    return delayed(function, pure=False)(*arguments)
+
+
+def run_graph(graph: Graph, address: str | None, note: Callable[[Done], None], advance: Advance) -> None:
+    """Work through a graph, in threads or on the cluster at ``address``; ``note`` is told of each commit."""
+    if address is None:
+        _run_here(graph, note)
+    else:
+        _run_on_cluster(graph, address, note, advance)
+
+
+def _run_here(graph: Graph, note: Callable[[Done], None]) -> None:
+    def finished(key: Hashable, result: Any, *_: Any) -> None:
+        if key in graph.commits:
+            note(result)
+
+    with ThreadPoolExecutor(graph.recipe.workers) as pool, Callback(posttask=finished):
+        try:
+            compute(list(graph.commits.values()), scheduler="threads", pool=pool)
+        except BaseException:
+            graph.recipe.hook.stop()
+            raise
+
+
+def _run_on_cluster(graph: Graph, address: str, note: Callable[[Done], None], advance: Advance) -> None:
+    """Tasks tell of their progress when they are done: the workers are other processes."""
+    from distributed import Client, as_completed
+
+    try:
+        client = Client(address, timeout=30)
+    except OSError as error:
+        raise InputError(
+            f"{address}: found no Dask scheduler ({error}); expected one there; start it, or leave out --dask"
+        ) from error
+    with client:
+        counts = [task for _, _, task in graph.counts.values()]
+        futures = client.compute([*counts, *graph.commits.values()], retries=2)
+        try:
+            for future in as_completed(futures):
+                result = future.result()
+                if isinstance(result, Done):
+                    note(result)
+                else:
+                    _tell(graph.counts[future.key], result, advance)
+        except BaseException:
+            client.cancel(futures, force=True)
+            raise
+
+
+def _tell(count: tuple[Job, int, Delayed], summaries: list[Mapping[str, Any]], advance: Advance) -> None:
+    job, number, _ = count
+    n_bytes = job.text.bytes_of_range(number)
+    if all("found" in summary for summary in summaries):
+        advance.found(n_bytes, job.name)
+    else:
+        advance(n_bytes, sum(summary["lines"]["lines"] for summary in summaries), job.name)
