@@ -15,7 +15,7 @@ class Advance:
         """Add ``n`` units that an earlier run had done: they count as done, but say nothing about speed."""
 
     def finished(self, sample: str) -> None:
-        """Note that a sample is complete, all that it still lacked included."""
+        """Note that a sample is complete."""
 
 
 class Progress(Protocol):
