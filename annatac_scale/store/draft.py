@@ -20,26 +20,18 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pandas as pd
-import zarr
-from anndata.io import write_elem
 from numpy.typing import NDArray
 
 from annatac_scale.errors import InputError, StoreError
 from annatac_scale.store import schema
-from annatac_scale.store.files import (
-    INCOMING,
-    as_store_error,
-    flush,
-    lock_sample,
-    move,
-    store_lock,
-    unlock_sample,
-)
-from annatac_scale.store.metadata import committed_samples, read_index, read_root, write_index
-from annatac_scale.store.obs import check_obs, sample_digest, storable, write_frame
+from annatac_scale.store.files import INCOMING, as_store_error, flush, move
+from annatac_scale.store.frames import Files, array_files, encoded_group, frame_file, frame_files
+from annatac_scale.store.locks import lock_sample, store_lock
+from annatac_scale.store.metadata import change_index, committed_samples, read_root
+from annatac_scale.store.obs import check_obs, sample_digest, storable
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.place import Place, is_url, place_of
-from annatac_scale.store.shards import create_x, encode_shard
+from annatac_scale.store.shards import encode_shard, shard_name, x_metadata
 
 PLAN = "plan.json"
 SAMPLE = "sample"
@@ -77,9 +69,14 @@ class Draft:
         return place_of(self.store).below(f"{INCOMING}/{self.name}")
 
     @property
+    def _sample_name(self) -> str:
+        """Where the future sample lies in the store."""
+        return f"{schema.SAMPLES}/{self.name}" if is_url(self.store) else f"{INCOMING}/{self.name}/{SAMPLE}"
+
+    @property
     def sample(self) -> Place:
         """The future sample."""
-        return self.place.below(SAMPLE)
+        return place_of(self.store).below(self._sample_name)
 
     def write_shard(self, shard: int, rows: OpenIslands) -> ShardRecord:
         """Write cells ``shard * 4000`` and on; all but the last shard of a sample hold 4,000.
@@ -90,10 +87,24 @@ class Draft:
         record = ShardRecord(shard, encoded.sha256, len(rows.islands), len(rows))
         self._check_plan()
         if encoded.data:
-            self.sample.write(f"X/c/{shard}/0", encoded.data)
+            self._put_shard(shard, encoded.data)
         check = {"bytes": len(encoded.data), "crc32c": google_crc32c.value(encoded.data)}
         self.place.write(_record(shard), json.dumps({**asdict(record), **check}).encode())
         return record
+
+    def _put_shard(self, shard: int, data: bytes) -> None:
+        name = f"X/{shard_name(shard)}"
+        if not is_url(self.store):
+            self.sample.write(name, data)
+            return
+        from annatac_scale.store.objects import Prefix
+
+        place = Prefix(self.sample.location)
+        if place.write_new(name, data) is None:  # it may be a committed one: never overwritten
+            raise StoreError(
+                f"{place.location}/{name}: found it there with other content; another run is writing the sample; wait "
+                "for it or stop it, then run the same command again"
+            )
 
     def _check_plan(self) -> None:
         try:
@@ -110,12 +121,23 @@ class Draft:
         """The record of a shard; None where it was not written, or a power cut took it."""
         try:
             record = json.loads(self.place.read(_record(shard)))
-            data = self.sample.read(f"X/c/{shard}/0") if record["bytes"] else b""
-        except (FileNotFoundError, ValueError):
+            n_bytes, crc32c = record.pop("bytes"), record.pop("crc32c")
+            if n_bytes and not self._holds(f"X/{shard_name(shard)}", n_bytes, crc32c):
+                return None
+            return ShardRecord(**record)
+        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
             return None
-        if record.pop("bytes") != len(data) or record.pop("crc32c") != google_crc32c.value(data):
-            return None
-        return ShardRecord(**record)
+
+    def recorded(self) -> list[int]:
+        """The shards that have a record."""
+        stems = [name.rpartition("/")[2].removesuffix(".json") for name in self.place.names("shards")]
+        return sorted(int(stem) for stem in stems if stem.isdigit())
+
+    def _holds(self, name: str, n_bytes: int, crc32c: int) -> bool:
+        if is_url(self.store):
+            return self.sample.size(name) == n_bytes  # an object is never torn
+        data = self.sample.read(name)
+        return len(data) == n_bytes and google_crc32c.value(data) == crc32c
 
     def commit(
         self,
@@ -138,17 +160,16 @@ class Draft:
         digest = sample_digest(self.islands_sha256, x_sha256, measured, obs)
         shard_open = [record.n_open for record in shards]
         sizes = {"n_cells": len(obs), "n_open": sum(shard_open)}
+        entry = {"name": self.name, **sizes, "shard_open": shard_open, "x_sha256": x_sha256, "digest": digest}
         self._check_plan()
         try:
             self._write_all_but_shards(
                 obs, measured, {"conversion": conversion, **sizes, "x_sha256": x_sha256}
             )
-            self._publish(
-                {"name": self.name, **sizes, "shard_open": shard_open, "x_sha256": x_sha256, "digest": digest}
-            )
+            self._publish(entry)
         except OSError as error:
             raise as_store_error(error, self.store, "written") from error
-        self.discard()
+        self.place.remove("")
         return digest
 
     def _check_whole(self, shards: Sequence[ShardRecord], n_cells: int, n_flags: int) -> None:
@@ -164,34 +185,59 @@ class Draft:
     def _write_all_but_shards(
         self, obs: pd.DataFrame, measured: NDArray[np.bool_], attributes: dict[str, Any]
     ) -> None:
-        folder = Path(self.sample.location)
-        for name in ("X/zarr.json", "obs", "var", "uns"):  # of a commit that was killed
-            self.sample.remove(name)
-        group = zarr.create_group(
-            folder, attributes={"encoding-type": "anndata", "encoding-version": "0.1.0"}, overwrite=False
-        )
-        create_x(group, len(obs), self.n_islands)
-        write_frame(group, "obs", obs)
-        shutil.copytree(Path(self.store) / schema.ISLANDS, folder / "var")
-        var = zarr.open_group(folder / "var", mode="r+")
-        write_frame(var, "measured", np.asarray(measured, bool))
-        var.attrs["column-order"] = [*var.attrs["column-order"], "measured"]  # type: ignore[misc]
-        write_elem(group, "uns", {})
-        encoding = {"encoding-type": "dict", "encoding-version": "0.1.0"}
-        group.create_group(schema.CONVERSION, attributes={**encoding, **attributes, "complete": True})
-        flush(folder)
+        store, sample = place_of(self.store), self.sample
+        for name in sample.names():
+            if not name.startswith("X/c/"):
+                sample.remove(name)  # of a commit that was killed
+        # The islands are the same in every sample: their files are shared or copied, only `measured` is made anew.
+        islands = [name for name in store.names(schema.ISLANDS) if name != f"{schema.ISLANDS}/zarr.json"]
+        of_var = {f"{self._sample_name}/var/{name.partition('/')[2]}": name for name in islands}
+        store.copy_all(of_var)
+        sample.write_all(self._files(store, obs, measured))
+        conversion = encoded_group("dict", "0.1.0", **attributes, complete=True)
+        sample.write_all({f"{schema.CONVERSION}/zarr.json": conversion})
+        if not is_url(self.store):
+            flush(Path(sample.location), {os.path.join(self.store, name) for name in of_var})
+
+    def _files(self, store: Place, obs: pd.DataFrame, measured: NDArray[np.bool_]) -> Files:
+        islands = json.loads(store.read(f"{schema.ISLANDS}/zarr.json"))["attributes"]
+        return {
+            "zarr.json": encoded_group("anndata", "0.1.0"),
+            "X/zarr.json": json.dumps(x_metadata(len(obs), self.n_islands)).encode(),
+            **frame_files("obs", obs),
+            "var/zarr.json": frame_file(islands["_index"], [*islands["column-order"], "measured"]),
+            **array_files("var/measured", np.asarray(measured, bool)),
+            "uns/zarr.json": encoded_group("dict", "0.1.0"),
+        }
 
     def _publish(self, entry: dict[str, Any]) -> None:
-        store = Path(self.store)
-        target = store / schema.SAMPLES / self.name
-        with store_lock(store):
+        def add(index: list[dict[str, Any]]) -> None:
+            there = next((one for one in index if one["name"] == self.name), entry)
+            if there["digest"] != entry["digest"]:
+                raise StoreError(
+                    f"{self.store}: sample {self.name!r} is there already; choose another --sample"
+                )
+            if there is entry:
+                index.append(entry)
+
+        if is_url(self.store):
+            change_index(self.store, add)
+            return
+        target = Path(self.store, schema.SAMPLES, self.name)
+        with store_lock(self.store):
+            if self.name in committed_samples(self.store):
+                raise StoreError(
+                    f"{self.store}: sample {self.name!r} is there already; choose another --sample"
+                )
             shutil.rmtree(target, ignore_errors=True)  # it was renamed, then killed before the index named it
             move(Path(self.sample.location), target)
-            write_index(store, [*read_index(store), entry])
+            change_index(self.store, add)
 
     def discard(self) -> None:
-        """Remove everything of the draft."""
-        place_of(self.store).remove(f"{INCOMING}/{self.name}")
+        """Remove everything of the draft; nothing of a committed sample."""
+        if is_url(self.store) and self.name not in committed_samples(self.store):
+            self.sample.remove("")
+        self.place.remove("")
 
 
 def _shards_of(n_cells: int) -> list[tuple[int, int]]:
@@ -212,37 +258,45 @@ def open_draft(store: Path | str, name: str, plan: Mapping[str, Any]) -> Iterato
     """
     check_name(name)
     store = store if is_url(store) else Path(store).absolute()
-    root = read_root(Path(store))  # nothing, not even a lock, is put into what is no store of ours
-    written_plan = json.dumps(plan, sort_keys=True).encode()
-    draft = Draft(
-        str(store), name, root["n_islands"], root["islands_sha256"], hashlib.sha256(written_plan).hexdigest()
-    )
-    lock = lock_sample(Path(store), name)
+    read_root(store)  # nothing, not even a lock, is put into what is no store of ours
+    try:
+        lock = lock_sample(store, name)
+    except FileNotFoundError as error:
+        raise StoreError(f"{store}: the store was removed meanwhile; run the same command again") from error
     if lock is None:
         raise StoreError(f"{store}: another process is writing sample {name!r}; wait for it or stop it")
     try:
-        if name in committed_samples(Path(store)):
+        root = read_root(store)  # it may have given way to another before we had the lock
+        if name in committed_samples(store):
             raise StoreError(f"{store}: sample {name!r} is there already; choose another --sample")
-        _take_up(draft, written_plan)
+        text = json.dumps(plan, sort_keys=True).encode()
+        sha256 = hashlib.sha256(text).hexdigest()
+        draft = Draft(str(store), name, root["n_islands"], root["islands_sha256"], sha256)
+        _take_up(draft, text)
         yield draft
     finally:
-        unlock_sample(Path(store), name, lock)
+        lock.release()
 
 
 def _take_up(draft: Draft, plan: bytes) -> None:
     """Keep what is there if it was made by ``plan``, else begin anew."""
-    renamed = Path(draft.store, schema.SAMPLES, draft.name)
+    renamed = f"{schema.SAMPLES}/{draft.name}"
     try:
         found = draft.place.read(PLAN)
     except FileNotFoundError:
         found = b""
     if found != plan:
-        draft.discard()
-        shutil.rmtree(renamed, ignore_errors=True)
+        draft.place.remove("")
+        place_of(draft.store).remove(renamed)
         draft.place.write(PLAN, plan)
-    elif renamed.exists():  # killed between the rename and the index
-        draft.sample.remove("")
-        os.rename(renamed, draft.sample.location)
+    elif is_url(draft.store):
+        recorded = {f"X/{shard_name(shard)}" for shard in draft.recorded()}
+        for name in draft.sample.names("X/c"):
+            if name not in recorded:
+                draft.sample.remove(name)
+    elif os.path.isdir(os.path.join(draft.store, renamed)):
+        draft.sample.remove("")  # it was killed between the rename and the index
+        os.rename(os.path.join(draft.store, renamed), draft.sample.location)
 
 
 def check_name(name: str) -> None:

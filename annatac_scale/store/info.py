@@ -1,18 +1,17 @@
 """What `annatac info` says of a store: read from its index, obs and conversions; X is never opened."""
 
-import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import zarr
 from anndata.io import read_elem
 from numpy.typing import NDArray
 
 from annatac_scale.store import schema
 from annatac_scale.store.files import INCOMING
+from annatac_scale.store.place import place_of
 from annatac_scale.store.store import IslandStore, Sample
 
 MAX_DETAILED = 10
@@ -57,6 +56,7 @@ class SampleInfo:
 class StoreInfo:
     """A store and its samples in order of commit.
 
+    digest: equal exactly for identical stores
     width_bp: 0 for windows from a file; bytes: of islands and committed samples; x_bytes: of X in all of them;
     bytes_per_cell: of all bytes, None without cells
     unfinished: names of samples that are being written, or were left by a writer that was killed
@@ -65,6 +65,7 @@ class StoreInfo:
     path: str
     format: str
     version: str
+    digest: str
     assembly: str
     selection: str
     width_bp: int
@@ -98,6 +99,7 @@ class StoreInfo:
         bins = f"bins of {self.width_bp:,} bp" if self.width_bp else "from a file"
         facts = [
             ("format", f"{self.format} {self.version}"),
+            ("digest", self.digest),
             ("assembly", self.assembly),
             ("islands", f"{self.n_islands:,} ({self.selection}, {bins})"),
             ("counting", self.counting),
@@ -115,12 +117,14 @@ class StoreInfo:
 
 def describe(store: IslandStore) -> StoreInfo:
     """What a store holds and where it came from."""
-    samples = [_describe_sample(sample) for sample in store.samples.values()]
-    n_bytes = sum(sample.bytes for sample in samples) + _bytes_below(store.path / schema.ISLANDS)
+    sizes = _Sizes(place_of(store.path).sizes())
+    samples = [_describe_sample(sample, sizes) for sample in store.samples.values()]
+    n_bytes = sum(sample.bytes for sample in samples) + sizes.below(schema.ISLANDS)
     return StoreInfo(
         path=str(store.path),
         format=store.attributes["format"],
         version=store.attributes["version"],
+        digest=store.digest,
         assembly=store.attributes["assembly"],
         selection=store.attributes["selection"],
         width_bp=store.attributes["width_bp"],
@@ -137,20 +141,34 @@ def describe(store: IslandStore) -> StoreInfo:
     )
 
 
-def _describe_sample(sample: Sample) -> SampleInfo:
-    obs = zarr.open_group(sample.path / "obs", mode="r")
-    columns = cast(list[str], obs.attrs["column-order"])
-    n_open = read_elem(obs["n_open"]) if "n_open" in columns else None
+class _Sizes:
+    """Bytes below the folders of a store, to the depth of a sample's X."""
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self._below: Counter[str] = Counter()
+        for name, size in sizes.items():
+            folders = name.split("/")[:-1]
+            for depth in range(1, min(len(folders), 3) + 1):
+                self._below["/".join(folders[:depth])] += size
+
+    def below(self, folder: str) -> int:
+        return self._below[folder]
+
+
+def _describe_sample(sample: Sample, sizes: _Sizes) -> SampleInfo:
+    columns = cast(list[str], sample.group["obs"].attrs["column-order"])
+    n_open = read_elem(sample.group["obs/n_open"]) if "n_open" in columns else None
     if not isinstance(n_open, np.ndarray):  # A column of text: not ours.
         n_open = None
+    folder = f"{schema.SAMPLES}/{sample.name}"
     return SampleInfo(
         name=sample.name,
         n_cells=sample.n_cells,
         n_open=sample.n_open,
         open_per_cell=_open_per_cell(sample, n_open),
         measured_islands=int(sample.measured.sum()),
-        bytes=_bytes_below(sample.path),
-        x_bytes=_bytes_below(sample.path / "X"),
+        bytes=sizes.below(folder),
+        x_bytes=sizes.below(f"{folder}/X"),
         digest=sample.digest,
         columns=columns,
         conversion=sample.conversion,
@@ -167,18 +185,12 @@ def _open_per_cell(sample: Sample, n_open: NDArray[np.int64] | None) -> OpenPerC
 
 
 def _unfinished(store: IslandStore) -> list[str]:
-    # In .incoming a sample is told by its name from the locks and obs beside it; in samples/ it lies, not yet in the
-    # index, for a moment in each commit and for good when its writer was killed in that moment.
-    incoming = {draft.name for draft in (store.path / INCOMING).glob("[!.]*")}
-    renamed = {x.parent.name for x in (store.path / schema.SAMPLES).glob("*/X")}
-    return sorted(incoming | renamed - set(store.samples))
-
-
-def _bytes_below(folder: Path) -> int:
-    """Size of all files below a folder."""
-    return sum(
-        os.lstat(os.path.join(parent, name)).st_size for parent, _, files in os.walk(folder) for name in files
-    )
+    # In .incoming a draft is told by its name from the obs beside it; in samples/ lies, not in the index, a sample
+    # whose writer was killed between its rename and the index, or one that is being written to object storage.
+    place = place_of(store.path)
+    incoming = {name for name in place.folders(INCOMING) if not name.startswith(".")}
+    in_place = set(place.folders(schema.SAMPLES)) - set(store.samples)
+    return sorted((incoming - set(store.samples)) | in_place)
 
 
 def _table(samples: Sequence[SampleInfo]) -> list[str]:

@@ -1,6 +1,9 @@
 """What the root and the index of samples say: the attributes of two groups, read and written as JSON."""
 
 import json
+import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,10 @@ from annatac_scale.errors import StoreError
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.store import schema
 from annatac_scale.store.files import write_whole
+from annatac_scale.store.place import Location, is_url, joined, place_of
 
+_INDEX_FILE = f"{schema.SAMPLES}/zarr.json"
+_ATTEMPTS = 60
 _ENTRY_KEYS = {"name", "n_cells", "n_open", "x_sha256", "digest"}
 
 
@@ -28,15 +34,15 @@ def root_attributes(space: IslandSpace, counting: str) -> dict[str, Any]:
     }
 
 
-def read_root(path: Path) -> dict[str, Any]:
+def read_root(path: Location) -> dict[str, Any]:
     """The root attributes of the store at ``path``.
 
     Raises StoreError where there is no store, its major version is not ours, or an attribute is missing.
     """
-    file = path / "zarr.json"
+    file = joined(path, "zarr.json")
     try:
-        attributes: dict[str, Any] = dict(json.loads(file.read_text()).get("attributes", {}))
-    except OSError as error:
+        attributes: dict[str, Any] = dict(json.loads(place_of(path).read("zarr.json")).get("attributes", {}))
+    except FileNotFoundError as error:
         raise StoreError(f"{path}: no island store here; make one with `annatac convert`") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise StoreError(f"{file}: found no attributes ({error}); the file is damaged") from error
@@ -58,30 +64,65 @@ def read_root(path: Path) -> dict[str, Any]:
     return attributes
 
 
-def committed_samples(path: Path | str) -> list[str]:
+def committed_samples(path: Location) -> list[str]:
     """Names of the samples in order of commit."""
-    return [entry["name"] for entry in read_index(Path(path))]
+    return [entry["name"] for entry in read_index(path)]
 
 
-def read_index(path: Path) -> list[dict[str, Any]]:
+def read_index(path: Location) -> list[dict[str, Any]]:
     """The committed samples in order of commit: ``{name, n_cells, n_open, shard_open, x_sha256, digest}`` each.
 
     ``shard_open`` is missing in entries that were written by format 1.0.
     """
-    file = path / schema.SAMPLES / "zarr.json"
     try:
-        index: list[dict[str, Any]] = json.loads(file.read_text())["attributes"][schema.INDEX]
+        return _index_of(path, place_of(path).read(_INDEX_FILE))
+    except FileNotFoundError as error:
+        raise _no_index(path) from error
+
+
+def _index_of(path: Location, text: bytes) -> list[dict[str, Any]]:
+    try:
+        index: list[dict[str, Any]] = json.loads(text)["attributes"][schema.INDEX]
         missing = [key for entry in index for key in _ENTRY_KEYS - entry.keys()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path}: not an island store ({file} has no index of samples)") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _no_index(path) from error
     if missing:
+        file = joined(path, _INDEX_FILE)
         raise StoreError(f"{file}: found no {missing[0]!r} in an entry of the index; the store is damaged")
     return index
 
 
-def write_index(path: Path, index: list[dict[str, Any]]) -> None:
-    """Replace the index; the caller holds the store's lock."""
-    file = path / schema.SAMPLES / "zarr.json"
-    metadata = json.loads(file.read_text())
+def _no_index(path: Location) -> StoreError:
+    return StoreError(f"{path}: not an island store ({joined(path, _INDEX_FILE)} has no index of samples)")
+
+
+def change_index(path: Location, change: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Let ``change`` alter the index in place, and put it there: this is a commit.
+
+    On a local disk the caller holds the store's lock. In object storage ``change`` is called again for what is there
+    meanwhile, until no other writer was faster; whatever it raises leaves the index as it was.
+    """
+    if not is_url(path):
+        changed = _changed(path, place_of(path).read(_INDEX_FILE), change)
+        write_whole(Path(path) / _INDEX_FILE, changed)
+        return
+    from annatac_scale.store.objects import Prefix
+
+    place = Prefix(str(path))
+    for attempt in range(_ATTEMPTS):
+        found = place.find(_INDEX_FILE)
+        if place.replace(_INDEX_FILE, _changed(path, found.data, change), found.etag) is not None:
+            return
+        time.sleep(random.uniform(0, min(2.0, 0.01 * 2**attempt)))
+    raise StoreError(
+        f"{joined(path, _INDEX_FILE)}: found it changed by others {_ATTEMPTS} times while it was written; expected a "
+        "quiet moment; run the same command again with fewer writers"
+    )
+
+
+def _changed(path: Location, text: bytes, change: Callable[[list[dict[str, Any]]], None]) -> bytes:
+    index = _index_of(path, text)
+    change(index)
+    metadata = json.loads(text)
     metadata["attributes"][schema.INDEX] = index
-    write_whole(file, json.dumps(metadata, indent=1))
+    return json.dumps(metadata).encode()

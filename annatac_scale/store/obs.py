@@ -2,38 +2,28 @@
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-import anndata
 import numpy as np
 import pandas as pd
-import zarr
-from anndata.io import read_elem, write_elem
+from anndata.io import read_elem
 from numpy.typing import NDArray
 
 from annatac_scale.errors import InputError, StoreError
 from annatac_scale.store import schema
-from annatac_scale.store.files import (
-    any_obs_aside,
-    flush,
-    move,
-    obs_aside,
-    remove_incoming_if_empty,
-    store_lock,
-)
-from annatac_scale.store.metadata import committed_samples, read_index, read_root, write_index
+from annatac_scale.store.files import INCOMING, flush, move
+from annatac_scale.store.frames import frame_files
+from annatac_scale.store.locks import remove_incoming_if_empty, store_lock
+from annatac_scale.store.metadata import change_index, committed_samples, read_index, read_root
+from annatac_scale.store.place import Location, Place, is_url, joined, open_group, place_of
+
+_READY = "ready.json"
+"""In object storage, says that all of a new obs lies aside."""
 
 _RESERVED = ("sample", "barcode", "_index")
 _NUMBERS = "iufb"
 _EXACT_IN_FLOAT64 = 2**53
-
-
-def write_frame(group: zarr.Group, key: str, element: Any) -> None:
-    """Write a data frame or array in anndata's encoding; small arrays need no shards."""
-    with anndata.settings.override(auto_shard_zarr_v3=False):
-        write_elem(group, key, element)
 
 
 def check_obs(place: str, obs: pd.DataFrame) -> None:
@@ -106,33 +96,49 @@ def sample_digest(islands_sha256: str, x_sha256: str, measured: NDArray[np.bool_
     return digest.hexdigest()
 
 
-def replace_obs(path: Path | str, sample: str, obs: pd.DataFrame) -> str:
+def replace_obs(path: Location, sample: str, obs: pd.DataFrame) -> str:
     """Replace the obs of a committed sample, X untouched; returns the new digest (hex).
 
     obs: as many rows as the sample has cells, indexed by the same barcodes in the same order.
     A kill in the middle leaves the old obs or the new: ``finish_obs`` decides at the next opening.
     Raises StoreError for an unknown sample and for other barcodes, InputError for columns that cannot be stored.
     """
-    path = Path(path)
+    path = path if is_url(path) else Path(path)
     read_root(path)
     check_obs(f"{path}, sample {sample!r}", obs)
     with store_lock(path):
-        if sample not in committed_samples(path):
-            raise StoreError(f"{path}: no sample {sample!r}; it holds {committed_samples(path)[:10]}")
-        folder, aside = path / schema.SAMPLES / sample, obs_aside(path, sample)
-        if aside.exists():
+        there = committed_samples(path)
+        if sample not in there:
+            raise StoreError(f"{path}: no sample {sample!r}; it holds {there[:10]}")
+        aside = place_of(path).below(_aside(sample))
+        if sample in _begun(path):
             _settle_obs(path, sample)  # it may hold the only obs there is
         _check_barcodes(path, sample, obs)
-        write_frame(zarr.create_group(aside), "obs", storable(obs))
-        flush(aside)
-        move(folder / "obs", aside / "old")
-        move(aside / "obs", folder / "obs")
+        aside.write_all(frame_files("obs", storable(obs)))
+        if is_url(path):
+            aside.write(_READY, b"{}")
+        else:
+            folder, new = Path(path) / schema.SAMPLES / sample, Path(aside.location)
+            flush(new)
+            move(folder / "obs", new / "old")
+            move(new / "obs", folder / "obs")
         return _settle_obs(path, sample)
 
 
-def _check_barcodes(path: Path, sample: str, obs: pd.DataFrame) -> None:
+def _aside(sample: str) -> str:
+    """Where the obs of a committed sample, old and new, lie while it is replaced."""
+    return f"{INCOMING}/.{sample}.obs"
+
+
+def _begun(path: Location) -> list[str]:
+    """Samples whose obs is being replaced, or was when its writer was killed."""
+    found = place_of(path).folders(INCOMING)
+    return [name[1 : -len(".obs")] for name in found if name.startswith(".") and name.endswith(".obs")]
+
+
+def _check_barcodes(path: Location, sample: str, obs: pd.DataFrame) -> None:
     place = f"{path}, sample {sample!r}"
-    group = zarr.open_group(path / schema.SAMPLES / sample, mode="r")
+    group = open_group(joined(path, f"{schema.SAMPLES}/{sample}"))
     there, given = pd.Index(read_elem(group["obs/barcode"])).astype(str), obs.index.astype(str)
     if len(given) != len(there):
         raise StoreError(f"{place}: {len(given)} obs rows for {len(there)} cells; give one a cell")
@@ -145,37 +151,56 @@ def _check_barcodes(path: Path, sample: str, obs: pd.DataFrame) -> None:
         )
 
 
-def finish_obs(path: Path) -> None:
+def finish_obs(path: Location) -> None:
     """Settle replacements of obs that were interrupted, if there are any.
 
     Raises StoreError where the store cannot be written: which obs and digest belong together is not known then.
     """
-    if not any_obs_aside(path):
+    if not _begun(path):
         return
     try:
         with store_lock(path):
-            for sample in committed_samples(path):
-                if obs_aside(path, sample).exists():
-                    _settle_obs(path, sample)
-    except OSError as error:
+            for sample in set(_begun(path)) & set(committed_samples(path)):
+                _settle_obs(path, sample)
+    except (OSError, StoreError) as error:
         raise StoreError(
             f"{path}: the obs of a sample was being replaced when its writer was stopped, and what it left cannot be "
             f"settled from here ({error}); run `annatac info` once where the store can be written"
         ) from error
 
 
-def _settle_obs(path: Path, sample: str) -> str:
-    """Put the old obs back if the new one did not arrive; index the digest of the obs in place."""
-    folder, aside = path / schema.SAMPLES / sample, obs_aside(path, sample)
-    if not (folder / "obs").exists():
-        move(aside / "old", folder / "obs")
-    index = read_index(path)
-    entry = next(entry for entry in index if entry["name"] == sample)
-    group = zarr.open_group(folder, mode="r")
+def _settle_obs(path: Location, sample: str) -> str:
+    """Bring the replacement to an end that it reached or can reach; index the digest of the obs in place."""
+    name = f"{schema.SAMPLES}/{sample}"
+    aside = place_of(path).below(_aside(sample))
+    if is_url(path):
+        _settle_objects(place_of(path), name, aside)
+    elif not (Path(path) / name / "obs").exists():
+        move(Path(aside.location) / "old", Path(path) / name / "obs")
+    group = open_group(joined(path, name))
     measured, obs = read_elem(group["var/measured"]), read_elem(group["obs"])
+    entry = next(entry for entry in read_index(path) if entry["name"] == sample)
     digest = sample_digest(read_root(path)["islands_sha256"], entry["x_sha256"], measured, storable(obs))
-    entry["digest"] = digest
-    write_index(path, index)
-    shutil.rmtree(aside)
-    remove_incoming_if_empty(path)
+    change_index(path, lambda index: _set_digest(index, sample, digest))
+    aside.remove(_READY)  # first: without it, what is left of the rest is not taken for an obs
+    aside.remove("")
+    if not is_url(path):
+        remove_incoming_if_empty(Path(path))
     return digest
+
+
+def _settle_objects(store: Place, name: str, aside: Place) -> None:
+    """Objects are not renamed: once all of the new obs lies aside, it is copied, as often as it takes."""
+    if aside.size(_READY) is None:
+        return
+    new = aside.names("obs")
+    for file in store.below(name).names("obs"):
+        if file not in new:
+            store.remove(f"{name}/{file}")
+    store.copy_all({f"{name}/{file}": f"{_aside(name.rpartition('/')[2])}/{file}" for file in new})
+
+
+def _set_digest(index: list[dict[str, Any]], sample: str, digest: str) -> None:
+    for entry in index:
+        if entry["name"] == sample:
+            entry["digest"] = digest

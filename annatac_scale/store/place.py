@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import zarr
+
 from annatac_scale.errors import InputError
-from annatac_scale.store.files import as_store_error
+from annatac_scale.store.files import as_store_error, sync
 
 Location = Path | str
 
@@ -70,8 +72,14 @@ class Place(Protocol):
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Bytes of all files below a folder, by name, sorted."""
 
+    def folders(self, folder: str = "") -> list[str]:
+        """Names of the folders in a folder, sorted; none where it is not there."""
+
     def remove(self, name: str) -> None:
         """Remove a file or all files below a folder; nothing there is fine."""
+
+    def copy_all(self, copies: Mapping[str, str]) -> None:
+        """Copy files that are never changed in place; copies: new name -> present name. Local ones may become links."""
 
     def below(self, folder: str) -> "Place":
         """The place that a folder of this one is."""
@@ -84,6 +92,15 @@ def place_of(location: Location) -> Place:
 
         return Prefix(str(location).rstrip("/"))
     return Folder(str(location))
+
+
+def open_group(location: Location) -> zarr.Group:
+    """A Zarr group, for reading. Raises FileNotFoundError where there is none."""
+    if is_url(location):
+        from annatac_scale.store.objects import zarr_store
+
+        return zarr.open_group(zarr_store(str(location)), mode="r")
+    return zarr.open_group(location, mode="r")
 
 
 @dataclass(frozen=True)
@@ -143,13 +160,25 @@ class Folder:
         for name, data in files.items():
             path = self._path(name)
             try:
-                folder = os.path.dirname(path)
-                if folder not in made:
-                    os.makedirs(folder, exist_ok=True)
-                    made.add(folder)
+                _make_parent(path, made)
                 write_new(path, data)
             except OSError as error:
                 raise as_store_error(error, path, "written") from error
+
+    def copy_all(self, copies: Mapping[str, str]) -> None:
+        """As in Place: hard links, where the disk has them."""
+        made: set[str] = set()
+        for new, present in copies.items():
+            source, target = self._path(present), self._path(new)
+            try:
+                _make_parent(target, made)
+                try:
+                    os.link(source, target)
+                except OSError:
+                    shutil.copyfile(source, target)
+                    sync(target)
+            except OSError as error:
+                raise as_store_error(error, target, "written") from error
 
     def names(self, folder: str = "") -> list[str]:
         """As in Place."""
@@ -165,6 +194,14 @@ class Folder:
                     found[os.path.relpath(path, self.location).replace(os.sep, "/")] = os.lstat(path).st_size
         return dict(sorted(found.items()))
 
+    def folders(self, folder: str = "") -> list[str]:
+        """As in Place."""
+        try:
+            with os.scandir(self._path(folder)) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
     def remove(self, name: str) -> None:
         """As in Place."""
         path = self._path(name)
@@ -178,6 +215,21 @@ class Folder:
     def below(self, folder: str) -> "Folder":
         """As in Place."""
         return Folder(self._path(folder))
+
+
+def _make_parent(path: str, made: set[str]) -> None:
+    """Make the folders above a file, but for those in ``made``."""
+    folder = os.path.dirname(path)
+    if folder in made:
+        return
+    try:
+        os.mkdir(folder)
+    except FileExistsError:
+        pass
+    except FileNotFoundError:
+        _make_parent(folder, made)
+        os.mkdir(folder)
+    made.add(folder)
 
 
 def write_new(path: str, data: bytes) -> None:

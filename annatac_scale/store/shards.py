@@ -6,53 +6,53 @@ codecs bytes (little-endian), crc32c, the index at the file's end.
 """
 
 import hashlib
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
-import zarr
 from numcodecs.zstd import Zstd
-from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
 from annatac_scale.errors import StoreError
-from annatac_scale.store.codec import IslandCodec, decode_block, encode_block
+from annatac_scale.store.codec import decode_block, encode_block
 from annatac_scale.store.open_islands import OpenIslands
-from annatac_scale.store.schema import BLOCK_CELLS, SHARD_BLOCKS, SHARD_CELLS, ZSTD_LEVEL
+from annatac_scale.store.place import Place
+from annatac_scale.store.schema import BLOCK_CELLS, CODEC, SHARD_BLOCKS, SHARD_CELLS, ZSTD_LEVEL
 
 _ABSENT = 2**64 - 1
 _INDEX_BYTES = SHARD_BLOCKS * 16 + 4
 _ZSTD = Zstd(level=ZSTD_LEVEL)
 
 
-def create_x(group: zarr.Group, n_cells: int, n_islands: int) -> None:
-    """Write the metadata of ``X``, uint8 [n_cells, n_islands]; ``encode_shard`` makes the shards."""
-    sharding = ShardingCodec(
-        chunk_shape=(BLOCK_CELLS, n_islands),
-        codecs=[IslandCodec(), ZstdCodec(level=ZSTD_LEVEL, checksum=False), Crc32cCodec()],
-        index_codecs=[BytesCodec(endian="little"), Crc32cCodec()],
-        index_location="end",
-    )
-    options: dict[str, Any] = {"compressors": None, "filters": None, "fill_value": 0}
-    group.create_array(
-        "X",
-        shape=(n_cells, n_islands),
-        dtype="uint8",
-        chunks=(SHARD_CELLS, n_islands),
-        serializer=sharding,
-        attributes={"encoding-type": "array", "encoding-version": "0.2.0"},
-        dimension_names=("cell", "island"),
-        **options,
-    )
+def x_metadata(n_cells: int, n_islands: int) -> dict[str, Any]:
+    """The ``zarr.json`` of ``X``, uint8 [n_cells, n_islands], whose shards ``encode_shard`` makes."""
+    crc32c = {"name": "crc32c"}
+    zstd = {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}
+    sharding = {
+        "chunk_shape": [BLOCK_CELLS, n_islands],
+        "codecs": [{"name": CODEC}, zstd, crc32c],
+        "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, crc32c],
+        "index_location": "end",
+    }
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [n_cells, n_islands],
+        "data_type": "uint8",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD_CELLS, n_islands]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0,
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "attributes": {"encoding-type": "array", "encoding-version": "0.2.0"},
+        "dimension_names": ["cell", "island"],
+    }
 
 
-def shard_path(x: Path, shard: int) -> Path:
-    """The file of shard ``shard`` below the array's folder ``x`` (default chunk key encoding)."""
-    return x / "c" / str(shard) / "0"
+def shard_name(shard: int) -> str:
+    """The file of a shard below ``X`` (default chunk key encoding)."""
+    return f"c/{shard}/0"
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,12 @@ def encode_shard(rows: OpenIslands) -> EncodedShard:
 class ShardReader:
     """Reads encoded blocks of one sample's X. The index of a shard is read once and kept (256 bytes).
 
+    x: the folder of the array
     shard_open: open islands of each shard, by which a lost file is told from an all-closed shard; None: not known
     """
 
     def __init__(
-        self, x: Path, n_cells: int, n_islands: int, shard_open: Sequence[int] | None = None
+        self, x: Place, n_cells: int, n_islands: int, shard_open: Sequence[int] | None = None
     ) -> None:
         self.x = x
         self.n_cells = n_cells
@@ -106,37 +107,44 @@ class ShardReader:
         if index is None or index[within, 0] == _ABSENT:
             return OpenIslands.empty(n_rows)
         start, size = (int(v) for v in index[within])
-        path = shard_path(self.x, shard)
-        with path.open("rb") as file:
-            file.seek(start)
-            encoded = _ZSTD.decode(_without_crc(file.read(size), f"{path}, block {block}"))
+        place = f"{self._location(shard)}, block {block}"
+        try:
+            data = self.x.read_range(shard_name(shard), start, size)
+        except FileNotFoundError:
+            raise self._lost(shard) from None
+        encoded = _ZSTD.decode(_without_crc(data, place))
         try:
             return decode_block(encoded, BLOCK_CELLS, self.n_islands, slice(0, n_rows))
         except StoreError as error:
-            raise StoreError(f"{path}, block {block}: {error}") from error
+            raise StoreError(f"{place}: {error}") from error
+
+    def _location(self, shard: int) -> str:
+        return f"{self.x.location}/{shard_name(shard)}"
+
+    def _lost(self, shard: int) -> StoreError:
+        n_open = f"{self.shard_open[shard]:,}" if self.shard_open is not None else "some"
+        return StoreError(
+            f"{self._location(shard)}: the file is lost; its cells have {n_open} open islands; convert the sample again"
+        )
 
     def _shard_index(self, shard: int) -> np.ndarray | None:
         if shard not in self._index:
-            index = self._read_index(shard_path(self.x, shard))
+            index = self._read_index(shard)
             if index is None and self.shard_open is not None and self.shard_open[shard]:
-                raise StoreError(
-                    f"{shard_path(self.x, shard)}: the file is lost; its cells have {self.shard_open[shard]:,} open "
-                    "islands; convert the sample again"
-                )
+                raise self._lost(shard)
             self._index[shard] = index
         return self._index[shard]
 
-    def _read_index(self, path: Path) -> np.ndarray | None:
+    def _read_index(self, shard: int) -> np.ndarray | None:
         try:
-            with path.open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - _INDEX_BYTES))
-                index = _without_crc(file.read(), f"{path}, shard index")
+            tail = self.x.read_range(shard_name(shard), -_INDEX_BYTES, _INDEX_BYTES)
         except FileNotFoundError:
             return None
-        pairs = np.frombuffer(index, "<u8")
+        pairs = np.frombuffer(_without_crc(tail, f"{self._location(shard)}, shard index"), "<u8")
         if pairs.size != 2 * SHARD_BLOCKS:
-            raise StoreError(f"{path}: {size} bytes are too few for a shard; the file was cut short")
+            raise StoreError(
+                f"{self._location(shard)}: {len(tail)} bytes are too few for a shard; the file was cut short"
+            )
         return pairs.reshape(SHARD_BLOCKS, 2)
 
 

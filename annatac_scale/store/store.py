@@ -1,11 +1,10 @@
-"""Open, check and read an island store, or remove one that came to nothing.
+"""Open, check and read an island store.
 
 Rows are read encoded and decoded to open islands, never to dense rows.
 """
 
-import contextlib
-import shutil
-import uuid
+import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +19,14 @@ from numpy.typing import NDArray
 from annatac_scale.errors import InputError, StoreError
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.store import schema
-from annatac_scale.store.files import INCOMING, move, store_lock
+from annatac_scale.store.create import remove_empty
 from annatac_scale.store.metadata import read_index, read_root
 from annatac_scale.store.obs import finish_obs
 from annatac_scale.store.open_islands import OpenIslands
+from annatac_scale.store.place import Location, is_url, joined, open_group, place_of
 from annatac_scale.store.shards import ShardReader
+
+__all__ = ["Block", "IslandStore", "Sample", "remove_empty"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Block:
 class Sample:
     """One committed sample of a store."""
 
-    def __init__(self, path: Path, entry: dict[str, Any], first_cell: int, n_islands: int) -> None:
+    def __init__(self, path: Location, entry: dict[str, Any], first_cell: int, n_islands: int) -> None:
         self.path = path
         self.name: str = entry["name"]
         self.n_cells: int = entry["n_cells"]
@@ -51,29 +53,44 @@ class Sample:
         self.digest: str = entry["digest"]
         self.x_sha256: str = entry["x_sha256"]
         self.first_cell = first_cell
-        self._reader = ShardReader(path / "X", self.n_cells, n_islands, entry.get("shard_open"))
-        attributes = self._group[schema.CONVERSION].attrs if schema.CONVERSION in self._group else {}
-        if not attributes.get("complete"):
-            raise StoreError(f"{path}: the sample is not complete; convert it again")
-        self.conversion: dict[str, Any] = dict(attributes["conversion"])  # type: ignore[arg-type]
+        x = place_of(path).below("X")
+        self._reader = ShardReader(x, self.n_cells, n_islands, entry.get("shard_open"))
 
     @cached_property
-    def _group(self) -> zarr.Group:
+    def conversion(self) -> dict[str, Any]:
+        """Where it came from. Raises StoreError when it is not complete or gone."""
+        place = place_of(self.path)
         try:
-            return zarr.open_group(self.path, mode="r")
+            attributes = json.loads(place.read(f"{schema.CONVERSION}/zarr.json"))["attributes"]
+            complete, conversion = attributes["complete"], dict(attributes["conversion"])
         except FileNotFoundError as error:
-            raise StoreError(f"{self.path}: the store's index names this sample, but it is gone") from error
+            if place.size("zarr.json") is None:
+                raise StoreError(
+                    f"{self.path}: the store's index names this sample, but it is gone"
+                ) from error
+            complete, conversion = False, {}
+        except (ValueError, KeyError, TypeError):
+            complete, conversion = False, {}
+        if not complete:
+            raise StoreError(f"{self.path}: the sample is not complete; convert it again")
+        return conversion
+
+    @cached_property
+    def group(self) -> zarr.Group:
+        """The Zarr group of a complete sample."""
+        _ = self.conversion
+        return open_group(self.path)
 
     @cached_property
     def measured(self) -> NDArray[np.bool_]:
         """bool [n_islands]: islands that hold at least one peak of this sample's peak set."""
-        return np.asarray(read_elem(self._group["var/measured"]), bool)
+        return np.asarray(read_elem(self.group["var/measured"]), bool)
 
     def obs(self) -> pd.DataFrame:
         """One row a cell, indexed by barcode. Raises StoreError where it is gone."""
-        if "obs" not in self._group:
+        if "obs" not in self.group:
             raise StoreError(f"{self.path}: found no obs; open the store again, or convert the sample again")
-        return read_elem(self._group["obs"])
+        return read_elem(self.group["obs"])
 
     @property
     def n_blocks(self) -> int:
@@ -82,13 +99,14 @@ class Sample:
 
     def read_block(self, block: int) -> OpenIslands:
         """The cells of block ``block``, islands numbered as in the store's island space."""
+        _ = self.conversion
         return self._reader.read_block(block)
 
 
 class IslandStore:
     """A store opened for reading. Cell ids count over all samples in order of commit."""
 
-    def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
+    def __init__(self, path: Location, attributes: dict[str, Any]) -> None:
         self.path = path
         self.attributes = attributes
         self.counting: str = attributes["counting"]
@@ -97,26 +115,42 @@ class IslandStore:
         self.samples: dict[str, Sample] = {}
         self.n_cells = 0
         for entry in read_index(path):
-            folder = path / schema.SAMPLES / entry["name"]
+            folder = joined(path, f"{schema.SAMPLES}/{entry['name']}")
             self.samples[entry["name"]] = Sample(folder, entry, self.n_cells, self.n_islands)
             self.n_cells += entry["n_cells"]
 
     @classmethod
-    def open(cls, path: Path | str) -> "IslandStore":
-        """Open the store at ``path``.
+    def open(cls, path: Location) -> "IslandStore":
+        """Open the store at ``path``, a folder or an URL.
 
         Raises StoreError when there is none, or it is of another major version, or a sample is incomplete, or the obs
-        of one has to be settled where the store cannot be written.
+        of one has to be settled where the store cannot be written. In object storage, where each look costs a request,
+        samples are looked at when they are first read.
         """
-        path = Path(path)
+        path = path if is_url(path) else Path(path)
         attributes = read_root(path)
         finish_obs(path)
-        return cls(path, attributes)
+        store = cls(path, attributes)
+        if not is_url(path):
+            for sample in store.samples.values():
+                _ = sample.conversion
+        return store
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 (hex) of the islands and of the samples' names and digests, in order of commit.
+
+        Two stores are identical if and only if their digests are equal.
+        """
+        digest = hashlib.sha256(f"{self.islands_sha256}\n".encode())
+        for name, sample in self.samples.items():
+            digest.update(f"{name} {sample.digest}\n".encode())
+        return digest.hexdigest()
 
     @cached_property
     def space(self) -> IslandSpace:
         """The store's islands. Raises StoreError when they do not fit the recorded sha256."""
-        frame = read_elem(zarr.open_group(self.path, mode="r")[schema.ISLANDS])
+        frame = read_elem(open_group(joined(self.path, schema.ISLANDS)))
         space = IslandSpace(
             assembly=self.attributes["assembly"],
             chromosomes=tuple(self.attributes["chromosomes"]),
@@ -195,15 +229,3 @@ class IslandStore:
 def _plain(frame: pd.DataFrame) -> pd.DataFrame:
     # Categories differ between samples: plain values concatenate, and missing ones stay missing.
     return frame.astype({n: object for n, d in frame.dtypes.items() if isinstance(d, pd.CategoricalDtype)})
-
-
-def remove_empty(path: Path) -> None:
-    """Remove the store at ``path``, unless it holds a sample or one is being written, or it is gone or damaged."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    with contextlib.suppress(FileNotFoundError, StoreError):
-        read_root(path)  # not even a lock is put into what is no store of ours
-        with store_lock(path):
-            if read_index(path) or (path / INCOMING).exists():
-                return
-            move(path, aside)  # others see a whole store or none
-        shutil.rmtree(aside)

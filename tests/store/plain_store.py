@@ -91,7 +91,7 @@ def plain_array(folder: Path) -> list[Any]:
     (n,), (size,) = meta["shape"], meta["chunk_grid"]["configuration"]["chunk_shape"]
     values: list[Any] = []
     for chunk in range(-(-n // size)):
-        file = folder / "c" / str(chunk)
+        file = folder / meta["chunk_key_encoding"]["configuration"]["separator"].join(["c", str(chunk)])
         some = plain_chunk(Zstd().decode(file.read_bytes()), meta) if file.exists() else []
         values += some or [meta["fill_value"]] * size
     return values[:n]

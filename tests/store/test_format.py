@@ -171,7 +171,7 @@ def test_the_tree_on_disk_is_the_documented_one(store: Path) -> None:
 
 def test_no_other_files_lie_in_the_store(store: Path) -> None:
     files = {str(file.relative_to(store)) for file in store.rglob("*") if file.is_file()}
-    other = {file for file in files if not re.search(r"(^|/)zarr\.json$|/c/[0-9]+(/0)?$", file)}
+    other = {file for file in files if not re.search(r"(^|/)zarr\.json$|/c\.0$|/X/c/[0-9]+/0$", file)}
     assert other == {".lock"}
     assert not [
         path for path in store.rglob("zarr.json") if "consolidated_metadata" in json.loads(path.read_text())

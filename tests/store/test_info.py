@@ -110,7 +110,10 @@ def test_json_holds_all_and_conversions_as_stored(path: Path) -> None:
 
 def test_the_text_says_what_where_and_from(path: Path) -> None:
     text = info_of(path).text()
-    assert text.startswith(f"{path}\n  format        annatac_scale.island_store 1.1\n  assembly      toy\n")
+    assert text.startswith(
+        f"{path}\n  format        annatac_scale.island_store 1.1\n  digest        {info_of(path).digest}\n"
+        "  assembly      toy\n"
+    )
     assert "  islands       81 (all, bins of 5,000 bp)\n" in text
     assert "  open islands  15, 2.5 a cell\n" in text
     details = text[text.index("\nkidney\n") :]

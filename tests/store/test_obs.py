@@ -175,7 +175,7 @@ def replace_until_killed(path: Path, renames: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("annatac_scale.store.obs.move", move_until_killed)
-        patch.setattr("annatac_scale.store.obs.write_index", move_until_killed)
+        patch.setattr("annatac_scale.store.obs.change_index", move_until_killed)
         with pytest.raises(KeyboardInterrupt):
             replace_obs(path, "s", random_obs(20, 1))
 
