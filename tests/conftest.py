@@ -8,7 +8,30 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from object_storage import ObjectStorage
 
 settings.register_profile("project", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("project")
+
+
+@pytest.fixture(scope="session")
+def _object_storage() -> "Iterator[ObjectStorage]":
+    from object_storage import running  # a second that most tests need not wait for
+
+    with running() as storage:
+        yield storage
+
+
+@pytest.fixture
+def s3(_object_storage: "ObjectStorage", monkeypatch: pytest.MonkeyPatch) -> "ObjectStorage":
+    """A real S3 server over HTTP that the environment names; ``s3.bucket()`` makes a bucket."""
+    for name, value in _object_storage.environment.items():
+        monkeypatch.setenv(name, value)
+    return _object_storage
