@@ -149,7 +149,7 @@ def _defined(sample: SampleQuality, name: str | None) -> Floats:
 
 def _draw_ranks(ax: Axes, samples: Sequence[SampleQuality], looks: _Looks) -> None:
     """Barcodes from the one with most fragments on, each stretch as coloured as its barcodes are cells."""
-    most = 1, 1
+    least, most = np.inf, (1, 1)
     for sample, color in zip(samples, looks.colors, strict=True):
         if sample.curve is None or not len(sample.curve.rank):
             continue
@@ -160,7 +160,8 @@ def _draw_ranks(ax: Axes, samples: Sequence[SampleQuality], looks: _Looks) -> No
         lines = np.stack([points[:-1], points[1:]], axis=1)
         ax.add_collection(LineCollection(list(lines), colors=shades, linewidths=looks.width * 1.4))
         most = max(most[0], int(rank[-1])), max(most[1], int(n_fragments[0]))
-    ax.set(xlim=(0.9, most[0] * 1.3), ylim=(0.8, most[1] * 1.6))
+        least = min(least, points[-1, 1])
+    ax.set(xlim=(0.9, most[0] * 1.3), ylim=(0.8 * min(least, most[1]), most[1] * 1.6))
     for axis in (ax.xaxis, ax.yaxis):
         _make_log(axis)
     ax.set(xlabel="barcodes", ylabel="fragments of a barcode", title="Barcodes by rank (grey: no cells)")
@@ -202,7 +203,9 @@ def _draw_tss(ax: Axes, samples: Sequence[SampleQuality], looks: _Looks) -> None
     mesh = ax.pcolormesh(
         *edges, shown, norm=norm, cmap="Greys" if len(samples) > 1 else "viridis", rasterized=True
     )
-    ax.figure.colorbar(mesh, ax=ax, label="cells")
+    ax.figure.colorbar(
+        mesh, ax=ax, label="cells", ticks=_log_ticks(1, norm.vmax or 2), format=EngFormatter(sep="")
+    )
     if len(samples) > 1:
         for one, color in zip(points, looks.colors, strict=True):
             if len(one):
@@ -245,9 +248,13 @@ def _make_log(axis: Axis) -> None:
     """A logarithmic axis with labels such as 200, 5k, at 1, 2 and 5 where it is short."""
     low, high = axis.get_view_interval()
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})  # type: ignore[attr-defined]
-    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0)))
+    axis.set_major_locator(_log_ticks(low, high))
     axis.set_major_formatter(EngFormatter(sep=""))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _log_ticks(low: float, high: float) -> LogLocator:
+    return LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0))
 
 
 def _shares(values: Floats, edges: Floats) -> Floats:
