@@ -203,9 +203,9 @@ def _draw_tss(ax: Axes, samples: Sequence[SampleQuality], looks: _Looks) -> None
     mesh = ax.pcolormesh(
         *edges, shown, norm=norm, cmap="Greys" if len(samples) > 1 else "viridis", rasterized=True
     )
-    ax.figure.colorbar(
-        mesh, ax=ax, label="cells", ticks=_log_ticks(1, norm.vmax or 2), format=EngFormatter(sep="")
-    )
+    ticks = _log_ticks(1, counts.max())
+    bar = ax.figure.colorbar(mesh, ax=ax, label="cells", ticks=ticks, format=EngFormatter(sep=""))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
     if len(samples) > 1:
         for one, color in zip(points, looks.colors, strict=True):
             if len(one):
