@@ -47,18 +47,8 @@ class Bench:
     peer_python: Path | None
     quick: bool
 
-    def made(self, spec: Spec) -> FragmentSet:
-        parts = (
-            spec.assembly,
-            spec.lines,
-            spec.cells,
-            spec.ambient,
-            spec.peaks,
-            spec.compression,
-            spec.order,
-            spec.seed,
-        )
-        return make(self.data / "_".join(map(str, parts)), spec)
+    def made(self, spec: Spec, below: str = "") -> FragmentSet:
+        return make(self.data / below / spec.folder(), spec)
 
     def ours(self, name: str, made: FragmentSet, workers: int = 1, qc: bool = False, **more: Any) -> Run:
         folder = self.scratch / name
@@ -235,9 +225,9 @@ def case_sheet(bench: Bench) -> dict[str, Any]:
     """
     n = 4 if bench.quick else 200
     small = replace(bench.spec, lines=20_000, cells=100, ambient=200, level=1)
-    made = [bench.made(replace(small, seed=1_000 + number)) for number in range(n)]
+    made = [bench.made(replace(small, seed=1_000 + number), "sheet") for number in range(n)]
     peaks = bench.made(replace(small, seed=999)).peaks
-    sheet = bench.data / f"sheet_{n}.tsv"
+    sheet = bench.data / "sheet" / f"{n}.tsv"
     rows = (f"s{number:03}\t{one.fragments}\t{peaks}\t{one.barcodes}\n" for number, one in enumerate(made))
     sheet.write_text("sample\tpath\tpeaks\tbarcodes\n" + "".join(rows))
     whole = bench.made(

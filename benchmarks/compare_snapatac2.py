@@ -126,8 +126,8 @@ def real_set(path: Path, assembly: str, folder: Path) -> DataSet:
     )
 
 
-def generated_set(spec: Spec, folder: Path) -> DataSet:
-    made = make(folder, spec)
+def generated_set(spec: Spec, kept: Path, folder: Path) -> DataSet:
+    made = make(kept / spec.folder(), spec)
     windows = pd.read_csv(made.peaks, sep="\t", header=None, names=["chrom", "start", "end"])
     rng = np.random.default_rng(0)
     more = write_bed(folder / "overlapping.bed", overlap(rng, windows))
@@ -310,7 +310,7 @@ def compared(given: DataSet, python: Path, folder: Path) -> Iterator[dict[str, A
 def data_sets(options: argparse.Namespace, folder: Path) -> Iterator[DataSet]:
     yield edge_set(folder / "edges")
     spec = Spec(lines=options.lines) if not options.quick else Spec.quick()
-    yield generated_set(spec, (options.data or folder) / f"compare_{spec.lines}")
+    yield generated_set(spec, options.data or folder, folder)
     for name, assembly in REAL.items():
         if options.real is not None and (options.real / name).exists():
             yield real_set(options.real / name, assembly, folder / name)

@@ -15,6 +15,7 @@ Not modelled: cell types, PCR duplicates as lines, contigs outside the chromosom
 """
 
 import argparse
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
@@ -59,6 +60,11 @@ class Spec:
     @classmethod
     def quick(cls) -> "Spec":
         return cls(lines=50_000, cells=100, ambient=500, peaks=2_000, level=1)
+
+    def folder(self) -> str:
+        """A name for a folder that no other options have."""
+        key = hashlib.sha256(json.dumps([GENERATOR_VERSION, asdict(self)]).encode()).hexdigest()
+        return f"{self.assembly}_{self.lines}_lines_{self.cells}_cells_{self.peaks}_peaks_{key[:8]}"
 
 
 class FragmentSet(NamedTuple):

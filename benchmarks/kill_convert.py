@@ -153,13 +153,8 @@ def arguments() -> argparse.Namespace:
 def run(options: argparse.Namespace, spec: Spec, folder: Path) -> tuple[Undisturbed, list[dict[str, Any]]]:
     """The undisturbed run and all the killed ones."""
     kept = options.data or folder
-    sets = [
-        make(
-            kept / f"kill_{spec.lines}_{spec.cells}_{spec.compression}_{number}",
-            replace(spec, seed=spec.seed + number),
-        )
-        for number in range(options.samples)
-    ]
+    specs = [replace(spec, seed=spec.seed + number) for number in range(options.samples)]
+    sets = [make(kept / one.folder(), one) for one in specs]
     store = folder / "store"
     command = command_of(sets, store, spec, options.workers, folder)
     model = Undisturbed.run(command, store)
