@@ -15,7 +15,7 @@ import pandas as pd
 from annatac_scale.errors import StoreError
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.store import schema
-from annatac_scale.store.files import INCOMING, as_store_error, flush, move
+from annatac_scale.store.files import INCOMING, as_store_error, move
 from annatac_scale.store.frames import Files, frame_files, group_file
 from annatac_scale.store.locks import STORE_LOCK, creation_lock, store_lock
 from annatac_scale.store.metadata import read_index, read_root, root_attributes
@@ -61,7 +61,6 @@ def _create_folder(path: Path, files: Files) -> None:
     aside = _name_aside(path)
     try:
         place_of(aside).write_all(files)
-        flush(aside)
         move(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -191,13 +191,12 @@ class Draft:
                 sample.remove(name)  # of a commit that was killed
         # The islands are the same in every sample: their files are shared or copied, only `measured` is made anew.
         islands = [name for name in store.names(schema.ISLANDS) if name != f"{schema.ISLANDS}/zarr.json"]
-        of_var = {f"{self._sample_name}/var/{name.partition('/')[2]}": name for name in islands}
-        store.copy_all(of_var)
-        sample.write_all(self._files(store, obs, measured))
-        conversion = encoded_group("dict", "0.1.0", **attributes, complete=True)
-        sample.write_all({f"{schema.CONVERSION}/zarr.json": conversion})
+        var = {f"{self._sample_name}/var/{name.partition('/')[2]}": name for name in islands}
+        files = self._files(store, obs, measured)
+        files[f"{schema.CONVERSION}/zarr.json"] = encoded_group("dict", "0.1.0", **attributes, complete=True)
+        store.write_all({f"{self._sample_name}/{name}": data for name, data in files.items()}, var)
         if not is_url(self.store):
-            flush(Path(sample.location), {os.path.join(self.store, name) for name in of_var})
+            flush(Path(sample.location, "X", "c"))
 
     def _files(self, store: Place, obs: pd.DataFrame, measured: NDArray[np.bool_]) -> Files:
         islands = json.loads(store.read(f"{schema.ISLANDS}/zarr.json"))["attributes"]

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from annatac_scale.errors import StoreError
 
 INCOMING = ".incoming"
 
-_SYNCING = 8
+_WAITING = 8
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -42,19 +42,32 @@ def write_whole(file: Path, data: bytes) -> None:
     move(aside, file)
 
 
-def flush(folder: Path, known: Collection[str] = ()) -> None:
-    """Force every file and folder below ``folder``, and itself, to disk, but for files that are there.
+def flush(folder: Path) -> None:
+    """Force every file and folder below ``folder``, and itself, to disk."""
+    in_parallel(
+        sync,
+        [
+            path
+            for parent, _, names in os.walk(folder)
+            for path in [parent, *(os.path.join(parent, name) for name in names)]
+        ],
+    )
 
-    known: paths of the files that are there. Several at once, for the disk then writes its journal once for many.
-    """
-    paths = [
-        path
-        for parent, _, names in os.walk(folder)
-        for path in [parent, *(os.path.join(parent, name) for name in names)]
-        if path not in known
-    ]
-    with ThreadPoolExecutor(_SYNCING) as threads:
-        list(threads.map(sync, paths))
+
+def in_parallel(work: Callable[[str], None], paths: Sequence[str]) -> None:
+    """Do ``work``, which waits for the disk, for all paths: the disk writes its journal once for many that wait."""
+    n = min(_WAITING, len(paths))
+    if n < 2:
+        for path in paths:
+            work(path)
+        return
+
+    def some(first: int) -> None:
+        for path in paths[first::n]:
+            work(path)
+
+    with ThreadPoolExecutor(n) as threads:
+        list(threads.map(some, range(n)))
 
 
 def sync(path: Path | str) -> None:

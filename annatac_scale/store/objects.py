@@ -5,7 +5,7 @@ half of pyarrow's time a request. Credentials, region and endpoint come from the
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -90,9 +90,20 @@ class Prefix:
         with telling(self._url(name), "written"):
             obstore.put(self._client, self._key(name), data, use_multipart=len(data) >= _PARTS_FROM)
 
-    def write_all(self, files: Mapping[str, bytes]) -> None:
+    def write_all(self, files: Mapping[str, bytes], copies: Mapping[str, str] | None = None) -> None:
         """As in Place."""
-        _together(lambda name: self.write(name, files[name]), files)
+        present = copies or {}
+
+        def put(name: str) -> None:
+            if name in files:
+                self.write(name, files[name])
+                return
+            with telling(self._url(name), "written"):
+                obstore.copy(self._client, self._key(present[name]), self._key(name))
+
+        names = [*files, *present]
+        with ThreadPoolExecutor(min(_PARALLEL, max(1, len(names)))) as threads:
+            list(threads.map(put, names))
 
     def write_new(self, name: str, data: bytes) -> str | None:
         """Write an object that is not there, and return its ETag; None where it is there, with other content."""
@@ -145,21 +156,6 @@ class Prefix:
     def below(self, folder: str) -> "Prefix":
         """As in Place."""
         return Prefix(self._url(folder))
-
-    def copy_all(self, copies: Mapping[str, str]) -> None:
-        """Copy objects within the bucket; copies: new name -> present name, both below this prefix."""
-
-        def copy(new: str) -> None:
-            with telling(self._url(new), "written"):
-                obstore.copy(self._client, self._key(copies[new]), self._key(new))
-
-        _together(copy, copies)
-
-
-def _together(work: Any, names: Iterable[str]) -> None:
-    names = list(names)
-    with ThreadPoolExecutor(min(_PARALLEL, max(1, len(names)))) as threads:
-        list(threads.map(work, names))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from annatac_scale.errors import InputError, StoreError
 from annatac_scale.store import schema
-from annatac_scale.store.files import INCOMING, flush, move
+from annatac_scale.store.files import INCOMING, move
 from annatac_scale.store.frames import frame_files
 from annatac_scale.store.locks import remove_incoming_if_empty, store_lock
 from annatac_scale.store.metadata import change_index, committed_samples, read_index, read_root
@@ -119,7 +119,6 @@ def replace_obs(path: Location, sample: str, obs: pd.DataFrame) -> str:
             aside.write(_READY, b"{}")
         else:
             folder, new = Path(path) / schema.SAMPLES / sample, Path(aside.location)
-            flush(new)
             move(folder / "obs", new / "old")
             move(new / "obs", folder / "obs")
         return _settle_obs(path, sample)
@@ -197,7 +196,7 @@ def _settle_objects(store: Place, name: str, aside: Place) -> None:
     for file in store.below(name).names("obs"):
         if file not in new:
             store.remove(f"{name}/{file}")
-    store.copy_all({f"{name}/{file}": f"{_aside(name.rpartition('/')[2])}/{file}" for file in new})
+    store.write_all({}, {f"{name}/{file}": f"{_aside(name.rpartition('/')[2])}/{file}" for file in new})
 
 
 def _set_digest(index: list[dict[str, Any]], sample: str, digest: str) -> None:

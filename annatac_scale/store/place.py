@@ -15,7 +15,7 @@ from typing import Protocol
 import zarr
 
 from annatac_scale.errors import InputError
-from annatac_scale.store.files import as_store_error, sync
+from annatac_scale.store.files import as_store_error, in_parallel, sync
 
 Location = Path | str
 
@@ -63,8 +63,11 @@ class Place(Protocol):
         On a local disk it is not waited for: only after a power cut may a file be there and not hold what it should.
         """
 
-    def write_all(self, files: Mapping[str, bytes]) -> None:
-        """Write files that nobody reads before all are there."""
+    def write_all(self, files: Mapping[str, bytes], copies: Mapping[str, str] | None = None) -> None:
+        """Write files that nobody reads yet, in any order; on a local disk they are waited for.
+
+        copies: more files, new name -> present name, that are never changed in place: local ones become links
+        """
 
     def names(self, folder: str = "") -> list[str]:
         """All files below a folder, sorted; none where it is not there."""
@@ -77,9 +80,6 @@ class Place(Protocol):
 
     def remove(self, name: str) -> None:
         """Remove a file or all files below a folder; nothing there is fine."""
-
-    def copy_all(self, copies: Mapping[str, str]) -> None:
-        """Copy files that are never changed in place; copies: new name -> present name. Local ones may become links."""
 
     def below(self, folder: str) -> "Place":
         """The place that a folder of this one is."""
@@ -154,31 +154,18 @@ class Folder:
             self.remove(os.path.relpath(aside, self.location))
             raise as_store_error(error, path, "written") from error
 
-    def write_all(self, files: Mapping[str, bytes]) -> None:
+    def write_all(self, files: Mapping[str, bytes], copies: Mapping[str, str] | None = None) -> None:
         """As in Place; each file is written in place."""
         made: set[str] = set()
-        for name, data in files.items():
-            path = self._path(name)
-            try:
-                _make_parent(path, made)
-                write_new(path, data)
-            except OSError as error:
-                raise as_store_error(error, path, "written") from error
-
-    def copy_all(self, copies: Mapping[str, str]) -> None:
-        """As in Place: hard links, where the disk has them."""
-        made: set[str] = set()
-        for new, present in copies.items():
-            source, target = self._path(present), self._path(new)
-            try:
-                _make_parent(target, made)
-                try:
-                    os.link(source, target)
-                except OSError:
-                    shutil.copyfile(source, target)
-                    sync(target)
-            except OSError as error:
-                raise as_store_error(error, target, "written") from error
+        try:
+            for name in [*files, *(copies or {})]:
+                _make_parent(self._path(name), made)
+            for new, present in (copies or {}).items():
+                _link(self._path(present), self._path(new))
+            in_parallel(lambda name: write_new(self._path(name), files[name], wait=True), list(files))
+            in_parallel(sync, list(made))
+        except OSError as error:
+            raise as_store_error(error, error.filename or self.location, "written") from error
 
     def names(self, folder: str = "") -> list[str]:
         """As in Place."""
@@ -218,27 +205,41 @@ class Folder:
 
 
 def _make_parent(path: str, made: set[str]) -> None:
-    """Make the folders above a file, but for those in ``made``."""
+    """Make the folders above a file; ``made`` collects them, and the folder that they were put into."""
     folder = os.path.dirname(path)
     if folder in made:
         return
+    made.add(folder)
     try:
         os.mkdir(folder)
+        made.add(os.path.dirname(folder))
     except FileExistsError:
         pass
     except FileNotFoundError:
         _make_parent(folder, made)
         os.mkdir(folder)
-    made.add(folder)
 
 
-def write_new(path: str, data: bytes) -> None:
-    """Write a file that nobody reads yet; the folder must be there."""
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not every disk has links, or as many
+        shutil.copyfile(source, target)
+        sync(target)
+
+
+def write_new(path: str, data: bytes, wait: bool = False) -> None:
+    """Write a file that nobody reads yet; the folder must be there. wait: until it is on disk"""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         left = memoryview(data)
         while left:
             left = left[os.write(handle, left) :]
+        if wait:
+            os.fsync(handle)
+    except OSError as error:
+        error.filename = path
+        raise
     finally:
         os.close(handle)
 
