@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable, Iterator
 
 from isal import isal_zlib
+from isal.igzip_lib import IsalError
 
 from annatac_scale.store.place import Blob
 
@@ -110,7 +111,7 @@ def inflate_block(source: Bytes, size: int) -> bytes:
     source.at += size
     try:
         return isal_zlib.decompress(block, 16 + isal_zlib.MAX_WBITS, _MOST_BLOCK_BYTES)
-    except isal_zlib.error as error:
+    except IsalError as error:
         raise BrokenTextError(f"damaged data in the BGZF block at byte {place:,} ({error})") from error
 
 
@@ -145,7 +146,7 @@ def _inflate_member(source: Bytes) -> Iterator[bytes]:
         ahead = source.data[source.at :]
         try:
             text = inflater.decompress(ahead, 4 * READ_BYTES)
-        except isal_zlib.error as error:
+        except IsalError as error:
             raise BrokenTextError(f"damaged gzip data after byte {source.place:,} ({error})") from error
         left = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
         source.at += len(ahead) - len(left)

@@ -1,4 +1,4 @@
-"""Which barcodes of a fragment file are cells, from what its ranges told; their rows, quality, and every line's fate."""
+"""Which barcodes of a fragment file are cells, from what its ranges told; their rows, their quality, and all lines."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -121,8 +121,8 @@ class _Merged:
             return
         if self._end not in (-1, summary["first_block"]):
             raise InputError(
-                f"{self.file.location}: found a BGZF block at byte {summary['first_block']:,} where the blocks before it "
-                f"end at byte {self._end:,}; expected one to follow the other; compress the text anew with bgzip"
+                f"{self.file.location}: found a BGZF block at byte {summary['first_block']:,} where the blocks before "
+                f"it end at byte {self._end:,}; expected one to follow the other; compress the text anew with bgzip"
             )
         self._end = summary["end"]
 
@@ -229,7 +229,8 @@ class _Merged:
             return name.decode()
         except UnicodeDecodeError as error:
             raise InputError(
-                f"{self.file.location}: found the barcode {name!r}; expected barcodes in UTF-8; convert the file to UTF-8"
+                f"{self.file.location}: found the barcode {name!r}; expected barcodes in UTF-8; convert the file to "
+                "UTF-8"
             ) from error
 
 

@@ -1,7 +1,7 @@
 """Conversion: any number of inputs into an island store, as a Dask graph of small tasks.
 
-A fragment file has a task a range, then one that chooses its cells, some that finish its shards, and its commit; a matrix
-has no ranges. Samples are committed in the order of the inputs, each as soon as it and those before it are done.
+A fragment file has a task a range, then one that chooses its cells, some that finish its shards, and its commit; a
+matrix has no ranges. Samples are committed in the order of the inputs, each as soon as it and those before it are done.
 """
 
 from collections.abc import Sequence

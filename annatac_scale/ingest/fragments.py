@@ -18,11 +18,12 @@ from annatac_scale.errors import AnnatacError, InputError
 from annatac_scale.genome.assembly import Assembly
 from annatac_scale.genome.rows import shown
 from annatac_scale.ingest import kernel
+from annatac_scale.ingest.bgzf import BrokenTextError
 from annatac_scale.ingest.key_table import KeyTable, copied, empty_table, grown
 from annatac_scale.ingest.segments import Segments
 from annatac_scale.ingest.spill import Spill, encode_counts, packed
 from annatac_scale.ingest.tally import Tally
-from annatac_scale.ingest.text import BrokenTextError, RangeReader, TextFile, cut_off, n_lines_before
+from annatac_scale.ingest.text import RangeReader, TextFile, cut_off, n_lines_before
 from annatac_scale.store.place import Place
 
 STRATEGIES = {
@@ -128,7 +129,7 @@ def _count(
     advance: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
     found = [Spill(place, name) for name in names if place.size(name) is not None]
-    if len(found) == len(names) and all(spill.is_whole() for spill in found):
+    if len(found) == len(names) and all(_may_be_used(spill, counting) for spill in found):
         return [spill.summary | {"found": True} for spill in found]
     reader = RangeReader(file, number, lambda n_bytes: advance(n_bytes, 0))
     strands = [_Strand(counting, advance) for _ in names]
@@ -147,6 +148,13 @@ def _count(
         place.write(name, packed(summary | span, arrays))
         summaries.append(summary | span)
     return summaries
+
+
+def _may_be_used(spill: Spill, counting: Counting) -> bool:
+    """Whether an earlier run's spill is whole, and holds no invalid line that it passed over and this run may not."""
+    if not spill.is_whole():
+        return False
+    return counting.count_invalid or not any(spill.summary["lines"][name] for name in INVALID.values())
 
 
 class _InvalidLineError(Exception):

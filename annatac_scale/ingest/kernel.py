@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from annatac_scale.ingest.key_table import ABSENT, NO_ROOM, KeyTable, look_up, same_bytes
 from annatac_scale.ingest.segments import BUCKET_BITS, SEVERAL
-from annatac_scale.store.compiled import compiled
+from annatac_scale.store.compiled import compiled, inlined
 
 INSERTION, FRAGMENT, PAIRED_INSERTION = 0, 1, 2
 
@@ -82,7 +82,7 @@ class Rules(NamedTuple):
     mitochondrion: NDArray[np.bool_]
 
 
-@compiled
+@inlined
 def _find(text, byte, a, b):  # type: ignore[no-untyped-def]
     """Where ``byte`` comes first in text[a:b], else b."""
     while a < b and text[a] != byte:
@@ -90,7 +90,7 @@ def _find(text, byte, a, b):  # type: ignore[no-untyped-def]
     return a
 
 
-@compiled
+@inlined
 def _is_number(text, a, b):  # type: ignore[no-untyped-def]
     """Whether text[a:b] is a number in digits."""
     if a == b or b - a > _MAX_DIGITS:
@@ -101,7 +101,7 @@ def _is_number(text, a, b):  # type: ignore[no-untyped-def]
     return True
 
 
-@compiled
+@inlined
 def _is_comment(text, a, b):  # type: ignore[no-untyped-def]
     """Whether the line text[a:b] is blank or begins with #."""
     if a < b and text[a] == _HASH:
@@ -131,7 +131,7 @@ def _problem(text, at, end):  # type: ignore[no-untyped-def]
     return END_NOT_AFTER_START
 
 
-@compiled
+@inlined
 def _reads(text, at, stop):  # type: ignore[no-untyped-def]
     """The reads that column 5, which begins at ``at``, tells; 0 where it does not, or where column 6 is a strand."""
     reads, i = 0, at
@@ -141,15 +141,15 @@ def _reads(text, at, stop):  # type: ignore[no-untyped-def]
     if i < stop and text[i] == _TAB:
         strand = i + 1
         after = text[strand + 1] if strand < stop else text[stop]
-        alone = after == _TAB or after == _NEWLINE or after == _RETURN
-        if alone and (text[strand] == _PLUS or text[strand] == _MINUS or text[strand] == _DOT):
+        alone = after in (_TAB, _NEWLINE, _RETURN)
+        if alone and text[strand] in (_PLUS, _MINUS, _DOT):
             return 0
     elif i < stop and text[i] != _RETURN:
         return 0
     return reads
 
 
-@compiled
+@inlined
 def _segment(segments, position):  # type: ignore[no-untyped-def]
     """The segment that holds a position."""
     segment = np.int64(segments.bucket[position >> _BUCKET])
@@ -158,7 +158,7 @@ def _segment(segments, position):  # type: ignore[no-untyped-def]
     return segment
 
 
-@compiled
+@inlined
 def _n_peaks(segments, segment):  # type: ignore[no-untyped-def]
     """The peaks in islands over a segment."""
     if segments.island[segment] == SEVERAL:
@@ -166,7 +166,7 @@ def _n_peaks(segments, segment):  # type: ignore[no-untyped-def]
     return 1 if segments.island[segment] >= 0 else 0
 
 
-@compiled
+@inlined
 def _add_peaks(segments, segment, after, key, keys, n_keys):  # type: ignore[no-untyped-def]
     """Append key + island for the peaks over a segment that begin after the segment ``after``."""
     island = segments.island[segment]
@@ -180,7 +180,7 @@ def _add_peaks(segments, segment, after, key, keys, n_keys):  # type: ignore[no-
     return n_keys
 
 
-@compiled
+@inlined
 def _add_counts(segments, strategy, first, last, key, keys, n_keys):  # type: ignore[no-untyped-def]
     """Append the counts of a fragment whose ends lie in two segments; returns the new number of keys."""
     n_keys = _add_peaks(segments, first, -1, key, keys, n_keys)
@@ -193,7 +193,7 @@ def _add_counts(segments, strategy, first, last, key, keys, n_keys):  # type: ig
     return _add_peaks(segments, last, first if strategy == PAIRED_INSERTION else -1, key, keys, n_keys)
 
 
-@compiled
+@inlined
 def _add_quality(segments, rules, of_barcode, chrom, first, last, length):  # type: ignore[no-untyped-def]
     """Add what a fragment tells of its barcode, but for its reads."""
     near = segments.near[first] | segments.near[last]
@@ -208,117 +208,127 @@ def _add_quality(segments, rules, of_barcode, chrom, first, last, length):  # ty
     of_barcode[MITO] += rules.mitochondrion[chrom]
 
 
+@inlined
+def _read_number(text, at):  # type: ignore[no-untyped-def]
+    """The number in the digits from ``at`` on, and where they end: before the line's newline at the latest."""
+    value = np.int64(0)
+    while text[at] >= _ZERO and text[at] <= _ZERO + 9:
+        value = 10 * value + (np.int64(text[at]) - _ZERO)
+        at += 1
+    return value, at
+
+
+@inlined
+def _parse(text, at, tab1):  # type: ignore[no-untyped-def]
+    """Whether the line at ``at``, whose contig a tab at ``tab1`` ends, is a fragment; start, end, barcode, newline."""
+    left, tab2 = _read_number(text, tab1 + 1)
+    if text[tab2] != _TAB or tab2 == tab1 + 1 or tab2 - tab1 > _MAX_DIGITS + 1:
+        return False, left, left, at, at, at
+    right, tab3 = _read_number(text, tab2 + 1)
+    if text[tab3] != _TAB or right <= left or tab3 - tab2 > _MAX_DIGITS + 1:
+        return False, left, right, at, at, at
+    a = tab3 + 1
+    b = a
+    while text[b] != _TAB and text[b] != _NEWLINE:
+        b += 1
+    stop = b
+    if text[b] == _TAB:
+        stop = _find(text, _NEWLINE, b + 1, len(text))
+    elif b > a and text[b - 1] == _RETURN:
+        b -= 1
+    return b > a, left, right, a, b, stop
+
+
+@inlined
+def _ends(text, at):  # type: ignore[no-untyped-def]
+    """The end of the line's text, which may lie before a carriage return, and its newline."""
+    stop = _find(text, _NEWLINE, at, len(text))
+    return (stop - 1 if stop > at and text[stop - 1] == _RETURN else stop), stop
+
+
 @compiled
 def count_lines(text, at, segments, rules, tallies):  # type: ignore[no-untyped-def]
     """Count the lines of ``text`` (uint8, whole lines) from ``at`` on; returns (where it stopped, why).
 
     ``why`` is DONE, a need (NEW_CONTIG, one of the three _FULL) or what is wrong with the line there.
     """
-    counters, keys, quality = tallies.counters, tallies.keys, tallies.quality
-    n_keys = counters[KEYS]
-    insert = rules.quality or rules.n_listed < 0
+    counters = tallies.counters
     # The previous line's contig: sorted files name the same one again and again.
     last_a, last_n, contig, chrom = 0, 0, -1, FOREIGN
-    status = DONE
     while at < len(text):
-        if (
-            last_n > 0
-            and at + last_n < len(text)
-            and text[at + last_n] == _TAB
-            and same_bytes(text, at, text, last_a, last_n)
-        ):
-            i = at + last_n
-        else:
-            stop = _find(text, _NEWLINE, at, len(text))
-            end = stop - 1 if stop > at and text[stop - 1] == _RETURN else stop
+        tab1 = at + last_n
+        known = last_n > 0 and tab1 < len(text) and text[tab1] == _TAB
+        if not known or not same_bytes(text, at, text, last_a, last_n):
+            end, stop = _ends(text, at)
             if _is_comment(text, at, end):
                 counters[COMMENTS] += 1
                 counters[LINES] += 1
                 at = stop + 1
                 continue
-            i = _find(text, _TAB, at, end)
-            if at < i < end:
-                contig = look_up(tallies.contigs, text, at, i, True)
+            tab1 = _find(text, _TAB, at, end)
+            if at < tab1 < end:
+                contig = look_up(tallies.contigs, text, at, tab1, True)
                 if contig == NO_ROOM:
-                    status = CONTIGS_FULL
-                    break
+                    return at, CONTIGS_FULL
                 chrom = tallies.contig_code[contig]
                 if chrom == UNRESOLVED:
-                    status = NEW_CONTIG
-                    break
-                last_a, last_n = at, i - at
-        # Numbers end at the first byte that is no digit: the newline at the latest.
-        tab1 = i
-        i += 1
-        left = np.int64(0)
-        while text[i] >= _ZERO and text[i] <= _ZERO + 9:
-            left = 10 * left + (np.int64(text[i]) - _ZERO)
-            i += 1
-        tab2 = i
-        i += 1
-        right = np.int64(0)
-        sound = text[tab1] == _TAB and text[tab2] == _TAB and tab2 > tab1 + 1 and tab1 > at
-        if sound:
-            while text[i] >= _ZERO and text[i] <= _ZERO + 9:
-                right = 10 * right + (np.int64(text[i]) - _ZERO)
-                i += 1
-        a = i + 1
-        sound = sound and text[i] == _TAB and left < right and max(tab2 - tab1, i - tab2) <= _MAX_DIGITS + 1
-        if sound:
-            i = a
-            while text[i] != _TAB and text[i] != _NEWLINE:
-                i += 1
-            stop = i
-            b = i - 1 if text[i] == _NEWLINE and i > a and text[i - 1] == _RETURN else i
-            if text[i] == _TAB:
-                stop = _find(text, _NEWLINE, i + 1, len(text))
-            sound = b > a
+                    return at, NEW_CONTIG
+                last_a, last_n = at, tab1 - at
+        sound, left, right, a, b, stop = False, 0, 0, at, at, at
+        if tab1 > at and text[tab1] == _TAB:
+            sound, left, right, a, b, stop = _parse(text, at, tab1)
         if not sound or (chrom >= 0 and right > segments.size[chrom]):
-            stop = _find(text, _NEWLINE, at, len(text))
-            end = stop - 1 if stop > at and text[stop - 1] == _RETURN else stop
-            status = END_BEYOND if sound else _problem(text, at, end)
+            end, stop = _ends(text, at)
+            problem = END_BEYOND if sound else _problem(text, at, end)
             if not rules.count_invalid:
-                break
-            counters[INVALID + status - FIRST_INVALID] += 1
-            status = DONE
+                return at, problem
+            counters[INVALID + problem - FIRST_INVALID] += 1
         elif chrom < 0:
             counters[OTHER_CONTIG] += 1
             tallies.contig_lines[contig] += 1
         else:
-            first = _segment(segments, segments.base[chrom] + left)
-            last = _segment(segments, segments.base[chrom] + right - 1)
-            need = _n_peaks(segments, first)
-            if rules.strategy == FRAGMENT:
-                need += segments.begun[last] - segments.begun[first]
-            else:
-                need += _n_peaks(segments, last)
-            if n_keys + need > len(keys):
-                status = KEYS_FULL
-                break
-            if need > 0 or insert:
-                barcode = look_up(tallies.barcodes, text, a, b, insert)
-                if barcode == NO_ROOM:
-                    status = BARCODES_FULL
-                    break
-                if barcode == ABSENT:
-                    counters[NOT_LISTED] += 1
-                else:
-                    of_barcode = quality[barcode]
-                    of_barcode[FRAGMENTS] += 1
-                    if need > 0:
-                        of_barcode[INSIDE] += 1
-                        if rules.n_listed < 0 or barcode < rules.n_listed:
-                            key = barcode * rules.n_islands
-                            n_keys = _add_counts(segments, rules.strategy, first, last, key, keys, n_keys)
-                    if rules.quality:
-                        _add_quality(segments, rules, of_barcode, chrom, first, last, right - left)
-                        reads = _reads(text, b + 1, stop) if b < stop else 0
-                        of_barcode[READS] += reads
-                        of_barcode[COUNTED] += reads > 0
-            if need == 0:
-                counters[OUTSIDE] += 1
+            need = _count(text, chrom, left, right, (a, b, stop), segments, rules, tallies)
+            if need != DONE:
+                return at, need
             tallies.contig_lines[contig] += 1
         counters[LINES] += 1
         at = stop + 1
-    counters[KEYS] = n_keys
-    return at, status
+    return at, DONE
+
+
+@inlined
+def _count(text, chrom, left, right, barcode_span, segments, rules, tallies):  # type: ignore[no-untyped-def]
+    """Count a fragment; DONE, or what is needed first: nothing has been counted then."""
+    counters = tallies.counters
+    a, b, stop = barcode_span
+    first = _segment(segments, segments.base[chrom] + left)
+    last = _segment(segments, segments.base[chrom] + right - 1)
+    n_counts = _n_peaks(segments, first)
+    if rules.strategy == FRAGMENT:
+        n_counts += segments.begun[last] - segments.begun[first]
+    else:
+        n_counts += _n_peaks(segments, last)
+    n_keys = counters[KEYS]
+    if n_keys + n_counts > len(tallies.keys):
+        return KEYS_FULL
+    # What lies outside islands need not know its barcode, unless all of a barcode is to be known.
+    if n_counts > 0 or rules.quality or rules.n_listed < 0:
+        barcode = look_up(tallies.barcodes, text, a, b, rules.quality or rules.n_listed < 0)
+        if barcode == NO_ROOM:
+            return BARCODES_FULL
+        if barcode == ABSENT:
+            counters[NOT_LISTED] += 1
+        else:
+            of_barcode = tallies.quality[barcode]
+            of_barcode[FRAGMENTS] += 1
+            of_barcode[INSIDE] += n_counts > 0
+            if n_counts > 0 and (rules.n_listed < 0 or barcode < rules.n_listed):
+                key = barcode * rules.n_islands
+                counters[KEYS] = _add_counts(segments, rules.strategy, first, last, key, tallies.keys, n_keys)
+            if rules.quality:
+                _add_quality(segments, rules, of_barcode, chrom, first, last, right - left)
+                reads = _reads(text, b + 1, stop) if b < stop else 0
+                of_barcode[READS] += reads
+                of_barcode[COUNTED] += reads > 0
+    counters[OUTSIDE] += n_counts == 0
+    return DONE

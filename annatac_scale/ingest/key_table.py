@@ -77,7 +77,9 @@ def table_of(keys: Sequence[bytes]) -> KeyTable:
 
 def copied(table: KeyTable) -> KeyTable:
     """A table of its own with the same keys."""
-    return KeyTable(*(array.copy() for array in table))
+    return KeyTable(
+        table.slots.copy(), table.hashes.copy(), table.ends.copy(), table.arena.copy(), table.size.copy()
+    )
 
 
 def grown(table: KeyTable, key_bytes: int) -> KeyTable:
@@ -127,7 +129,7 @@ def load_word(typingctx, array, at):  # type: ignore[no-untyped-def]
 def same_bytes(x, a, y, b, n):  # type: ignore[no-untyped-def]
     """Whether ``x[a:a + n]`` equals ``y[b:b + n]``."""
     if n < 8:
-        for i in range(n):
+        for i in range(n):  # noqa: SIM110  (all() of a generator does not compile)
             if x[a + i] != y[b + i]:
                 return False
         return True

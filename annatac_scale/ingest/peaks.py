@@ -1,11 +1,17 @@
 """Peak sets: the intervals that a data set was counted over, and the island that each of them belongs to."""
 
+import gzip
+import io
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
+from pyarrow import csv
 
 from annatac_scale.errors import InputError
 from annatac_scale.genome.assembly import Assembly
@@ -13,6 +19,7 @@ from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.genome.rows import BED_COMMENTS, Path, complaint, read_rows, shown, whole_number
 from annatac_scale.store.schema import N_LEVELS
 
+_BED = ("contig", "start", "end")
 _NAME = re.compile(r"(.+)[:_-]([0-9]+)[_-]([0-9]+)")
 
 
@@ -118,8 +125,50 @@ def read_bed(path: Path) -> tuple[Intervals, int]:
 
     Raises InputError naming the line that is not ``chrom start end`` with 0 <= start < end, and for no line at all.
     """
-    intervals: dict[tuple[str, int, int], None] = {}
-    n_lines = 0
+    rows = _clean_rows(path)
+    if rows is None:
+        rows = _checked_rows(path)
+    if rows.empty:
+        raise InputError(f"{path}: found no peak; expected lines 'chrom start end'; give a BED file of peaks")
+    distinct = rows.drop_duplicates()
+    intervals = Intervals(
+        distinct["contig"].to_numpy(object), distinct["start"].to_numpy(), distinct["end"].to_numpy()
+    )
+    return intervals, len(rows) - len(distinct)
+
+
+def _clean_rows(path: Path) -> pd.DataFrame | None:
+    """Columns contig, start, end of a file that is as a peak caller writes it; None for any other, right or wrong."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+        start = 0
+        while data.startswith(b"#", start):
+            start = data.find(b"\n", start) + 1 or len(data)
+        n_columns = data[start : data.find(b"\n", start)].count(b"\t") + 1
+        names = [*_BED, *(str(i) for i in range(3, n_columns))]
+        table = csv.read_csv(
+            io.BytesIO(data[start:]),
+            csv.ReadOptions(column_names=names, use_threads=False),
+            csv.ParseOptions(delimiter="\t", quote_char=False),
+            csv.ConvertOptions(
+                column_types={"contig": pa.string(), "start": pa.int64(), "end": pa.int64()},
+                include_columns=list(_BED),
+                null_values=[],
+            ),
+        )
+    except (OSError, EOFError, ValueError, KeyError, zlib.error):
+        return None
+    rows: pd.DataFrame = table.to_pandas()
+    plain = rows["contig"].str.fullmatch(r"[A-Za-z0-9][^\s]*").all() and "track" not in set(rows["contig"])
+    return rows if plain and ((rows["start"] >= 0) & (rows["start"] < rows["end"])).all() else None
+
+
+def _checked_rows(path: Path) -> pd.DataFrame:
+    """The same, line by line."""
+    found = []
     for number, fields in read_rows(path, BED_COMMENTS):
         start, end = (whole_number(field) for field in fields[1:3]) if len(fields) >= 3 else (None, None)
         if start is None or end is None or start >= end or not fields[0]:
@@ -130,11 +179,8 @@ def read_bed(path: Path) -> tuple[Intervals, int]:
                 "'chrom start end' with 0 <= start < end",
                 "give a BED file of peaks",
             )
-        intervals[fields[0], start, end] = None
-        n_lines += 1
-    if not intervals:
-        raise InputError(f"{path}: found no peak; expected lines 'chrom start end'; give a BED file of peaks")
-    return as_intervals(list(intervals)), n_lines - len(intervals)
+        found.append((fields[0], start, end))
+    return pd.DataFrame(found, columns=list(_BED))
 
 
 def parse_names(names: Sequence[str], source: object, remedy: str) -> Intervals:

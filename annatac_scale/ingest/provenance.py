@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def stamps(files: Mapping[str, Location]) -> list[dict[str, Any]]:
-    """role, path, size and stamp (time of the last change in ns, or ETag) of files given by role, in order of the roles.
+    """role, path, size and stamp (time of the last change in ns, or ETag) of files given by role, sorted by role.
 
     Raises InputError for a file that cannot be read.
     """

@@ -231,8 +231,8 @@ def check_options(sample: SampleInput, kind: str, recipe: Recipe) -> None:
         )
     if kind == FRAGMENTS and sample.barcodes is None and recipe.min_tsse > 0 and recipe.tss is None:
         raise InputError(
-            f"{sample.path}: found --min-tsse for assembly {recipe.assembly.name}, of which no TSS is known; expected a "
-            "table of them; give --tss or --gtf"
+            f"{sample.path}: found --min-tsse for assembly {recipe.assembly.name}, of which no TSS is known; expected "
+            "a table of them; give --tss or --gtf"
         )
     if sample.barcodes is not None:
         read_barcodes(Path(sample.barcodes), recipe.assembly.name)

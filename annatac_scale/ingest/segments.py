@@ -35,7 +35,7 @@ class Segments(NamedTuple):
     bucket: int32, the segment that holds each multiple of 512
     island: int32 [n], the island of the one peak there, NO_ISLAND, or SEVERAL where there are more
     offsets: int32 [n + 1], ``at_island`` and ``at_first``, int32: the island and first segment of each peak there
-    begun: int32 [n], how many peaks begin in this segment or before; ``by_start``, int32: islands of peaks in that order
+    begun: int32 [n], how many peaks begin in this segment or before; ``by_start``, int32: islands of peaks by start
     near: uint8 [n], bit 0: in a peak, whether its start is in an island or not; bit 1: near a TSS
     centre, flank: uint16 [n], of how many TSS this is the centre, or a flank
     Peaks are those in islands, but for ``near``.
@@ -99,7 +99,7 @@ def cut_genome(peaks: PeakSet, assembly: Assembly, tss: pd.DataFrame | None = No
         first[at].astype(np.int32),
         np.searchsorted(first, np.arange(len(start)), side="right").astype(np.int32),
         island,
-        near.astype(np.uint8) | ((_depth(reach["near"], start) > 0).astype(np.uint8) << 1),
+        near.astype(np.uint8) + 2 * (_depth(reach["near"], start) > 0).astype(np.uint8),
         _depth(reach["centre"], start).astype(np.uint16),
         (_depth(reach["left"], start) + _depth(reach["right"], start)).astype(np.uint16),
     )

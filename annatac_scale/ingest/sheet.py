@@ -113,8 +113,8 @@ def check_samples(samples: Sequence[SampleInput]) -> None:
                 f"sample {shown(sample.name)}: found the name twice; expected each once; name the "
                 "samples with --sample or in the sheet"
             )
-        for file in filter(None, (sample.path, sample.peaks, sample.barcodes, sample.obs)):
-            if not is_url(file) and not Path(file).exists():
+        for file in (sample.path, sample.peaks, sample.barcodes, sample.obs):
+            if file is not None and not is_url(file) and not Path(file).exists():
                 raise InputError(f"{file}: found no such file (sample {sample.name}); check the path")
         real = str(sample.path) if is_url(sample.path) else os.path.realpath(sample.path)
         if real in paths:

@@ -1,7 +1,7 @@
 """Spills: what one range of a fragment file told of its barcodes, in a file that is read by slices.
 
-The counts of a barcode are its islands in increasing order, each as the LEB128 number ``2 * gap + (count > 1)``, the gap
-from the island before it less one, and, where the count is more than 1, the LEB128 number ``count - 2``.
+The counts of a barcode are its islands in increasing order, each as the LEB128 number ``2 * gap + (count > 1)``, gap
+being the islands left out since the one before, and, where the count is more than 1, the LEB128 number ``count - 2``.
 """
 
 import json
@@ -129,7 +129,7 @@ def _write_number(encoded, at, number):  # type: ignore[no-untyped-def]
 def decode_counts(encoded, ends, rows, cursor, islands, counts):  # type: ignore[no-untyped-def]
     """Put the counts of barcodes into the rows of a block.
 
-    encoded: uint8; ends: int64 [n + 1], where in it each barcode begins; rows: int64 [n], its row, or -1 to leave it out
+    encoded: uint8; ends: int64 [n + 1], where in it each barcode begins; rows: int64 [n], its row, -1 to leave it out
     cursor: int64 [n_rows], where the next count of a row goes in ``islands`` and ``counts``, int64; it moves on
     """
     for i in range(len(rows)):
