@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -210,26 +210,24 @@ class Draft:
         }
 
     def _publish(self, entry: dict[str, Any]) -> None:
-        def add(index: list[dict[str, Any]]) -> None:
-            there = next((one for one in index if one["name"] == self.name), entry)
-            if there["digest"] != entry["digest"]:
-                raise StoreError(
-                    f"{self.store}: sample {self.name!r} is there already; choose another --sample"
-                )
-            if there is entry:
-                index.append(entry)
+        """Put the sample in its place and name it in the index: the commit."""
 
-        if is_url(self.store):
-            change_index(self.store, add)
-            return
-        target = Path(self.store, schema.SAMPLES, self.name)
-        with store_lock(self.store):
-            if self.name in committed_samples(self.store):
+        def add(index: list[dict[str, Any]]) -> None:
+            if entry in index:  # the answer to a conditional write was lost
+                return
+            if any(one["name"] == self.name for one in index):
                 raise StoreError(
                     f"{self.store}: sample {self.name!r} is there already; choose another --sample"
                 )
-            shutil.rmtree(target, ignore_errors=True)  # it was renamed, then killed before the index named it
-            move(Path(self.sample.location), target)
+            if not is_url(self.store):
+                target = Path(self.store, schema.SAMPLES, self.name)
+                shutil.rmtree(
+                    target, ignore_errors=True
+                )  # it was renamed, then killed before the index named it
+                move(Path(self.sample.location), target)
+            index.append(entry)
+
+        with nullcontext() if is_url(self.store) else store_lock(self.store):
             change_index(self.store, add)
 
     def discard(self) -> None:

@@ -10,7 +10,7 @@ from annatac_scale.errors import StoreError
 
 INCOMING = ".incoming"
 
-_WAITING = 8
+_WAITING = 4
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 

@@ -81,15 +81,23 @@ def read_index(path: Location) -> list[dict[str, Any]]:
 
 
 def _index_of(path: Location, text: bytes) -> list[dict[str, Any]]:
+    index: list[dict[str, Any]] = _parsed(path, text)["attributes"][schema.INDEX]
+    return index
+
+
+def _parsed(path: Location, text: bytes) -> dict[str, Any]:
+    """The metadata of ``samples/``, its index checked."""
     try:
-        index: list[dict[str, Any]] = json.loads(text)["attributes"][schema.INDEX]
-        missing = [key for entry in index for key in _ENTRY_KEYS - entry.keys()]
+        metadata: dict[str, Any] = json.loads(text)
+        missing = [
+            key for entry in metadata["attributes"][schema.INDEX] for key in _ENTRY_KEYS - entry.keys()
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _no_index(path) from error
     if missing:
         file = joined(path, _INDEX_FILE)
         raise StoreError(f"{file}: found no {missing[0]!r} in an entry of the index; the store is damaged")
-    return index
+    return metadata
 
 
 def _no_index(path: Location) -> StoreError:
@@ -121,8 +129,6 @@ def change_index(path: Location, change: Callable[[list[dict[str, Any]]], None])
 
 
 def _changed(path: Location, text: bytes, change: Callable[[list[dict[str, Any]]], None]) -> bytes:
-    index = _index_of(path, text)
-    change(index)
-    metadata = json.loads(text)
-    metadata["attributes"][schema.INDEX] = index
+    metadata = _parsed(path, text)
+    change(metadata["attributes"][schema.INDEX])
     return json.dumps(metadata).encode()
