@@ -48,8 +48,8 @@ def test_options_that_do_not_apply_are_told(tmp_path: Path, toy_convert: Convert
     assert "--min-fragments" not in said
     toy_convert(inputs, "listed.zarr", barcodes=barcodes, min_fragments=7, progress=said)
     assert [line for line in said.lines if "--min-fragments" in line] == [
-        "cells.h5ad: a peak matrix: --min-fragments does not apply",
-        "f.tsv: --barcodes lists the cells: --min-fragments does not apply",
+        "cells: a peak matrix: --min-fragments does not apply",
+        "f: --barcodes lists the cells: --min-fragments does not apply",
     ]
     assert digests(tmp_path / "default.zarr") == digests(tmp_path / "listed.zarr")
     said.lines.clear()
