@@ -18,7 +18,8 @@ READ_BYTES = 1 << 20
 GZIP = b"\x1f\x8b"
 EOF_BLOCK = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
 
-_HEAD = re.compile(rb"\x1f\x8b\x08\x04.{6}\x06\x00BC\x02\x00", re.DOTALL)
+BLOCK_HEAD = re.compile(rb"\x1f\x8b\x08\x04.{6}\x06\x00BC\x02\x00", re.DOTALL)
+"""How the blocks begin that ``find_block`` finds: they have no extra field but their size."""
 _HEAD_BYTES = 18
 _MOST_BLOCK_BYTES = 1 << 16
 
@@ -90,11 +91,11 @@ def find_block(source: Bytes) -> bool:
     """
     while True:
         held = source.hold(2 * _MOST_BLOCK_BYTES + _HEAD_BYTES)
-        for found in _HEAD.finditer(source.data, source.at):
+        for found in BLOCK_HEAD.finditer(source.data, source.at):
             size = struct.unpack_from("<H", source.data, found.start() + 16)[0] + 1
             after = found.start() + size
             is_last = not held and after == len(source.data)
-            if is_last or _HEAD.match(source.data, after):
+            if is_last or BLOCK_HEAD.match(source.data, after):
                 source.at = found.start()
                 return True
         if not held:

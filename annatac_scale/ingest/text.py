@@ -6,6 +6,7 @@ can only be read from their beginning: they are one range.
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ import pyarrow as pa
 
 from annatac_scale.errors import InputError
 from annatac_scale.ingest.bgzf import (
+    BLOCK_HEAD,
     EOF_BLOCK,
     GZIP,
     READ_BYTES,
@@ -24,7 +26,7 @@ from annatac_scale.ingest.bgzf import (
     inflate,
     inflate_block,
 )
-from annatac_scale.store.place import Location, blob_of
+from annatac_scale.store.place import Blob, Location, blob_of
 
 RANGE_BYTES = 32 << 20
 TEXT_BYTES = 1 << 20
@@ -63,6 +65,16 @@ class TextFile:
             return self.size
         return min(self.range_bytes, self.size - number * self.range_bytes)
 
+    def opened(self) -> Blob:
+        """The file, for reading. Raises InputError where it is not what was looked at any more."""
+        blob = blob_of(self.location)
+        if (blob.size, blob.stamp) != (self.size, self.stamp):
+            raise InputError(
+                f"{self.location}: changed since the work on it began ({blob.size:,} bytes, {self.size:,} before); "
+                "run the same command again when it is whole"
+            )
+        return blob
+
 
 def look_at(location: Location, range_bytes: int = RANGE_BYTES) -> TextFile:
     """Tell a file's form by its first bytes.
@@ -84,17 +96,20 @@ def look_at(location: Location, range_bytes: int = RANGE_BYTES) -> TextFile:
     else:
         form = PLAIN_GZIP
         if block_size(Bytes(blob, 0, _ignore)) is not None:
-            form = _form_of_blocks(location, blob.size, blob.read(blob.size - len(EOF_BLOCK), len(EOF_BLOCK)))
+            form = _form_of_blocks(location, blob, bool(BLOCK_HEAD.match(head)))
     return TextFile(location, blob.size, blob.stamp, form, range_bytes)
 
 
-def _form_of_blocks(location: Location, size: int, end: bytes) -> str:
-    """BGZF, or PLAIN_GZIP for BGZF that other gzip data follow. Raises InputError where it was cut off."""
-    if end == EOF_BLOCK:
+def _form_of_blocks(location: Location, blob: Blob, usual: bool) -> str:
+    """BGZF, or PLAIN_GZIP for BGZF that other gzip data follow or whose blocks cannot be found, not being ``usual``.
+
+    Raises InputError where it was cut off.
+    """
+    if usual and blob.read(max(0, blob.size - len(EOF_BLOCK)), len(EOF_BLOCK)) == EOF_BLOCK:
         return BGZF
     n_lines = 0
     try:
-        for text in inflate(Bytes(blob_of(location), 0, _ignore)):
+        for text in inflate(Bytes(blob, 0, _ignore)):
             n_lines += text.count(b"\n")
     except BrokenTextError as error:
         raise cut_off(location, n_lines, error) from error
@@ -133,18 +148,17 @@ class RangeReader:
         """The lines of the range, in buffers of about ``text_bytes`` that end with a newline.
 
         A byte order mark is left out; a missing last newline is added. Raises BrokenTextError, after all whole lines
-        before the damage were given out.
+        before the damage were given out, and InputError for a file that has changed.
         """
-        source = Bytes(blob_of(self.file.location), self.number * self.file.range_bytes, self._tell)
+        source = Bytes(self.file.opened(), self.number * self.file.range_bytes, self._tell)
         own, beyond = {
             BGZF: lambda: self._blocks(source),
             PLAIN_GZIP: lambda: (inflate(source), iter(())),
-            ZSTD: lambda: (_zstd(source), iter(())),
+            ZSTD: lambda: (zstd_texts(source), iter(())),
             PLAIN: lambda: (self._plain(source), _rest(source)),
         }[self.file.form]()
-        if self.number == 0:
-            own = _without_mark(own)
-        return whole_lines(own, beyond, self.number == 0, self.text_bytes)
+        buffers = whole_lines(own, beyond, self.number == 0, self.text_bytes)
+        return _without_mark(buffers) if self.number == 0 else buffers
 
     def digest(self) -> bytes:
         """sha256 of the range's bytes; of a file of one range, of the sha256 of each ``range_bytes`` of it."""
@@ -226,7 +240,8 @@ class _Readable:
         """Nothing is open."""
 
 
-def _zstd(source: Bytes) -> Iterator[bytes]:
+def zstd_texts(source: Bytes) -> Iterator[bytes]:
+    """The texts of all zstd frames from here to the file's end."""
     try:
         with pa.CompressedInputStream(pa.PythonFile(_Readable(source), mode="r"), "zstd") as stream:
             while piece := stream.read(READ_BYTES):
@@ -237,13 +252,10 @@ def _zstd(source: Bytes) -> Iterator[bytes]:
         ) from error
 
 
-def _without_mark(texts: Iterator[bytes]) -> Iterator[bytes]:
-    # Members may be tiny: a mark is looked for in the first bytes, not in the first member alone.
-    first = b""
-    while len(first) < len(_BOM) and (more := next(texts, None)) is not None:
-        first += more
-    yield first.removeprefix(_BOM)
-    yield from texts
+def _without_mark(buffers: Iterator[bytes]) -> Iterator[bytes]:
+    for first in itertools.islice(buffers, 1):
+        yield first.removeprefix(_BOM)
+    yield from buffers
 
 
 def whole_lines(
@@ -267,6 +279,7 @@ def whole_lines(
                 if text:
                     yield text
                 held, n_held = [rest], len(rest)
+                _check_line(n_held)
         if skipping:
             return
         for piece in beyond:
@@ -289,7 +302,6 @@ def _cut(held: list[bytes]) -> tuple[bytes, bytes]:
     """The whole lines of the held pieces, and the rest."""
     text = b"".join(held)
     end = text.rfind(b"\n") + 1
-    _check_line(len(text) - end)
     return text[:end], text[end:]
 
 
@@ -299,8 +311,15 @@ def _check_line(n_bytes: int) -> None:
 
 
 def n_lines_before(file: TextFile, number: int) -> int:
-    """Lines in all ranges before one, for messages."""
-    return sum(text.count(b"\n") for i in range(number) for text in RangeReader(file, i).buffers())
+    """Lines in all ranges before one, for messages. Raises InputError where they are damaged themselves."""
+    n_lines = 0
+    try:
+        for i in range(number):
+            for text in RangeReader(file, i).buffers():
+                n_lines += text.count(b"\n")
+    except BrokenTextError as error:
+        raise cut_off(file.location, n_lines, error) from error
+    return n_lines
 
 
 def digest_of_parts(parts: Iterable[bytes]) -> str:
