@@ -1,8 +1,10 @@
-"""The same bytes as plain text, gzip of one and of many members, and BGZF."""
+"""The same bytes as plain text, gzip of one and of many members, BGZF and zstd."""
 
 import gzip
 import struct
 import zlib
+
+import pyarrow as pa
 
 END_OF_BGZF = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
 
@@ -24,4 +26,10 @@ def many_members(data: bytes) -> bytes:
     return b"".join(gzip.compress(data[i : i + 37]) for i in range(0, len(data), 37))
 
 
-FORMS = {"plain": bytes, "gzip": gzip.compress, "many members": many_members, "bgzf": bgzf}
+def zstd(data: bytes) -> bytes:
+    """Two frames: as concatenated files have them."""
+    half = len(data) // 2
+    return b"".join(pa.compress(part, "zstd", asbytes=True) for part in (data[:half], data[half:]))
+
+
+FORMS = {"plain": bytes, "gzip": gzip.compress, "many members": many_members, "bgzf": bgzf, "zstd": zstd}
