@@ -25,6 +25,8 @@ from annatac_scale.ingest.samples import FRAGMENTS, Job, Recipe
 from annatac_scale.progress import Advance
 from annatac_scale.store.place import Location
 
+_SECONDS_TO_CONNECT = 30
+
 
 class Graph:
     """The tasks of all samples of a conversion."""
@@ -114,14 +116,14 @@ def _run_on_cluster(graph: Graph, address: str, note: Callable[[Done], None], ad
     from distributed import Client, as_completed
 
     try:
-        client = Client(address, timeout=30)
-    except OSError as error:
+        client = Client(address, timeout=_SECONDS_TO_CONNECT)
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{address}: found no Dask scheduler ({error}); expected one there; start it, or leave out --dask"
         ) from error
     with client:
         counts = [task for _, _, task in graph.counts.values()]
-        futures = client.compute([*counts, *graph.commits.values()], retries=2)
+        futures = client.compute([*counts, *graph.commits.values()])
         try:
             for future in as_completed(futures):
                 result = future.result()
