@@ -108,11 +108,16 @@ class Job:
         return self.draft
 
     def scratch(self, recipe: Recipe) -> Place:
-        """Where to put down what a stopped run finds again."""
+        """Where to put down what a stopped run finds again: never what another plan did.
+
+        Not even then, when a worker of a cluster still works by the other plan.
+        """
+        plan = json.dumps(self.plan, sort_keys=True)
         if recipe.scratch is None:
-            return self.place.place
-        # Another plan has another folder; one store's samples never meet another's.
-        key = hashlib.sha256(f"{self.place.store}\n{self.place.plan_sha256}".encode()).hexdigest()[:16]
+            return self.place.place.below(_sha256(plan)[:16])
+        store = recipe.store if is_url(recipe.store) else Path(recipe.store).absolute()
+        # One store's samples never meet another's.
+        key = _sha256(f"{store}\n{plan}")[:16]
         return place_of(recipe.scratch).below(f"annatac-{self.name}-{key}")
 
 
