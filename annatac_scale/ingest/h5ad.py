@@ -1,7 +1,7 @@
-"""Peak matrices from h5ad files: X, a layer or raw; CSR and dense by rows from the file, CSC by loading it whole."""
+"""Peak matrices from h5ad files: X, a layer or raw, as CSR, CSC or dense, in bounded memory."""
 
-import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import cache
 
 import h5py
 import numpy as np
@@ -12,22 +12,39 @@ from scipy import sparse
 
 from annatac_scale.errors import InputError
 from annatac_scale.genome.rows import Path, shown
-from annatac_scale.ingest.matrices import PeakMatrix, ReadRows, check_compressed, compressed_rows
+from annatac_scale.ingest.matrices import (
+    PeakMatrix,
+    ReadRows,
+    check_compressed,
+    compressed_rows,
+    peaks_of_columns,
+)
 from annatac_scale.ingest.peaks import Intervals, parse_names
+from annatac_scale.ingest.transpose import Entries, Transposition
+from annatac_scale.store.place import Place
 
 _CHROM = ("chrom", "chr", "seqnames", "chromosome")
 _START = ("start", "chromstart")
 _END = ("end", "chromend")
 _FEATURE_TYPE = ("feature_types", "feature_type")
 
+_CHUNK_CACHE = 16 << 20
+"""Bytes of HDF5 chunks kept of each array, so that one across which rows are cut is read once."""
+_AT_ONCE = 1 << 20
+_DENSE_BYTES = 32 << 20
+"""What is read in one go: entries of a CSC matrix, bytes of a dense one."""
+
 _NO_COORDINATES = "name the peaks like that, or give var the columns chrom, start and end"
 
 
-def open_h5ad(path: Path, layer: str | None = None, use_raw: bool = False) -> PeakMatrix:
+def open_h5ad(
+    path: Path, layer: str | None = None, use_raw: bool = False, scratch: Place | None = None
+) -> PeakMatrix:
     """Open X, the layer ``layer``, or raw.X of an h5ad file.
 
     Peaks come from the var columns chrom, start and end, else from the var names; of several feature types only
-    "Peaks" count. Raises InputError where the file is damaged, the matrix is missing or peaks have no coordinates.
+    "Peaks" count. scratch: where a CSC matrix is put in the order of cells.
+    Raises InputError where the file is damaged or the matrix is missing.
     """
     if layer is not None and use_raw:
         raise InputError(
@@ -35,40 +52,66 @@ def open_h5ad(path: Path, layer: str | None = None, use_raw: bool = False) -> Pe
         )
     file = open_hdf5(path)
     try:
-        place = _place(path, file, layer, use_raw)
-        obs = _frame(path, file, "obs")
-        var = _frame(path, file, place.replace("X", "var") if use_raw else "var")
-        read_rows, note = _reader(path, file[place], place, (len(obs), len(var)))
-        columns = _peak_columns(var)
-        layers = ", ".join(file.get("layers", ())) or "none"
-        return PeakMatrix(
-            path,
-            "h5ad",
-            place,
-            obs.set_axis(obs.index.astype(str)),
-            _intervals(path, var.iloc[columns]),
-            columns,
-            len(var),
-            read_rows,
-            file.close,
-            note,
-            f"give raw counts with --layer (there are: {layers}) or --use-raw",
-        )
+        return _open(path, file, _place(path, file, layer, use_raw), use_raw, scratch)
     except BaseException:
         file.close()
         raise
 
 
+def _open(path: Path, file: h5py.File, place: str, use_raw: bool, scratch: Place | None) -> PeakMatrix:
+    var_place = place.replace("X", "var") if use_raw else "var"
+    stored, shape = file[place], (_n_rows(path, file, "obs"), _n_rows(path, file, var_place))
+    encoding = _encoding(path, stored, place, shape)
+    read_var = cache(lambda: _frame(path, file, var_place))
+    columns = _peak_columns(read_var()) if _has_types(file[var_place]) else np.arange(shape[1])
+    layers = ", ".join(file.get("layers", ())) or "none"
+    transposition, row_step = None, 1
+    if encoding == "csc":
+
+        def fill(entries: Entries) -> Iterator[int]:
+            return _csc_entries(stored, matrix, peaks_of_columns(columns, shape[1]), entries)
+
+        transposition = Transposition(
+            fill, shape[0], len(columns), len(stored["data"]), "stored by peaks (CSC)", scratch
+        )
+        read_rows: ReadRows = transposition.rows
+    elif encoding == "csr":
+        read_rows = csr_rows(stored, shape[1])
+    else:
+        read_rows, row_step = dense_rows(stored), stored.chunks[0] if stored.chunks else 1
+    matrix = PeakMatrix(
+        path=path,
+        kind="h5ad",
+        place=place,
+        n_cells=shape[0],
+        columns=columns if transposition is None else np.arange(len(columns)),
+        n_columns=shape[1] if transposition is None else len(columns),
+        read_rows=read_rows,
+        read_obs=lambda: _obs(path, file),
+        read_intervals=lambda: _intervals(path, read_var().iloc[columns]),
+        close=file.close,
+        remedy=f"give raw counts with --layer (there are: {layers}) or --use-raw",
+        row_step=row_step,
+        transposition=transposition,
+    )
+    return matrix
+
+
+def _obs(path: Path, file: h5py.File) -> pd.DataFrame:
+    obs = _frame(path, file, "obs")
+    return obs.set_axis(obs.index.astype(str))
+
+
 def n_cells_h5ad(path: Path) -> int:
     """Rows of obs."""
     with open_hdf5(path) as file:
-        return len(_frame(path, file, "obs"))
+        return _n_rows(path, file, "obs")
 
 
 def open_hdf5(path: Path) -> h5py.File:
     """An HDF5 file opened for reading; InputError where it is damaged or none."""
     try:
-        return h5py.File(path, "r")
+        return h5py.File(path, "r", rdcc_nbytes=_CHUNK_CACHE)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read as HDF5 ({error}); expected a whole h5ad or 10x h5 file; "
@@ -105,10 +148,15 @@ def _frame(path: Path, file: h5py.File, name: str) -> pd.DataFrame:
     return frame
 
 
-def _reader(
-    path: Path, matrix: h5py.Group | h5py.Dataset, place: str, shape: tuple[int, int]
-) -> tuple[ReadRows, str]:
-    """How rows of the matrix are read, and what to tell the user about it."""
+def _n_rows(path: Path, file: h5py.File, name: str) -> int:
+    """Rows of a data frame, without reading it where its index is a plain array."""
+    index = file[name].attrs.get("_index", "") if name in file else ""
+    found = file[name].get(index) if index and isinstance(file[name], h5py.Group) else None
+    return len(found) if isinstance(found, h5py.Dataset) else len(_frame(path, file, name))
+
+
+def _encoding(path: Path, matrix: h5py.Group | h5py.Dataset, place: str, shape: tuple[int, int]) -> str:
+    """ "csr", "csc" or "dense", after a look at whether the matrix is whole."""
     attributes = matrix.attrs
     found = tuple(attributes.get("shape", attributes.get("h5sparse_shape", getattr(matrix, "shape", ()))))
     if found != shape:
@@ -117,50 +165,80 @@ def _reader(
             f"and {shape[1]} of var; expected them to agree; write the file again"
         )
     if isinstance(matrix, h5py.Dataset):
-        return lambda a, b: sparse.csr_matrix(matrix[a:b]), ""
-    encoding = str(attributes.get("encoding-type", attributes.get("h5sparse_format", "")))
-    if encoding.startswith("csr"):
-        indptr = matrix["indptr"][:].astype(np.int64)
-        check_compressed(path, place, indptr, shape[0], len(matrix["data"]))
-        return csr_rows(matrix, indptr, shape[1]), ""
-    if encoding.startswith("csc"):
-        indptr = matrix["indptr"][:].astype(np.int64)
-        check_compressed(path, place, indptr, shape[1], len(matrix["data"]))
-        note = f"{place} is stored by peaks (CSC): it is loaded whole and transposed, which takes memory"
-        return loaded_rows(lambda: _transposed(matrix, indptr, shape)), note
-    raise InputError(
-        f"{path}: found {place} stored as {shown(encoding)}; expected csr_matrix, csc_matrix or a dense "
-        "array; write the file again with anndata"
-    )
+        return "dense"
+    encoding = str(attributes.get("encoding-type", attributes.get("h5sparse_format", "")))[:3]
+    if encoding not in ("csr", "csc"):
+        raise InputError(
+            f"{path}: found {place} stored as {shown(encoding)}; expected csr_matrix, csc_matrix or a dense "
+            "array; write the file again with anndata"
+        )
+    check_compressed(path, place, matrix, shape[encoding == "csc"])
+    return encoding
 
 
-def csr_rows(group: h5py.Group, indptr: NDArray[np.int64], n_columns: int) -> ReadRows:
-    """Rows of a CSR matrix straight from the datasets ``data`` and ``indices`` of an HDF5 group."""
+def csr_rows(group: h5py.Group, n_columns: int) -> ReadRows:
+    """Rows of a CSR matrix straight from the datasets of an HDF5 group; only the part of indptr is read, too."""
 
     def read(a: int, b: int) -> sparse.csr_matrix:
-        part = slice(int(indptr[a]), int(indptr[b]))
-        return compressed_rows(group["data"][part], group["indices"][part], indptr[a : b + 1], n_columns)
+        indptr = group["indptr"][a : b + 1].astype(np.int64)
+        part = slice(int(indptr[0]), int(indptr[-1]))
+        if part.start < 0 or part.stop > len(group["data"]) or (np.diff(indptr) < 0).any():
+            raise ValueError(f"an indptr that does not divide its {len(group['data']):,} values into rows")
+        return compressed_rows(group["data"][part], group["indices"][part], indptr - part.start, n_columns)
 
     return read
 
 
-def loaded_rows(load: Callable[[], sparse.csr_matrix]) -> ReadRows:
-    """Rows of a matrix that is loaded whole when the first of them is asked for."""
-    lock = threading.Lock()
-    loaded: list[sparse.csr_matrix] = []
+def dense_rows(dataset: h5py.Dataset) -> ReadRows:
+    """Rows of a dense matrix, whole chunks at a time."""
+    n_columns, step = dataset.shape[1], dataset.chunks[1] if dataset.chunks else 1
 
     def read(a: int, b: int) -> sparse.csr_matrix:
-        with lock:
-            if not loaded:
-                loaded.append(load())
-        return loaded[0][a:b]
+        width = max(1, _DENSE_BYTES // ((b - a) * dataset.dtype.itemsize * step)) * step
+        starts = range(0, n_columns, width)
+        return sparse.hstack(
+            [sparse.csr_matrix(dataset[a:b, first : first + width]) for first in starts], format="csr"
+        )
 
     return read
 
 
-def _transposed(matrix: h5py.Group, indptr: NDArray[np.int64], shape: tuple[int, int]) -> sparse.csr_matrix:
-    by_peaks = compressed_rows(matrix["data"][:], matrix["indices"][:], indptr, shape[0])
-    return sparse.csr_matrix(by_peaks.T)
+def _csc_entries(
+    group: h5py.Group, matrix: PeakMatrix, numbers: NDArray[np.int32] | None, entries: Entries
+) -> Iterator[int]:
+    """Fill ``entries`` from a CSC matrix of cells x peaks, as transpose.Fill; numbers: as peaks_of_columns."""
+    indptr = group["indptr"][:].astype(np.int64)
+    if (np.diff(indptr) < 0).any():
+        raise ValueError(f"an indptr that does not divide its {len(group['data']):,} values into columns")
+    if numbers is None:
+        numbers = np.arange(len(indptr) - 1, dtype=np.int32)
+    at, n = 0, 0
+    while at < indptr[-1]:
+        stop = min(at + _AT_ONCE, at + len(entries.rows) - n, int(indptr[-1]))
+        cells, values = group["indices"][at:stop], group["data"][at:stop]
+        if cells.min() < 0 or cells.max() >= matrix.n_cells:
+            raise ValueError(f"a row index outside 0..{matrix.n_cells - 1}")
+        first = int(np.searchsorted(indptr, at, side="right")) - 1
+        last = int(np.searchsorted(indptr, stop, side="left"))
+        peaks = np.repeat(numbers[first:last], np.diff(np.clip(indptr[first : last + 1], at, stop)))
+        kept = peaks >= 0
+        if not kept.all():
+            cells, values, peaks = cells[kept], values[kept], peaks[kept]
+        bad = matrix.first_bad(values)
+        if bad is not None:
+            raise matrix.no_count(values[bad], int(cells[bad]), int(peaks[bad]))
+        part = entries.part(n, n + len(peaks))
+        part.rows[:], part.peaks[:], part.counts[:] = cells, peaks, values
+        at, n = stop, n + len(peaks)
+        if n == len(entries.rows):
+            yield n
+            n = 0
+    if n:
+        yield n
+
+
+def _has_types(var: h5py.Group) -> bool:
+    return any(str(name).lower() in _FEATURE_TYPE for name in var)
 
 
 def _peak_columns(var: pd.DataFrame) -> NDArray[np.int64]:

@@ -1,20 +1,22 @@
 """Peak matrices as Cell Ranger writes them: feature-barcode h5 files and mtx folders."""
 
-import zlib
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path as FilePath
 
 import h5py
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import sparse
-from scipy.io import mminfo, mmread
 
 from annatac_scale.errors import InputError
 from annatac_scale.genome.rows import Path, complaint, read_lines, shown, whole_number
-from annatac_scale.ingest.h5ad import csr_rows, loaded_rows, open_hdf5
-from annatac_scale.ingest.matrices import PeakMatrix, check_compressed
+from annatac_scale.ingest.h5ad import csr_rows, open_hdf5
+from annatac_scale.ingest.market import market_entries, read_market
+from annatac_scale.ingest.matrices import PeakMatrix, check_compressed, peaks_of_columns
 from annatac_scale.ingest.peaks import Intervals, as_intervals, parse_names
+from annatac_scale.ingest.transpose import Entries, Transposition
+from annatac_scale.store.place import Place
 
 PEAKS = "Peaks"
 
@@ -30,22 +32,22 @@ def open_10x_h5(path: Path) -> PeakMatrix:
     try:
         group = file["matrix"]
         n_features, n_cells = (int(n) for n in group["shape"][:])
-        barcodes, features = _texts(group["barcodes"]), group["features"]
-        names = _texts(features["interval"] if "interval" in features else features["id"])
-        _check_size(path, "matrix", (n_features, n_cells), (len(names), len(barcodes)))
+        features = group["features"]
+        names = features["interval"] if "interval" in features else features["id"]
+        _check_size(path, "matrix", (n_features, n_cells), (len(names), len(group["barcodes"])))
         columns = _peak_columns(path, _texts(features["feature_type"]))
-        indptr = group["indptr"][:].astype(np.int64)
-        check_compressed(path, "matrix", indptr, n_cells, len(group["data"]))
+        check_compressed(path, "matrix", group, n_cells)
         return PeakMatrix(
-            path,
-            "10x h5",
-            "matrix",
-            _obs(barcodes),
-            parse_names([names[i] for i in columns.tolist()], path, _NAMES_REMEDY),
-            columns,
-            n_features,
-            csr_rows(group, indptr, n_features),
-            file.close,
+            path=path,
+            kind="10x h5",
+            place="matrix",
+            n_cells=n_cells,
+            columns=columns,
+            n_columns=n_features,
+            read_rows=csr_rows(group, n_features),
+            read_obs=lambda: _obs(_texts(group["barcodes"])),
+            read_intervals=lambda: parse_names(_texts(names, columns), path, _NAMES_REMEDY),
+            close=file.close,
         )
     except (KeyError, OSError, ValueError) as error:
         file.close()
@@ -65,8 +67,10 @@ def n_cells_10x_h5(path: Path) -> int:
         return len(file["matrix/barcodes"])
 
 
-def _texts(dataset: h5py.Dataset) -> list[str]:
-    return [value.decode() if isinstance(value, bytes) else str(value) for value in dataset[:]]
+def _texts(dataset: h5py.Dataset, which: NDArray[np.int64] | None = None) -> list[str]:
+    """All texts of a dataset, or the given ones."""
+    found = dataset[:] if which is None else dataset[:][which]
+    return [value.decode() if isinstance(value, bytes) else str(value) for value in found.tolist()]
 
 
 def _obs(barcodes: list[str]) -> pd.DataFrame:
@@ -107,42 +111,49 @@ def mtx_files(path: Path) -> dict[str, FilePath]:
 
 def n_cells_10x_mtx(path: Path) -> int:
     """Columns of the matrix in a 10x mtx folder."""
-    return _mtx_shape(_needed(path, "matrix.mtx"))[1]
+    return read_market(_needed(path, "matrix.mtx")).n_columns
 
 
-def open_10x_mtx(path: Path) -> PeakMatrix:
+def open_10x_mtx(path: Path, scratch: Place | None = None) -> PeakMatrix:
     """Open a folder of matrix.mtx, barcodes.tsv and features.tsv or peaks.bed, each plain or gzip.
 
+    scratch: where the matrix is put in the order of cells.
     Raises InputError for a missing or damaged file, and where their lengths do not agree.
     """
-    matrix, barcodes_file, features = mtx_files(path).values()
-    lines = (line.split("\t")[0].strip() for _, line in read_lines(barcodes_file))
-    barcodes = [barcode for barcode in lines if barcode]
-    rows = [(number, line.rstrip("\r\n").split("\t")) for number, line in read_lines(features)]
-    rows = [row for row in rows if any(row[1]) and not row[1][0].startswith("#")]
-    shape = _mtx_shape(matrix)
-    _check_size(matrix, "a matrix", shape, (len(rows), len(barcodes)))
-    columns, intervals = _mtx_features(features, rows)
-    return PeakMatrix(
-        path,
-        "10x mtx",
-        matrix.name,
-        _obs(barcodes),
-        intervals,
-        columns,
-        shape[0],
-        loaded_rows(lambda: _load(matrix)),
-        lambda: None,
-        "the mtx file is loaded whole, which takes memory",
+    matrix_file, barcodes_file, features = mtx_files(path).values()
+    market = read_market(matrix_file)
+    read_obs = cache(lambda: _obs(_barcodes(barcodes_file)))
+    columns, intervals, n_features = _mtx_features(features)
+    _check_size(matrix_file, "a matrix", (market.n_rows, market.n_columns), (n_features, len(read_obs())))
+
+    def fill(entries: Entries) -> Iterator[int]:
+        numbers = peaks_of_columns(columns, n_features)
+        return market_entries(
+            market, numbers, lambda value, peak, cell, where: matrix.no_count(value, cell, peak, where)
+        )(entries)
+
+    transposition = Transposition(
+        fill, market.n_columns, len(columns), market.n_entries, "text that may be in any order", scratch
     )
+    matrix = PeakMatrix(
+        path=path,
+        kind="10x mtx",
+        place=matrix_file.name,
+        n_cells=market.n_columns,
+        columns=np.arange(len(columns)),
+        n_columns=len(columns),
+        read_rows=transposition.rows,
+        read_obs=read_obs,
+        read_intervals=lambda: intervals,
+        close=lambda: None,
+        transposition=transposition,
+    )
+    return matrix
 
 
-def _mtx_shape(matrix: FilePath) -> tuple[int, int]:
-    try:
-        n_features, n_cells = mminfo(matrix)[:2]
-    except (ValueError, EOFError, OSError, zlib.error) as error:
-        raise _damaged(matrix, error) from error
-    return n_features, n_cells
+def _barcodes(path: FilePath) -> list[str]:
+    lines = (line.split("\t")[0].strip() for _, line in read_lines(path))
+    return [barcode for barcode in lines if barcode]
 
 
 def _member(folder: Path, *names: str) -> FilePath | None:
@@ -161,17 +172,21 @@ def _needed(folder: Path, *names: str) -> FilePath:
     return found
 
 
-def _mtx_features(path: FilePath, rows: list[tuple[int, list[str]]]) -> tuple[NDArray[np.int64], Intervals]:
-    """The rows of the matrix that are peaks, and their intervals."""
+def _mtx_features(path: FilePath) -> tuple[NDArray[np.int64], Intervals, int]:
+    """The rows of the matrix that are peaks, their intervals, and how many rows there are."""
+    rows = [(number, line.rstrip("\r\n").split("\t")) for number, line in read_lines(path)]
+    rows = [row for row in rows if any(row[1]) and not row[1][0].startswith("#")]
     if path.name.startswith("peaks.bed"):
         intervals = [_interval(path, number, fields[:3]) for number, fields in rows]
-        return np.arange(len(rows)), as_intervals(intervals)
+        return np.arange(len(rows)), as_intervals(intervals), len(rows)
     has_types = all(len(fields) >= 3 for _, fields in rows)
     columns = _peak_columns(path, [fields[2] for _, fields in rows]) if has_types else np.arange(len(rows))
     peaks = [rows[i] for i in columns.tolist()]
     if has_types and all(len(fields) >= 6 for _, fields in peaks):
-        return columns, as_intervals([_interval(path, number, fields[3:6]) for number, fields in peaks])
-    return columns, parse_names([fields[0] for _, fields in peaks], path, _NAMES_REMEDY)
+        found = as_intervals([_interval(path, number, fields[3:6]) for number, fields in peaks])
+    else:
+        found = parse_names([fields[0] for _, fields in peaks], path, _NAMES_REMEDY)
+    return columns, found, len(rows)
 
 
 def _interval(path: FilePath, number: int, fields: list[str]) -> tuple[str, int, int]:
@@ -181,16 +196,3 @@ def _interval(path: FilePath, number: int, fields: list[str]) -> tuple[str, int,
             path, number, shown("\t".join(fields)), "'chrom start end' with 0 <= start < end", _NAMES_REMEDY
         )
     return fields[0], start, end
-
-
-def _load(path: FilePath) -> sparse.csr_matrix:
-    try:
-        return sparse.csr_matrix(mmread(path).T)
-    except (ValueError, OverflowError, EOFError, OSError, zlib.error) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: FilePath, error: BaseException) -> InputError:
-    return InputError(
-        f"{path}: cannot be read as Matrix Market ({error}); expected a whole file; copy it again"
-    )
