@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from annatac_scale.store.locks import lock_sample, store_lock
 from annatac_scale.store.metadata import change_index, committed_samples, read_root
 from annatac_scale.store.obs import check_obs, sample_digest, storable
 from annatac_scale.store.open_islands import OpenIslands
-from annatac_scale.store.place import Place, is_url, place_of
+from annatac_scale.store.place import Location, Place, is_url, place_of
 from annatac_scale.store.shards import encode_shard, shard_name, x_metadata
 
 PLAN = "plan.json"
@@ -294,6 +294,17 @@ def _take_up(draft: Draft, plan: bytes) -> None:
     elif os.path.isdir(os.path.join(draft.store, renamed)):
         draft.sample.remove("")  # it was killed between the rename and the index
         os.rename(os.path.join(draft.store, renamed), draft.sample.location)
+
+
+def sweep(store: Location, samples: Iterable[str]) -> None:
+    """Remove what is left of the drafts of committed ``samples``: one that is killed while it cleans up leaves some."""
+    left = {name.split("/")[1] for name in place_of(store).names(INCOMING)}
+    for name in samples:
+        if not left.isdisjoint((name, f".{name}.lock")):
+            lock = lock_sample(store, name)
+            if lock is not None:
+                place_of(store).remove(f"{INCOMING}/{name}")
+                lock.release()
 
 
 def check_name(name: str) -> None:
