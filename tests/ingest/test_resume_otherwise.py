@@ -1,0 +1,138 @@
+"""A stopped conversion that is run again with other options, or other inputs: only what still holds is used."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compressed_files import bgzf
+from stores import FRAGMENTS, Convert, digests, write_lines, write_peaks
+from told import Said
+
+from annatac_scale.errors import InputError
+from annatac_scale.ingest import graph
+
+RANGE_BYTES = 4000
+
+
+class _StoppedError(Exception):
+    pass
+
+
+@pytest.fixture
+def stopped(toy_convert: Convert, monkeypatch: pytest.MonkeyPatch) -> Convert:
+    """convert() that is stopped when all ranges and shards are done."""
+
+    def stop(*_: Any) -> None:
+        raise _StoppedError
+
+    def run(*inputs: Any, **options: Any) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(graph, "commit_fragments", stop)
+            with pytest.raises(_StoppedError):
+                toy_convert(*inputs, range_bytes=RANGE_BYTES, **options)
+
+    return run
+
+
+@pytest.fixture
+def again(toy_convert: Convert, tmp_path: Path) -> Any:
+    """The bytes of the input that a second run found done; it is compared with a conversion from the beginning."""
+
+    def run(inputs: Path, **options: Any) -> int:
+        said = Said()
+        toy_convert(inputs, progress=said, range_bytes=RANGE_BYTES, **options)
+        toy_convert(inputs, "anew.zarr", **options)
+        assert digests(tmp_path / "atlas.zarr") == digests(tmp_path / "anew.zarr")
+        assert said.done + said.found == inputs.stat().st_size
+        return said.found
+
+    return run
+
+
+def write_bgzf(path: Path, rows: list[tuple[Any, ...]]) -> Path:
+    path.write_bytes(bgzf(write_lines(path.with_suffix(".tsv"), rows).read_bytes(), 500))
+    return path
+
+
+@pytest.fixture
+def fragments(tmp_path: Path) -> Path:
+    return write_bgzf(tmp_path / "s.gz", FRAGMENTS + FRAGMENTS[:15])
+
+
+@pytest.fixture
+def invalid(tmp_path: Path) -> Path:
+    """An invalid line in the second range of many."""
+    return write_bgzf(tmp_path / "s.gz", [*FRAGMENTS[:300], ("chr1", 9, 5, "A"), *FRAGMENTS[300:]])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ({"min_fragments": 0}, {"min_fragments": 101}),
+        ({"min_fragments": 101}, {"min_fragments": 0}),
+        ({"min_fragments": 10}, {"min_fragments": 10, "on_invalid": "count"}),
+    ],
+)
+def test_other_cells_are_chosen_from_the_same_ranges(
+    fragments: Path, stopped: Convert, again: Any, then: Any, now: Any, workers: int
+) -> None:
+    stopped(fragments, **then)
+    assert again(fragments, workers=workers, **now) == fragments.stat().st_size
+
+
+def test_cells_that_were_too_few_are_chosen_from_the_same_ranges(
+    fragments: Path, toy_convert: Convert, again: Any
+) -> None:
+    with pytest.raises(InputError, match=r"no barcode with 1,000 fragments .* give --min-fragments 100"):
+        toy_convert(fragments, range_bytes=RANGE_BYTES)
+    assert again(fragments, min_fragments=100) == fragments.stat().st_size
+
+
+def test_all_is_counted_anew_over_other_peaks_or_otherwise(
+    tmp_path: Path, fragments: Path, stopped: Convert, again: Any
+) -> None:
+    peaks = write_peaks(tmp_path / "p.bed")
+    stopped(fragments, min_fragments=0)
+    stopped(fragments, min_fragments=0, peaks=peaks)
+    write_lines(peaks, [("chr1", 0, 400), ("chr2", 0, 700)])
+    stopped(fragments, min_fragments=0, peaks=peaks, qc=False)
+    assert again(fragments, min_fragments=0, peaks=peaks) == 0
+
+
+def test_all_is_counted_anew_from_a_file_that_was_changed(
+    tmp_path: Path, fragments: Path, stopped: Convert, again: Any
+) -> None:
+    stopped(fragments, min_fragments=0)
+    write_bgzf(fragments, FRAGMENTS[::-1])
+    assert again(fragments, min_fragments=0) == 0
+
+
+def test_a_spill_that_a_power_cut_damaged_is_counted_again(
+    tmp_path: Path, fragments: Path, stopped: Convert, again: Any
+) -> None:
+    stopped(fragments, min_fragments=0)
+    spills = sorted(tmp_path.glob("atlas.zarr/.incoming/s/**/ranges/*"))
+    assert len(spills) == -(-fragments.stat().st_size // RANGE_BYTES)
+    spills[0].write_bytes(spills[0].read_bytes()[:-1] + b"\xff")
+    spills[1].write_bytes(b"")
+    spills[2].write_bytes(bytes(500))
+    assert again(fragments, min_fragments=0) == fragments.stat().st_size - 3 * RANGE_BYTES
+
+
+def test_an_invalid_line_is_passed_over_later_with_the_ranges_that_are_done(
+    invalid: Path, toy_convert: Convert, again: Any
+) -> None:
+    with pytest.raises(InputError, match=r"s\.gz, line 301: found 'chr1\\t9\\t5\\tA'"):
+        toy_convert(invalid, min_fragments=0, range_bytes=RANGE_BYTES)
+    assert 0 < again(invalid, min_fragments=0, on_invalid="count") < invalid.stat().st_size
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_invalid_line_that_was_passed_over_stops_a_strict_run(
+    invalid: Path, toy_convert: Convert, stopped: Convert, again: Any, workers: int
+) -> None:
+    stopped(invalid, min_fragments=0, on_invalid="count")
+    with pytest.raises(InputError, match=r"s\.gz, line 301: found 'chr1\\t9\\t5\\tA'"):
+        toy_convert(invalid, min_fragments=0, range_bytes=RANGE_BYTES, workers=workers)
+    assert again(invalid, min_fragments=0, on_invalid="count") == invalid.stat().st_size
