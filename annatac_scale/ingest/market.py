@@ -55,7 +55,7 @@ def read_market(path: Path) -> Market:
     banner: list[str] | None = None
     number = 0
     try:
-        for text in _texts(path):
+        for text in texts(path):
             for raw in text.split(b"\n")[:-1]:
                 line = raw.decode("utf-8-sig", "replace").rstrip("\r")
                 number += 1
@@ -107,7 +107,7 @@ def market_entries(market: Market, column_of_row: NDArray[np.int32] | None, bad_
         reader = _Reader(market, numbers, bad_value)
         n = 0
         try:
-            for text in _texts(market.path):
+            for text in texts(market.path):
                 at, array = 0, np.frombuffer(text, np.uint8)
                 while (place := reader.parse(array, at, entries, n)) is not None:
                     at, n = place
@@ -183,7 +183,7 @@ class _Reader:
             )
 
 
-def _texts(path: Path) -> Iterator[bytes]:
+def texts(path: Path) -> Iterator[bytes]:
     """The file's text in buffers of whole lines. Raises BrokenTextError."""
     source = Bytes(blob_of(str(path)), 0, lambda place, piece: None)
     zipped = source.hold(2) and source.data.startswith(GZIP)

@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pyarrow import csv
 
@@ -20,7 +20,8 @@ from annatac_scale.genome.rows import BED_COMMENTS, Path, complaint, read_rows, 
 from annatac_scale.store.schema import N_LEVELS
 
 _BED = ("contig", "start", "end")
-_NAME = re.compile(r"(.+)[:_-]([0-9]+)[_-]([0-9]+)")
+_NAME = r"^(?P<contig>.+)[:_-](?P<start>[0-9]+)[_-](?P<end>[0-9]+)$"
+_MOST_DIGITS = 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +41,9 @@ class Intervals:
 
     def first_duplicate(self) -> int | None:
         """The first interval that is there already, None where all differ."""
-        seen: set[tuple[str, int, int]] = set()
-        for i, interval in enumerate(zip(self.contig, self.start.tolist(), self.end.tolist(), strict=True)):
-            if interval in seen:
-                return i
-            seen.add(interval)
-        return None
+        columns = {"contig": pd.factorize(self.contig)[0], "start": self.start, "end": self.end}
+        again = pd.DataFrame(columns).duplicated().to_numpy()
+        return int(again.argmax()) if again.any() else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,15 +186,20 @@ def parse_names(names: Sequence[str], source: object, remedy: str) -> Intervals:
 
     Raises InputError for the first name that is not like that.
     """
-    intervals = []
-    for name in names:
-        match = _NAME.fullmatch(name)
-        if match is None or int(match[2]) >= int(match[3]):
-            raise InputError(
-                f"{source}: found a peak named {shown(name)}; expected names such as chr1:100-600; {remedy}"
-            )
-        intervals.append((match[1], int(match[2]), int(match[3])))
-    return as_intervals(intervals)
+    parts = pc.extract_regex(pa.array(names, pa.large_string()), _NAME)
+    contig, *ends = (parts.field(i) for i in range(3))
+    short = [pc.less_equal(pc.utf8_length(end), _MOST_DIGITS) for end in ends]
+    is_name = pc.and_(parts.is_valid(), pc.and_(*short))
+    start, end = (pc.if_else(is_name, end, "0").cast(pa.int64()).to_numpy() for end in ends)
+    bad = start >= end
+    if bad.any():
+        name = shown(names[int(bad.argmax())])
+        raise InputError(
+            f"{source}: found a peak named {name}; expected names such as chr1:100-600; {remedy}"
+        )
+    # One object for each contig, not for each peak.
+    contigs = contig.dictionary_encode()
+    return Intervals(np.array(contigs.dictionary.to_pylist(), object)[contigs.indices.to_numpy()], start, end)
 
 
 def as_intervals(rows: Sequence[tuple[str, int, int]]) -> Intervals:

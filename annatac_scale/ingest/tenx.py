@@ -1,5 +1,6 @@
 """Peak matrices as Cell Ranger writes them: feature-barcode h5 files and mtx folders."""
 
+import io
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path as FilePath
@@ -7,12 +8,16 @@ from pathlib import Path as FilePath
 import h5py
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pyarrow import csv
 
 from annatac_scale.errors import InputError
 from annatac_scale.genome.rows import Path, complaint, read_lines, shown, whole_number
+from annatac_scale.ingest.bgzf import BrokenTextError
 from annatac_scale.ingest.h5ad import csr_rows, open_hdf5
-from annatac_scale.ingest.market import market_entries, read_market
+from annatac_scale.ingest.market import market_entries, read_market, texts
 from annatac_scale.ingest.matrices import PeakMatrix, check_compressed, peaks_of_columns
 from annatac_scale.ingest.peaks import Intervals, as_intervals, parse_names
 from annatac_scale.ingest.transpose import Entries, Transposition
@@ -174,6 +179,9 @@ def _needed(folder: Path, *names: str) -> FilePath:
 
 def _mtx_features(path: FilePath) -> tuple[NDArray[np.int64], Intervals, int]:
     """The rows of the matrix that are peaks, their intervals, and how many rows there are."""
+    found = _plain_features(path)
+    if found is not None:
+        return found
     rows = [(number, line.rstrip("\r\n").split("\t")) for number, line in read_lines(path)]
     rows = [row for row in rows if any(row[1]) and not row[1][0].startswith("#")]
     if path.name.startswith("peaks.bed"):
@@ -187,6 +195,50 @@ def _mtx_features(path: FilePath) -> tuple[NDArray[np.int64], Intervals, int]:
     else:
         found = parse_names([fields[0] for _, fields in peaks], path, _NAMES_REMEDY)
     return columns, found, len(rows)
+
+
+def _plain_features(path: FilePath) -> tuple[NDArray[np.int64], Intervals, int] | None:
+    """The same by columns, of a file as Cell Ranger writes it; None for any other, right or wrong."""
+    table, is_bed = _plain_table(path), path.name.startswith("peaks.bed")
+    if table is None or (is_bed and table.num_columns < 3):
+        return None
+    n, columns = len(table), np.arange(len(table))
+    if table.num_columns >= 3 and not is_bed:
+        columns = _peak_columns(path, table["2"].to_pylist())
+        table = table.take(columns)
+    if is_bed or table.num_columns >= 6:
+        intervals = _plain_intervals(table, 0 if is_bed else 3)
+    else:
+        intervals = parse_names(table["0"].to_pylist(), path, _NAMES_REMEDY)
+    return None if intervals is None else (columns, intervals, n)
+
+
+def _plain_table(path: FilePath) -> pa.Table | None:
+    """All fields of a file that has as many in each line and no comment, as texts; None for any other."""
+    try:
+        data = b"".join(texts(path))
+        names = [str(i) for i in range(data[: data.find(b"\n")].count(b"\t") + 1)]
+        table = csv.read_csv(
+            io.BytesIO(data),
+            csv.ReadOptions(column_names=names, use_threads=False),
+            csv.ParseOptions(delimiter="\t", quote_char=False),
+            csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
+        )
+    except (BrokenTextError, ValueError):
+        return None
+    return None if pc.any(pc.starts_with(table["0"], "#")).as_py() else table
+
+
+def _plain_intervals(table: pa.Table, first: int) -> Intervals | None:
+    """Intervals from three columns from ``first`` on, None where not all are."""
+    try:
+        start, end = (pc.cast(table[str(first + i)], pa.int64()).to_numpy() for i in (1, 2))
+    except ValueError:
+        return None
+    if ((start < 0) | (start >= end)).any():
+        return None
+    contigs = table[str(first)].combine_chunks().dictionary_encode()
+    return Intervals(np.array(contigs.dictionary.to_pylist(), object)[contigs.indices.to_numpy()], start, end)
 
 
 def _interval(path: FilePath, number: int, fields: list[str]) -> tuple[str, int, int]:
