@@ -1,6 +1,7 @@
 """The Dask graph of a conversion, and its two ways to run: threads of this process, or a cluster's workers."""
 
-from collections.abc import Callable, Hashable, Mapping
+import asyncio
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +20,7 @@ from annatac_scale.ingest.fragment_tasks import (
     fragment_peaks,
     listed_barcodes,
 )
+from annatac_scale.ingest.hook import Hook
 from annatac_scale.ingest.labels import LabelTable
 from annatac_scale.ingest.matrix_tasks import commit_matrix, finish_matrix, plan_matrix
 from annatac_scale.ingest.samples import FRAGMENTS, Job, Recipe
@@ -80,6 +82,10 @@ class Graph:
         records = [_task(finish_matrix, task, self._shared, plan, part, n_parts) for part in range(n_parts)]
         return _task(commit_matrix, task, self._shared, plan, labels, needed, records, self._last)
 
+    def keys(self) -> Iterable[Hashable]:
+        """The names of all tasks: each comes before the last commit."""
+        return () if self._last is None else self._last.dask.keys()
+
     def _n_parts(self, job: Job) -> int:
         """Tasks among which the shards of a sample are divided: few for a small file, one for each worker at most."""
         return max(1, min(self.recipe.workers, job.n_bytes // (1 << 20)))
@@ -132,8 +138,19 @@ def _run_on_cluster(graph: Graph, address: str, note: Callable[[Done], None], ad
                 else:
                     _tell(graph.counts[future.key], result, advance)
         except BaseException:
-            client.cancel(futures, force=True)
+            for future in futures:
+                future.release()
+            # What workers have begun they go on with: they are told, and nothing is removed while they still write.
+            client.run(_stop, graph.recipe.hook, list(graph.keys()), on_error="ignore")
             raise
+
+
+async def _stop(hook: Hook, keys: list[Hashable], dask_worker: Any) -> None:
+    """Stop the tasks ``keys`` of a worker, in its process."""
+    hook.stop()
+    ours = set(keys)
+    while not ours.isdisjoint(dask_worker.state.tasks):
+        await asyncio.sleep(0.05)
 
 
 def _tell(count: tuple[Job, int, Delayed], summaries: list[Mapping[str, Any]], advance: Advance) -> None:

@@ -95,6 +95,25 @@ def test_a_bad_line_is_refused_on_a_cluster_as_here(
     assert messages.pop().startswith(f"{path}, line 3001: found 'chr1\\t9\\t5\\tA'; expected an end greater")
 
 
+def test_workers_stop_before_a_failed_conversion_ends(
+    tmp_path: Path, toy_convert: Convert, cluster: LocalCluster
+) -> None:
+    text = write_lines(tmp_path / "bad.tsv", FRAGMENTS).read_bytes()
+    (tmp_path / "long.tsv").write_bytes(text * 400)
+    write_lines(tmp_path / "bad.tsv", [("chr1", 9, 5, "A")])
+    inputs = [tmp_path / "long.tsv", tmp_path / "bad.tsv"]
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"bad\.tsv, line 1"):
+            toy_convert(inputs, min_fragments=0, dask=cluster.scheduler_address)
+        with Client(cluster.scheduler_address) as client:
+            assert not any(client.run(_n_tasks).values())
+        assert not (tmp_path / "atlas.zarr").exists()
+
+
+def _n_tasks(dask_worker: Any) -> int:
+    return len(dask_worker.state.tasks)
+
+
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nowhere"])
 def test_an_address_without_a_scheduler_is_refused_and_nothing_is_left(
     tmp_path: Path, toy_convert: Convert, monkeypatch: pytest.MonkeyPatch, address: str
