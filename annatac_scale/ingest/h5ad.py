@@ -12,6 +12,7 @@ from scipy import sparse
 
 from annatac_scale.errors import InputError
 from annatac_scale.genome.rows import Path, shown
+from annatac_scale.ingest.chunks import read_part
 from annatac_scale.ingest.matrices import (
     PeakMatrix,
     ReadRows,
@@ -184,7 +185,8 @@ def csr_rows(group: h5py.Group, n_columns: int) -> ReadRows:
         part = slice(int(indptr[0]), int(indptr[-1]))
         if part.start < 0 or part.stop > len(group["data"]) or (np.diff(indptr) < 0).any():
             raise ValueError(f"an indptr that does not divide its {len(group['data']):,} values into rows")
-        return compressed_rows(group["data"][part], group["indices"][part], indptr - part.start, n_columns)
+        data, indices = (read_part(group[name], part.start, part.stop) for name in ("data", "indices"))
+        return compressed_rows(data, indices, indptr - part.start, n_columns)
 
     return read
 
@@ -215,7 +217,7 @@ def _csc_entries(
     at, n = 0, 0
     while at < indptr[-1]:
         stop = min(at + _AT_ONCE, at + len(entries.rows) - n, int(indptr[-1]))
-        cells, values = group["indices"][at:stop], group["data"][at:stop]
+        cells, values = (read_part(group[name], at, stop) for name in ("indices", "data"))
         if cells.min() < 0 or cells.max() >= matrix.n_cells:
             raise ValueError(f"a row index outside 0..{matrix.n_cells - 1}")
         first = int(np.searchsorted(indptr, at, side="right")) - 1

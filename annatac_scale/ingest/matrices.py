@@ -19,7 +19,7 @@ from scipy import sparse
 from annatac_scale.errors import InputError
 from annatac_scale.genome.rows import Path, shown
 from annatac_scale.ingest.peaks import Intervals, PeakSet, levels
-from annatac_scale.ingest.transpose import Transposition
+from annatac_scale.ingest.transpose import MEMORY_BYTES, Transposition
 from annatac_scale.store.open_islands import OpenIslands
 
 _MAX_COUNT = 2**31 - 1
@@ -71,17 +71,21 @@ class PeakMatrix:
         return "" if self.transposition is None else f"{self.place} is {self.transposition.note}"
 
     def prepare(
-        self, rows: NDArray[np.int64] | None = None, advance: Callable[[int], None] = lambda _: None
+        self,
+        rows: NDArray[np.int64] | None = None,
+        advance: Callable[[int], None] = lambda _: None,
+        memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         """Do what has to be done once before rows can be read, unless an earlier run did it.
 
         rows: those that will be asked for, each once, in that order, among any number of -1; None: all as in the file
         advance: is told how many of the ``transposition.n_entries`` were worked through since it was last called
+        memory_bytes: what is taken beside the program's memory
         Raises InputError for what is no matrix of counts, and StoreError where the disk has no room.
         """
         if self.transposition is not None:
             with self._reading():
-                self.transposition.make(rows, advance)
+                self.transposition.make(rows, advance, memory_bytes)
 
     @cached_property
     def obs(self) -> pd.DataFrame:

@@ -179,9 +179,9 @@ def _needed(folder: Path, *names: str) -> FilePath:
 
 def _mtx_features(path: FilePath) -> tuple[NDArray[np.int64], Intervals, int]:
     """The rows of the matrix that are peaks, their intervals, and how many rows there are."""
-    found = _plain_features(path)
-    if found is not None:
-        return found
+    plain = _plain_features(path)
+    if plain is not None:
+        return plain
     rows = [(number, line.rstrip("\r\n").split("\t")) for number, line in read_lines(path)]
     rows = [row for row in rows if any(row[1]) and not row[1][0].startswith("#")]
     if path.name.startswith("peaks.bed"):
@@ -206,10 +206,9 @@ def _plain_features(path: FilePath) -> tuple[NDArray[np.int64], Intervals, int] 
     if table.num_columns >= 3 and not is_bed:
         columns = _peak_columns(path, table["2"].to_pylist())
         table = table.take(columns)
-    if is_bed or table.num_columns >= 6:
-        intervals = _plain_intervals(table, 0 if is_bed else 3)
-    else:
-        intervals = parse_names(table["0"].to_pylist(), path, _NAMES_REMEDY)
+    if not is_bed and table.num_columns < 6:
+        return columns, parse_names(table["0"].to_pylist(), path, _NAMES_REMEDY), n
+    intervals = _plain_intervals(table, 0 if is_bed else 3)
     return None if intervals is None else (columns, intervals, n)
 
 

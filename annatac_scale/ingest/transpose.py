@@ -68,7 +68,6 @@ class Transposition:
     n_entries: int
     source: str
     place: Place | None = None
-    memory_bytes: int = MEMORY_BYTES
     _temporary: list[Any] = field(default_factory=list)
 
     @property
@@ -92,12 +91,15 @@ class Transposition:
         return place_of(self._temporary[0].name)
 
     def make(
-        self, order: NDArray[np.int64] | None = None, advance: Callable[[int], None] = lambda _: None
+        self,
+        order: NDArray[np.int64] | None = None,
+        advance: Callable[[int], None] = lambda _: None,
+        memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         """Put the entries down, unless they are, in the order in which cells will be asked for.
 
         order: rows of the matrix, each once, and any number of -1, which stand for none; None: all, as they are
-        advance: is told of each part of the entries
+        advance: is told of each part of the entries; memory_bytes: what their buffers take
         Raises StoreError where the disk has no room for them.
         """
         if self._done() is not None:
@@ -105,7 +107,7 @@ class Transposition:
         self._check_room()
         places = _places(order, self.n_cells)
         n_rows = self.n_cells if order is None else int(np.count_nonzero(order >= 0))
-        n = max(1, min(self.memory_bytes // _BYTES_AN_ENTRY, self.n_entries))
+        n = max(1, min(memory_bytes // _BYTES_AN_ENTRY, self.n_entries))
         entries = Entries(*(np.empty(n, np.int32) for _ in range(3)))
         widths: list[int] = []
         for n_filled in self.fill(entries):
