@@ -1,13 +1,15 @@
-"""Conversions in processes of their own that are killed by SIGKILL at a chosen change of the disk."""
+"""Conversions in processes of their own, that may be killed by SIGKILL at a chosen change of the disk."""
 
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from annatac_scale.errors import AnnatacError
 from annatac_scale.ingest.convert import convert
 
 _CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link")
@@ -29,14 +31,36 @@ def convert_and_die(folder: Path, change: int, **conversion: Any) -> None:
     )  # threads are not equally fast each time
 
 
-def _run(folder: Path, change: int | None, sender: Any, conversion: dict[str, Any]) -> int | None:
+def convert_apart(prepare: Callable[[], None], *inputs: Any, **conversion: Any) -> str:
+    """Convert in a process that calls ``prepare`` first; returns the message of the error, "" if there is none."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    _end(_convert_apart, prepare, sender, inputs, conversion)
+    return str(receiver.recv())
+
+
+def _convert_apart(
+    prepare: Callable[[], None], sender: Any, inputs: tuple[Any, ...], conversion: dict[str, Any]
+) -> None:
+    prepare()
+    try:
+        convert(*inputs, **conversion)
+        sender.send("")
+    except AnnatacError as error:
+        sender.send(str(error))
+
+
+def _end(target: Callable[..., None], *arguments: Any) -> int:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["annatac_scale.ingest.convert"])
-    process = context.Process(target=_convert, args=(str(folder), change, sender, conversion))
+    process = context.Process(target=target, args=arguments)
     process.start()
     process.join(60)
     assert process.exitcode is not None, "it hangs"
     return process.exitcode
+
+
+def _run(folder: Path, change: int | None, sender: Any, conversion: dict[str, Any]) -> int:
+    return _end(_convert, str(folder), change, sender, conversion)
 
 
 def _convert(folder: str, change: int | None, sender: Any, conversion: dict[str, Any]) -> None:
