@@ -273,7 +273,8 @@ def count_lines(text, at, segments, rules, tallies):  # type: ignore[no-untyped-
                 chrom = tallies.contig_code[contig]
                 if chrom == UNRESOLVED:
                     return at, NEW_CONTIG
-                last_a, last_n = at, tab1 - at
+                # A name that begins with a space may be all of a blank line, which has to be told first.
+                last_a, last_n = at, (tab1 - at if text[at] > _SPACE else 0)
         sound, left, right, a, b, stop = False, 0, 0, at, at, at
         if tab1 > at and text[tab1] == _TAB:
             sound, left, right, a, b, stop = _parse(text, at, tab1)

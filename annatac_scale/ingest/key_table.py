@@ -67,10 +67,11 @@ def empty_table(room: int = 1 << 10, key_bytes: int = 32) -> KeyTable:
 
 
 def table_of(keys: Sequence[bytes]) -> KeyTable:
-    """A table of the given keys, which differ, numbered in their order, with room for at least one more."""
+    """A table of the given keys, which differ, numbered in their order."""
     text = np.frombuffer(b"".join(keys), np.uint8)
     ends = np.cumsum([0, *map(len, keys)])
-    table = empty_table(len(keys) + 1, max(map(len, keys), default=0) + 1)
+    # As much as they need: a single long key must not make all of the arena wide.
+    table = empty_table(len(keys) + 1, 0)._replace(arena=np.zeros(len(text), np.uint8))
     look_up_all(table, text, ends, np.empty(len(keys), np.int64), 0)
     return table
 

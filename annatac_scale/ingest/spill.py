@@ -19,7 +19,9 @@ from annatac_scale.store.compiled import compiled
 from annatac_scale.store.place import Place
 
 _MAGIC = b"annatac spill 1\n"
-_HEAD = struct.Struct("<16sQ")
+_HEAD = struct.Struct("<16sIQ")
+"""Magic, crc32c of all that follows it, bytes of the JSON that follows."""
+_CHECKED_FROM = 20
 _HEAD_BYTES = 1 << 16
 _MOST_BYTES = 15
 """Of an island's gap, at most 5, and of its count, at most 10."""
@@ -33,9 +35,11 @@ def packed(summary: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> by
         pieces.append(array.tobytes())
         at += array.nbytes
     body = b"".join(pieces)
-    says = {"summary": dict(summary), "arrays": places, "crc32c": google_crc32c.value(body)}
-    head = json.dumps(says).encode()
-    return b"".join([_HEAD.pack(_MAGIC, len(head)), head, body])
+    head = json.dumps({"summary": dict(summary), "arrays": places}).encode()
+    crc32c = google_crc32c.extend(
+        google_crc32c.value(_HEAD.pack(_MAGIC, 0, len(head))[_CHECKED_FROM:] + head), body
+    )
+    return b"".join([_HEAD.pack(_MAGIC, crc32c, len(head)), head, body])
 
 
 class Spill:
@@ -49,7 +53,7 @@ class Spill:
     def _head(self) -> tuple[dict[str, Any], int]:
         """The head, and where the arrays begin."""
         first = self.place.read_range(self.name, 0, _HEAD_BYTES)
-        magic, n = _HEAD.unpack_from(first)
+        magic, _, n = _HEAD.unpack_from(first)
         if magic != _MAGIC:
             raise StoreError(
                 f"{self.place.location}, {self.name}: no spill of this version; remove the folder"
@@ -62,10 +66,13 @@ class Spill:
     def is_whole(self) -> bool:
         """Whether it is there with all its bytes: after a power cut it may be neither."""
         try:
-            head, start = self._head
-            return bool(google_crc32c.value(self.place.read(self.name)[start:]) == head["crc32c"])
-        except (FileNotFoundError, StoreError, ValueError, struct.error):
+            data = self.place.read(self.name)
+        except (FileNotFoundError, StoreError):
             return False
+        if len(data) < _HEAD.size:
+            return False
+        magic, crc32c, _ = _HEAD.unpack_from(data)
+        return bool(magic == _MAGIC and crc32c == google_crc32c.value(data[_CHECKED_FROM:]))
 
     @property
     def summary(self) -> dict[str, Any]:
