@@ -184,4 +184,5 @@ def reads_plainly(fragment: Fragment) -> int:
     if len(fragment.further) > 1 and fragment.further[1] in (b"+", b"-", b"."):
         return 0
     told = fragment.further[0] if fragment.further else b""
-    return int(told) if told.isdigit() else 0
+    # Numbers so large that a sum of them would pass 64 bits are taken for texts.
+    return int(told) if told.isdigit() and len(told) < 14 else 0
