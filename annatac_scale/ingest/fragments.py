@@ -187,8 +187,6 @@ class _Where:
     def __init__(self, file: TextFile, number: int) -> None:
         self.file = file
         self.number = number
-        self._lines: list[int] = []
-        self._buffers: dict[int, bytes] = {}
         self._n = 0
 
     def counted(self, buffers: Iterator[bytes]) -> Iterator[bytes]:
@@ -230,7 +228,8 @@ def _deal(buffers: Iterator[bytes], strands: list["_Strand"]) -> None:
         for i, buffer in enumerate(buffers):
             strand = i % len(strands)
             if strand in busy:
-                busy[strand].result()
+                # Taken out, so that the strands stay in the order of their buffers, and the first error is told.
+                busy.pop(strand).result()
             busy[strand] = pool.submit(strands[strand].count, i, buffer)
         for future in busy.values():
             future.result()
