@@ -8,6 +8,7 @@ takes a third of zlib's time, and releases the GIL.
 import re
 import struct
 from collections.abc import Callable, Iterator
+from typing import cast
 
 from isal import isal_zlib
 from isal.igzip_lib import IsalError
@@ -21,6 +22,9 @@ EOF_BLOCK = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000
 BLOCK_HEAD = re.compile(rb"\x1f\x8b\x08\x04.{6}\x06\x00BC\x02\x00", re.DOTALL)
 """How the blocks begin that ``find_block`` finds: they have no extra field but their size."""
 _HEAD_BYTES = 18
+_IsalError = cast(
+    "type[Exception]", isal_zlib.error
+)  # its type hints call it an exception, not a class of them
 _MOST_BLOCK_BYTES = 1 << 16
 
 
