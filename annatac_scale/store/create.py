@@ -15,6 +15,7 @@ import pandas as pd
 from annatac_scale.errors import StoreError
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.store import schema
+from annatac_scale.store.draft import remove_leftovers
 from annatac_scale.store.files import INCOMING, as_store_error, move
 from annatac_scale.store.frames import Files, frame_files, group_file
 from annatac_scale.store.locks import STORE_LOCK, creation_lock, store_lock
@@ -29,10 +30,12 @@ def create_store(path: Location, space: IslandSpace, counting: str) -> None:
     """Create an empty island store, or check that an existing one has the same islands and counting.
 
     A store without samples gives way to one of other islands. Several processes may create the same store at once.
+    Of an existing one, drafts are removed that runs left which were killed right after their commit.
     Raises StoreError when ``path`` holds something else, or a store of other islands, counting or major version.
     """
     attributes = root_attributes(space, counting)
     if _is_same(path, attributes):
+        remove_leftovers(path)
         return
     if is_url(path):
         _create_objects(str(path), attributes, space)

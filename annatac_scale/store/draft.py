@@ -247,7 +247,7 @@ def _record(shard: int) -> str:
 
 
 @contextmanager
-def open_draft(store: Path | str, name: str, plan: Mapping[str, Any]) -> Iterator[Draft]:
+def open_draft(store: Location, name: str, plan: Mapping[str, Any]) -> Iterator[Draft]:
     """The draft of a sample, locked for this process; leaving it only unlocks.
 
     What an earlier run left is kept if it had an equal ``plan`` (as JSON), else removed.
@@ -265,6 +265,7 @@ def open_draft(store: Path | str, name: str, plan: Mapping[str, Any]) -> Iterato
     try:
         root = read_root(store)  # it may have given way to another before we had the lock
         if name in committed_samples(store):
+            place_of(store).remove(f"{INCOMING}/{name}")
             raise StoreError(f"{store}: sample {name!r} is there already; choose another --sample")
         text = json.dumps(plan, sort_keys=True).encode()
         sha256 = hashlib.sha256(text).hexdigest()
@@ -273,6 +274,16 @@ def open_draft(store: Path | str, name: str, plan: Mapping[str, Any]) -> Iterato
         yield draft
     finally:
         lock.release()
+
+
+def remove_leftovers(store: Location) -> None:
+    """Remove the drafts of committed samples, left by runs that were killed right after the commit."""
+    drafts = place_of(store).folders(INCOMING)
+    for name in set(drafts) & set(committed_samples(store)) if drafts else ():
+        lock = lock_sample(store, name)
+        if lock is not None:  # else it is just being removed
+            place_of(store).remove(f"{INCOMING}/{name}")
+            lock.release()
 
 
 def _take_up(draft: Draft, plan: bytes) -> None:
