@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import cast
 
 from isal import isal_zlib
-from isal.igzip_lib import IsalError
 
 from annatac_scale.store.place import Blob
 
@@ -22,9 +21,8 @@ EOF_BLOCK = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000
 BLOCK_HEAD = re.compile(rb"\x1f\x8b\x08\x04.{6}\x06\x00BC\x02\x00", re.DOTALL)
 """How the blocks begin that ``find_block`` finds: they have no extra field but their size."""
 _HEAD_BYTES = 18
-_IsalError = cast(
-    "type[Exception]", isal_zlib.error
-)  # its type hints call it an exception, not a class of them
+# Its type hints call it an exception, not a class of them.
+_IsalError = cast("type[Exception]", isal_zlib.error)
 _MOST_BLOCK_BYTES = 1 << 16
 
 
@@ -116,7 +114,7 @@ def inflate_block(source: Bytes, size: int) -> bytes:
     source.at += size
     try:
         return isal_zlib.decompress(block, 16 + isal_zlib.MAX_WBITS, _MOST_BLOCK_BYTES)
-    except IsalError as error:
+    except _IsalError as error:
         raise BrokenTextError(f"damaged data in the BGZF block at byte {place:,} ({error})") from error
 
 
@@ -151,7 +149,7 @@ def _inflate_member(source: Bytes) -> Iterator[bytes]:
         ahead = source.data[source.at :]
         try:
             text = inflater.decompress(ahead, 4 * READ_BYTES)
-        except IsalError as error:
+        except _IsalError as error:
             raise BrokenTextError(f"damaged gzip data after byte {source.place:,} ({error})") from error
         left = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
         source.at += len(ahead) - len(left)
