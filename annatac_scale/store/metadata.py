@@ -41,9 +41,11 @@ def read_root(path: Location) -> dict[str, Any]:
     """
     file = joined(path, "zarr.json")
     try:
-        attributes: dict[str, Any] = dict(json.loads(place_of(path).read("zarr.json")).get("attributes", {}))
+        text = place_of(path).read("zarr.json")
     except FileNotFoundError as error:
         raise StoreError(f"{path}: no island store here; make one with `annatac convert`") from error
+    try:
+        attributes: dict[str, Any] = dict(json.loads(text).get("attributes", {}))
     except (ValueError, TypeError, AttributeError) as error:
         raise StoreError(f"{file}: found no attributes ({error}); the file is damaged") from error
     if attributes.get("format") != schema.FORMAT:
