@@ -10,7 +10,7 @@ atlas.zarr/                     root group, attributes ROOT_KEYS
 """
 
 FORMAT = "annatac_scale.island_store"
-FORMAT_VERSION = "1.1"
+FORMAT_VERSION = "1.2"
 
 N_LEVELS = 5
 """Levels of an open island, 1 to 5; level 0 is closed and never stored."""

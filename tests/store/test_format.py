@@ -4,6 +4,7 @@ Tables, tree, JSON, hex and code of the document are taken as they stand there, 
 """
 
 import ast
+import hashlib
 import itertools
 import json
 import re
@@ -18,6 +19,7 @@ from plain_store import (
     DOCUMENT,
     Row,
     attributes,
+    crc32c,
     documented_tree,
     fenced,
     keys,
@@ -39,6 +41,7 @@ from annatac_scale.genome.assembly import Assembly
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.store import schema
 from annatac_scale.store.codec import encode_block
+from annatac_scale.store.draft import open_draft
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import SampleWriter, committed_samples, create_store, replace_obs
@@ -181,7 +184,7 @@ def test_no_other_files_lie_in_the_store(store: Path) -> None:
 def test_the_root_has_the_documented_attributes(store: Path) -> None:
     root = attributes(store)
     assert list(root) == list(schema.ROOT_KEYS) == keys("Root")
-    assert (root["format"], root["version"]) == ("annatac_scale.island_store", "1.1")
+    assert (root["format"], root["version"]) == ("annatac_scale.island_store", "1.2")
     assert root["assembly"] == "toy"
     assert root["chromosomes"] == ["chr1", "chr2", "chrM"]
     assert (root["width_bp"], root["selection"], root["n_islands"], root["n_levels"]) == (5000, "all", 262, 5)
@@ -257,6 +260,15 @@ def test_the_digests_are_those_of_the_document(store: Path, name: str) -> None:
     sample = store / "samples" / name
     assert entry["x_sha256"] == plain_x_sha256(sample / "X", len(ROWS[name]))
     assert entry["digest"] == plain_digest(attributes(store)["islands_sha256"], entry["x_sha256"], sample)
+
+
+def test_the_digest_of_the_store_is_that_of_the_document(store: Path) -> None:
+    index = attributes(store / "samples")["index"]
+    lines = [attributes(store)["islands_sha256"], *(f"{entry['name']} {entry['digest']}" for entry in index)]
+    assert (
+        IslandStore.open(store).digest
+        == hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+    )
 
 
 def test_the_digest_of_a_replaced_obs_is_that_of_the_document(small: Path) -> None:
@@ -389,9 +401,31 @@ def test_islands_that_do_not_fit_their_sha256_are_refused(small: Path) -> None:
         _ = IslandStore.open(small).space
 
 
-def test_a_sample_is_written_in_incoming_under_a_lock(small: Path) -> None:
-    with SampleWriter(small, "t", 3):
+def test_a_draft_has_the_documented_files(small: Path) -> None:
+    with open_draft(small, "t", {"input": "x"}) as draft:
+        draft.write_shard(0, open_islands(ROWS["pbmc"][:4000]))
+        draft.write_shard(1, open_islands(ROWS["closed"]))
         assert sorted(file.name for file in (small / ".incoming").iterdir()) == [".t.lock", "t"]
-        assert (small / ".incoming/t/plan.json").exists()
+        folder = small / ".incoming/t"
+        found = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+        assert found == ["plan.json", "sample/X/c/0/0", "shards/0.json", "shards/1.json"]
+        assert [re.sub("<s>", "0", key) for key in keys("Writing")] == [
+            "plan.json",
+            "shards/0.json",
+            "sample/",
+        ]
+        assert json.loads((folder / "plan.json").read_text()) == {"input": "x"}
+        data = (folder / "sample/X/c/0/0").read_bytes()
+        blocks = next(plain_blocks(folder / "sample/X", 4000))
+        assert json.loads((folder / "shards/0.json").read_text()) == {
+            "shard": 0,
+            "n_cells": 4000,
+            "n_open": sum(map(len, ROWS["pbmc"][:4000])),
+            "sha256": hashlib.sha256(b"".join(blocks)).hexdigest(),
+            "bytes": len(data),
+            "crc32c": int.from_bytes(crc32c(data), "little"),
+        }
+        assert json.loads((folder / "shards/1.json").read_text())["bytes"] == 0
         assert committed_samples(small) == ["s"]
+        draft.discard()
     assert not (small / ".incoming").exists()

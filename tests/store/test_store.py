@@ -177,8 +177,8 @@ def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param({"version": "2.0"}, r"format 2\.0, this annatac_scale reads 1\.1", id="newer"),
-        pytest.param({"version": "0.9"}, r"format 0\.9, this annatac_scale reads 1\.1", id="older"),
+        pytest.param({"version": "2.0"}, r"format 2\.0, this annatac_scale reads 1\.2", id="newer"),
+        pytest.param({"version": "0.9"}, r"format 0\.9, this annatac_scale reads 1\.2", id="older"),
         pytest.param({"n_levels": 9}, "found n_levels 9, expected 5", id="other levels"),
         pytest.param({"format": "mylab.store"}, "not an island store", id="another format"),
         pytest.param({"counting": None}, "found no attribute 'counting'", id="no counting"),

@@ -105,7 +105,7 @@ def test_nothing_is_written_into_a_store_of_another_major_version(
 ) -> None:
     write_sample(path, "s", random_cells(3, 1))
     root = path / "zarr.json"
-    root.write_text(root.read_text().replace('"version": "1.1"', '"version": "2.0"'))
+    root.write_text(root.read_text().replace('"version": "1.2"', '"version": "2.0"'))
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
     with pytest.raises(StoreError, match=r"store format 2\.0"):
         write(path)
