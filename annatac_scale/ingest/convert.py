@@ -36,7 +36,7 @@ from annatac_scale.ingest.samples import (
 from annatac_scale.ingest.sheet import SampleInput, check_samples, located, name_inputs, read_sheet
 from annatac_scale.ingest.text import RANGE_BYTES
 from annatac_scale.progress import Progress, Silent
-from annatac_scale.store.draft import Draft, open_draft, sweep
+from annatac_scale.store.draft import Draft, open_draft
 from annatac_scale.store.metadata import committed_samples, read_root
 from annatac_scale.store.place import Location, is_url, place_of
 from annatac_scale.store.schema import COUNTINGS
@@ -314,7 +314,6 @@ class _Conversion:
                 )
             self.report.skipped.append(sample.name)
             self.progress.say(f"{sample.name}: is in {self.recipe.store} already, from the same files")
-        sweep(self.recipe.store, self.report.skipped)
         for name in self.report.skipped:
             job = self.jobs[name]
             if self.recipe.scratch is not None:

@@ -15,7 +15,7 @@ import pandas as pd
 from annatac_scale.errors import StoreError
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.store import schema
-from annatac_scale.store.draft import remove_leftovers
+from annatac_scale.store.draft import sweep
 from annatac_scale.store.files import INCOMING, as_store_error, move
 from annatac_scale.store.frames import Files, frame_files, group_file
 from annatac_scale.store.locks import STORE_LOCK, creation_lock, store_lock
@@ -35,7 +35,7 @@ def create_store(path: Location, space: IslandSpace, counting: str) -> None:
     """
     attributes = root_attributes(space, counting)
     if _is_same(path, attributes):
-        remove_leftovers(path)
+        sweep(path)
         return
     if is_url(path):
         _create_objects(str(path), attributes, space)

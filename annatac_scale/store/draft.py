@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from annatac_scale.errors import InputError, StoreError
 from annatac_scale.store import schema
 from annatac_scale.store.files import INCOMING, as_store_error, flush, move
 from annatac_scale.store.frames import Files, array_files, encoded_group, frame_file, frame_files
-from annatac_scale.store.locks import lock_sample, store_lock
+from annatac_scale.store.locks import lock_sample, remove_incoming_if_empty, store_lock
 from annatac_scale.store.metadata import change_index, committed_samples, read_root
 from annatac_scale.store.obs import check_obs, sample_digest, storable
 from annatac_scale.store.open_islands import OpenIslands
@@ -276,14 +276,19 @@ def open_draft(store: Location, name: str, plan: Mapping[str, Any]) -> Iterator[
         lock.release()
 
 
-def remove_leftovers(store: Location) -> None:
-    """Remove the drafts of committed samples, left by runs that were killed right after the commit."""
-    drafts = place_of(store).folders(INCOMING)
-    for name in set(drafts) & set(committed_samples(store)) if drafts else ():
+def sweep(store: Location) -> None:
+    """Remove what is left of the drafts of committed samples: a run that is killed while it cleans up leaves some."""
+    place = place_of(store)
+    left = {name.split("/")[1].removeprefix(".").removesuffix(".lock") for name in place.names(INCOMING)}
+    left.update(place.folders(INCOMING))
+    for name in left.intersection(committed_samples(store)) if left else ():
         lock = lock_sample(store, name)
         if lock is not None:  # else it is just being removed
-            place_of(store).remove(f"{INCOMING}/{name}")
+            place.remove(f"{INCOMING}/{name}")
             lock.release()
+    if not left and not is_url(store) and INCOMING in place.folders():
+        with store_lock(store):
+            remove_incoming_if_empty(Path(store))
 
 
 def _take_up(draft: Draft, plan: bytes) -> None:
@@ -305,17 +310,6 @@ def _take_up(draft: Draft, plan: bytes) -> None:
     elif os.path.isdir(os.path.join(draft.store, renamed)):
         draft.sample.remove("")  # it was killed between the rename and the index
         os.rename(os.path.join(draft.store, renamed), draft.sample.location)
-
-
-def sweep(store: Location, samples: Iterable[str]) -> None:
-    """Remove what is left of the drafts of committed ``samples``: one that is killed while it cleans up leaves some."""
-    left = {name.split("/")[1] for name in place_of(store).names(INCOMING)}
-    for name in samples:
-        if not left.isdisjoint((name, f".{name}.lock")):
-            lock = lock_sample(store, name)
-            if lock is not None:
-                place_of(store).remove(f"{INCOMING}/{name}")
-                lock.release()
 
 
 def check_name(name: str) -> None:
