@@ -106,6 +106,7 @@ def test_h5ad_h5_and_mtx_of_the_same_cells_give_the_same_bytes(tmp_path: Path, t
 
 
 def test_fragments_equal_the_matrix_of_their_cut_sites(tmp_path: Path, toy_convert: Convert) -> None:
+    """Case 23."""
     cut_sites = np.zeros((30, len(PEAKS)), int)
     for chrom, start, end, barcode in FRAGMENTS:
         for j, (name, left, right) in enumerate(PEAKS):

@@ -18,6 +18,7 @@ from annatac_scale.store.writer import SampleWriter, create_store
 def test_two_samples_that_share_barcodes_keep_all_rows_in_input_order(
     tmp_path: Path, toy_convert: Convert
 ) -> None:
+    """Case 20."""
     for name in ("zz", "aa", "mm"):
         write_lines(tmp_path / f"{name}.tsv", FRAGMENTS)
     some_anndata().write_h5ad(tmp_path / "h.h5ad")
@@ -32,6 +33,7 @@ def test_two_samples_that_share_barcodes_keep_all_rows_in_input_order(
 def test_a_second_sample_leaves_the_bytes_of_the_first_untouched(
     tmp_path: Path, toy_convert: Convert
 ) -> None:
+    """Case 11."""
     write_lines(tmp_path / "a.tsv", FRAGMENTS)
     write_lines(tmp_path / "b.tsv", FRAGMENTS[::2])
     toy_convert(tmp_path / "a.tsv", min_fragments=0)
@@ -120,6 +122,7 @@ def test_a_sample_of_closed_islands_alone_is_refused(tmp_path: Path, toy_convert
 
 
 def test_a_truncated_file_is_never_a_sample(tmp_path: Path, toy_convert: Convert) -> None:
+    """Case 1."""
     text = write_lines(tmp_path / "x.tsv", FRAGMENTS).read_bytes()
     (tmp_path / "cut.tsv.gz").write_bytes(gzip.compress(text)[:-100])
     with pytest.raises(InputError, match=r"cut\.tsv\.gz, after line .*byte"):

@@ -170,15 +170,17 @@ def test_two_hundred_small_samples_are_all_there(tmp_path: Path, chrom_sizes: Pa
     assert obs.groupby("number", observed=True)["n_fragments"].sum().tolist() == [90] * n
 
 
+# ru_maxrss would begin with what the parent has.
 MEASURED = """
-import resource, sys
+import sys
 from annatac_scale.ingest.convert import convert
 convert(sys.argv[1], assembly="wide", chrom_sizes=sys.argv[2], out=sys.argv[3], select="all", min_fragments=0,
         range_bytes=1 << 20)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_memory_is_flat_from_2_000_to_50_000_cells(tmp_path: Path) -> None:
     """Case 3. 50,000 cells x 20,000 islands would take 1 GB."""
     (tmp_path / "sizes").write_text("chr1\t100000000\n")
