@@ -346,8 +346,11 @@ class _KeptDraft:
         return self.draft
 
     def __exit__(self, *error: Any) -> None:
-        if self.job.name not in committed_samples(self.store):
-            done = [name for name in self.draft.place.names() if "/" in name]
-            if not done:
-                self.draft.discard()
-        self._context.__exit__(*error)
+        try:
+            with suppress(StoreError):  # the store was removed meanwhile: the work's own error tells more
+                if self.job.name not in committed_samples(self.store):
+                    done = [name for name in self.draft.place.names() if "/" in name]
+                    if not done:
+                        self.draft.discard()
+        finally:
+            self._context.__exit__(*error)
