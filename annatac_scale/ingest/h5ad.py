@@ -95,6 +95,7 @@ def _open(path: Path, file: h5py.File, place: str, use_raw: bool, scratch: Place
         row_step=row_step,
         transposition=transposition,
     )
+    matrix.check_type(stored.dtype if encoding == "dense" else stored["data"].dtype)
     return matrix
 
 

@@ -175,15 +175,17 @@ class PeakMatrix:
                 "copy or make it again"
             ) from error
 
+    def check_type(self, dtype: np.dtype[Any]) -> None:
+        """Raise InputError where values of a type cannot be counts."""
+        if dtype.kind not in "biuf":
+            raise InputError(
+                f"{self.path}: found values of type {dtype} in {self.place}; expected counts; {self.remedy}"
+            )
+
     def first_bad(self, values: NDArray[Any]) -> int | None:
-        """Where the first value is that is no count, None where all are. Raises InputError for what are no numbers."""
+        """Where the first value is that is no count, None where all are."""
         if values.dtype.kind == "b":
             return None
-        if values.dtype.kind not in "iuf":
-            raise InputError(
-                f"{self.path}: found values of type {values.dtype} in {self.place}; "
-                f"expected counts; {self.remedy}"
-            )
         with np.errstate(invalid="ignore"):
             bad = ~((values >= 0) & (values <= _MAX_COUNT))
             if values.dtype.kind == "f":

@@ -42,7 +42,7 @@ def open_10x_h5(path: Path) -> PeakMatrix:
         _check_size(path, "matrix", (n_features, n_cells), (len(names), len(group["barcodes"])))
         columns = _peak_columns(path, _texts(features["feature_type"]))
         check_compressed(path, "matrix", group, n_cells)
-        return PeakMatrix(
+        matrix = PeakMatrix(
             path=path,
             kind="10x h5",
             place="matrix",
@@ -54,6 +54,7 @@ def open_10x_h5(path: Path) -> PeakMatrix:
             read_intervals=lambda: parse_names(_texts(names, columns), path, _NAMES_REMEDY),
             close=file.close,
         )
+        matrix.check_type(group["data"].dtype)
     except (KeyError, OSError, ValueError) as error:
         file.close()
         if isinstance(error, InputError):
@@ -62,6 +63,7 @@ def open_10x_h5(path: Path) -> PeakMatrix:
             f"{path}: cannot be read as a 10x h5 file ({error}); expected the group matrix with barcodes, "
             "features, data, indices, indptr and shape; check the file"
         ) from error
+    return matrix
 
 
 def n_cells_10x_h5(path: Path) -> int:

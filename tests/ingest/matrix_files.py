@@ -9,6 +9,8 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+from pyarrow import csv
 from scipy import sparse
 from scipy.io import mmwrite
 
@@ -79,4 +81,39 @@ def write_10x_mtx(
     for file in list(folder.iterdir()) if zipped else []:
         file.with_name(file.name + ".gz").write_bytes(gzip.compress(file.read_bytes()))
         file.unlink()
+    return folder
+
+
+def random_counts(n_cells: int, n_peaks: int, n_open: int, seed: int = 0) -> sparse.csr_matrix:
+    """Counts of 1 to 3 in ``n_open`` random peaks of each cell (fewer where one came twice), int32."""
+    rng = np.random.default_rng(seed)
+    peaks = rng.integers(0, n_peaks, n_cells * n_open, dtype=np.int32)
+    counts = rng.integers(1, 4, n_cells * n_open, dtype=np.int32)
+    matrix = sparse.csr_matrix(
+        (counts, peaks, np.arange(0, n_cells * n_open + 1, n_open)), shape=(n_cells, n_peaks)
+    )
+    matrix.sum_duplicates()
+    matrix.data[matrix.data > 3] = 3
+    return matrix
+
+
+def anndata_of(matrix: Any) -> anndata.AnnData:
+    """With barcodes C0, C1 ... and peaks of 400 bp every 1,000 bp of chr1."""
+    obs = pd.DataFrame(index=[f"C{i}" for i in range(matrix.shape[0])])
+    var = pd.DataFrame(index=[f"chr1:{i * 1000}-{i * 1000 + 400}" for i in range(matrix.shape[1])])
+    return anndata.AnnData(matrix, obs=obs, var=var)
+
+
+def write_large_10x_mtx(folder: Path, matrix: sparse.csr_matrix) -> Path:
+    """As anndata_of, the entries by cells."""
+    folder.mkdir()
+    (folder / "barcodes.tsv").write_text("".join(f"C{i}\n" for i in range(matrix.shape[0])))
+    bed = (f"chr1\t{i * 1000}\t{i * 1000 + 400}\n" for i in range(matrix.shape[1]))
+    (folder / "peaks.bed").write_text("".join(bed))
+    entries = matrix.tocoo()
+    table = pa.table({"peak": entries.col + 1, "cell": entries.row + 1, "count": entries.data})
+    head = f"%%MatrixMarket matrix coordinate integer general\n{matrix.shape[1]} {matrix.shape[0]} {matrix.nnz}\n"
+    with open(folder / "matrix.mtx", "wb") as file:
+        file.write(head.encode())
+        csv.write_csv(table, file, csv.WriteOptions(include_header=False, delimiter=" "))
     return folder

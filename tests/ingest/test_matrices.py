@@ -20,6 +20,7 @@ from annatac_scale.genome.assembly import Assembly
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.ingest.h5ad import open_h5ad
 from annatac_scale.ingest.matrices import PeakMatrix, count_islands
+from annatac_scale.ingest.open_matrix import open_matrix
 from annatac_scale.ingest.peaks import PeakSet, as_intervals
 from annatac_scale.ingest.samples import kind_of
 from annatac_scale.ingest.tenx import open_10x_h5, open_10x_mtx
@@ -248,6 +249,52 @@ def test_a_10x_folder_gives_its_peaks(tmp_path: Path, features: str, zipped: boo
     folder = write_10x_mtx(tmp_path / "m", matrix, features.split()[0], FEATURES[features], zipped)
     assert kind_of(folder) == "10x mtx"
     assert table(open_10x_mtx(folder)) == EXPECTED
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("features", ["peaks.bed", "features.tsv"])
+def test_features_may_end_their_lines_with_crlf_and_have_blank_ones(
+    tmp_path: Path, features: str, zipped: bool
+) -> None:
+    rows = [f"{row}\r" for row in FEATURES[features]]
+    for lines in (rows, [*rows[:7], "\r", *rows[7:]]):
+        folder = write_10x_mtx(tmp_path / str(len(lines)), COUNTS, features, lines, zipped)
+        assert table(open_10x_mtx(folder)) == EXPECTED
+
+
+@pytest.mark.parametrize("line", ["chr1\t5", "chr1\t9\t9", "chr1\t-1\t9", "chr1\tx\t9", "chr1\t1.0\t9"])
+def test_a_peak_of_a_folder_that_is_no_interval_is_refused_by_line(tmp_path: Path, line: str) -> None:
+    for features, rows in FEATURES.items():
+        if features in ("peaks.bed", "features.tsv of six"):
+            bad = list(rows)
+            bad[4] = line if features == "peaks.bed" else f"a\tb\tPeaks\t{line}"
+            folder = write_10x_mtx(tmp_path / features, COUNTS, features.split()[0], bad)
+            if features == "peaks.bed":
+                with pytest.raises(
+                    InputError, match=r"peaks\.bed\.gz, line 5: found .*expected 'chrom start end'"
+                ):
+                    open_10x_mtx(folder)
+            elif line != "chr1\t5":
+                with pytest.raises(InputError, match=r"features\.tsv\.gz, line 5: found .*'chrom start end'"):
+                    open_10x_mtx(folder)
+
+
+ALIKE = ["{}:{}-{}", "{}-{}-{}", "{}_{}_{}"]
+
+
+@pytest.mark.parametrize("kind", ["h5ad", "10x h5", "10x mtx"])
+def test_peak_names_in_every_spelling_parse_alike(tmp_path: Path, kind: str) -> None:
+    peaks = [*PEAKS[:32], ("chrUn_X_v1", 1, 2)]
+    spelled = [ALIKE[i % 3].format(*peak) for i, peak in enumerate(peaks)]
+    if kind == "h5ad":
+        data = some_anndata()
+        data.var_names = spelled
+        data.write_h5ad(tmp_path / "x")
+    elif kind == "10x h5":
+        write_10x_h5(tmp_path / "x", COUNTS, spelled)
+    else:
+        write_10x_mtx(tmp_path / "x", COUNTS, "features.tsv", spelled)
+    assert table(open_matrix(tmp_path / "x", kind)) == (BARCODES, names(peaks), EXPECTED[2])
 
 
 def test_a_10x_folder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
