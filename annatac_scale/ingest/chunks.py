@@ -11,7 +11,7 @@ islands is included. Each chunk (19,434 values, as anndata makes them) was read 
     not compressed               0.41               0.41        0.33
 """
 
-from typing import Any
+from typing import Any, cast
 
 import h5py
 import numpy as np
@@ -19,7 +19,7 @@ from h5py import h5z
 from isal import isal_zlib
 from numpy.typing import NDArray
 
-_IsalError: type[Exception] = vars(isal_zlib)["error"]
+_IsalError = cast("type[Exception]", isal_zlib.error)
 """Said to be an object, not a class, in the library's own types."""
 
 _FEW = 8

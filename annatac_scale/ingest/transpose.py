@@ -3,7 +3,9 @@
 The entries are read once. As many as fit into memory make a *run*: it is sorted by groups of 250 cells and written
 down, with the place of each group. Some rows are then one slice of each run. Both ways are linear in the entries:
 
-    reading    memory_bytes = 32 bytes an entry of a run, whatever the cells and peaks, and 8 bytes for 250 cells
+    reading    memory_bytes, whatever the cells and entries: a run has as many entries as there are 40 bytes in it (12
+               as they are read, twice 3 to 8 as they are written, the rest for the piece of the file they come from);
+               8 bytes for 250 cells, and 4 bytes a cell where they are put in another order than the file's
     rows       17 bytes for each entry of the rows that are asked for
     disk       for an entry, 1 byte for its row, 1 to 3 for its peak, 1 for its count (2 or 4 in a run with over 255)
 
@@ -32,7 +34,7 @@ from annatac_scale.store.schema import BLOCK_CELLS
 MEMORY_BYTES = 256 << 20
 """Memory of a transposition, beside that of the program."""
 
-_BYTES_AN_ENTRY = 32
+_BYTES_AN_ENTRY = 40
 _VERSION = 1
 _DONE = "transposed/done.json"
 _PLACES = "transposed/places"

@@ -23,6 +23,7 @@ from annatac_scale.ingest.tenx import n_cells_10x_mtx, open_10x_mtx
 from annatac_scale.ingest.transpose import Entries
 
 HEAD = "%%MatrixMarket matrix coordinate integer general\n"
+TAKEN = ["plain", "gzip", "many members", "bgzf"]
 Triple = tuple[int, int, int]
 
 
@@ -62,7 +63,7 @@ def spelled(value: int) -> st.SearchStrategy[str]:
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), room=st.integers(1, 12), form=st.sampled_from(list(FORMS)))
+@given(data=st.data(), room=st.integers(1, 12), form=st.sampled_from(TAKEN))
 def test_any_spelling_gives_the_entries_in_order(
     tmp_path: Path, data: st.DataObject, room: int, form: str
 ) -> None:
@@ -83,8 +84,8 @@ def test_lines_may_be_cut_anywhere_by_the_buffers(tmp_path: Path, monkeypatch: p
     lines = [f"{i % 9 + 1} {i % 8 + 1} {i}" for i in range(400)]
     path = written(tmp_path / "m.mtx", lines)
     expected = [(i % 9, i % 8, i) for i in range(400)]
-    for form in FORMS.values():
-        (tmp_path / "packed").write_bytes(form(path.read_bytes()))
+    for form in TAKEN:
+        (tmp_path / "packed").write_bytes(FORMS[form](path.read_bytes()))
         for n_bytes in (1, 7, 50, 1000):
             monkeypatch.setattr(market, "_TEXT_BYTES", n_bytes)
             assert entries_of(tmp_path / "packed", room=33) == expected

@@ -73,7 +73,7 @@ def test_any_rows_of_any_entries_come_back_whatever_the_memory(
     triples = np.array(data.draw(st.lists(triple, max_size=60)), np.int64).reshape(-1, 3)
     place = Folder(str(tmp_path_factory.mktemp("scratch")))
     made = Transposition(fill_from(*triples.T), n_cells, n_peaks, len(triples), "in any order", place)
-    made.make(memory_bytes=data.draw(st.sampled_from([1, 32 * 7, 1 << 20])))
+    made.make(memory_bytes=data.draw(st.sampled_from([1, 40 * 7, 1 << 20])))
     expected = sparse.coo_matrix(
         (triples[:, 2], (triples[:, 0], triples[:, 1])), shape=(n_cells, n_peaks)
     ).tocsr()
@@ -89,7 +89,7 @@ def test_rows_may_be_put_down_in_the_order_they_are_asked_for(
     counts = some_counts(20, 9)
     rows = np.array([*order[:n], *[-1] * n_absent, *order[n : n + 3]], np.int64)
     made = transposition_of(counts)
-    made.make(rows, memory_bytes=32 * 10)
+    made.make(rows, memory_bytes=40 * 10)
     stored = rows[rows >= 0]
     assert made.places(rows).tolist() == [list(stored).index(row) if row >= 0 else -1 for row in rows]
     assert made.rows(0, len(stored)).toarray().tolist() == counts[stored].toarray().tolist()
@@ -125,7 +125,7 @@ def test_listed_cells_come_in_their_order_from_every_layout(tmp_path: Path, layo
     rows[rng.integers(0, 600, 50)] = -1
     expected = COUNTS.toarray()[rows] * (rows >= 0)[:, None]
     matrix = opened(path, tmp_path / "scratch")
-    matrix.prepare(rows, memory_bytes=32 * 5000)
+    matrix.prepare(rows, memory_bytes=40 * 5000)
     # Another task, as on another machine, opens it anew.
     again = opened(path, tmp_path / "scratch")
     assert (again.counts(rows).toarray() == expected).all()
@@ -255,10 +255,10 @@ def test_a_killed_transposition_begins_anew_and_a_whole_one_is_kept(tmp_path: Pa
             raise KilledError
 
     with pytest.raises(KilledError):
-        made.make(advance=kill, memory_bytes=32 * 5000)
+        made.make(advance=kill, memory_bytes=40 * 5000)
     assert made._done() is None
     told.clear()
-    made.make(advance=told.append, memory_bytes=32 * 7000)
+    made.make(advance=told.append, memory_bytes=40 * 7000)
     assert sum(told) == COUNTS.nnz
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     again = transposition_of(COUNTS.tocsc(), tmp_path)
@@ -308,10 +308,10 @@ def test_a_disk_that_fills_on_the_way_is_said_and_the_next_run_goes_on(
     with pytest.raises(
         StoreError, match=r"scratch: found .*No space left.*; expected room for about 0\.\d MB"
     ):
-        opened(path, tmp_path / "scratch").prepare(memory_bytes=32 * 5000)
+        opened(path, tmp_path / "scratch").prepare(memory_bytes=40 * 5000)
     monkeypatch.undo()
     matrix = opened(path, tmp_path / "scratch")
-    matrix.prepare(memory_bytes=32 * 5000)
+    matrix.prepare(memory_bytes=40 * 5000)
     assert (matrix.counts(np.arange(1234)) != COUNTS).nnz == 0
 
 
