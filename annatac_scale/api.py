@@ -63,15 +63,17 @@ def convert(
     assembly: str | None = None,
     obs: AnyPath | None = None,
     sheet: AnyPath | None = None,
+    dry_run: bool = False,
     progress: Progress | None = None,
     **options: Any,
-) -> "ConvertReport":
+) -> "ConvertReport | ConversionPlan":
     """Convert inputs, or those of a ``sheet``, into the island store ``out``; without any, join ``obs`` to its cells.
 
-    assembly: needed with inputs; obs: table of labels
+    assembly: needed with inputs; obs: table of labels; dry_run: only tell what would be done, and what is wrong
     options: as in ``ingest.convert.ConvertOptions``, for inputs only
     """
     from annatac_scale.ingest.convert import convert as run
+    from annatac_scale.ingest.convert import dry_run as plan
 
     inputs = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     if obs is not None and not inputs and sheet is None:
@@ -81,7 +83,9 @@ def convert(
             "--assembly: found none; expected hg38, hg19, mm10, mm9, or a name together with --chrom-sizes; "
             "name the assembly that the inputs were aligned to"
         )
-    return run(inputs, assembly=assembly, out=out, obs=obs, sheet=sheet, progress=progress, **options)
+    return (plan if dry_run else run)(
+        inputs, assembly=assembly, out=out, obs=obs, sheet=sheet, progress=progress, **options
+    )
 
 
 def _join(

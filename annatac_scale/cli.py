@@ -84,6 +84,7 @@ def main() -> None:
 
 _file = partial(click.option, type=Path, metavar="FILE")
 _folder = partial(click.option, type=Path, metavar="FOLDER")
+_text = partial(click.option, metavar="FILE")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -143,18 +144,21 @@ def islands(out: Path | None, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("inputs", nargs=-1, type=Path)
+@click.argument("inputs", nargs=-1)
 @_islands_options(assembly_needed=False)
-@_folder("--out", required=True, help="The island store; one that is there gets the samples added.")
-@_file("--sheet", help="Table of inputs: sample, path, peaks, barcodes, obs; others become obs columns.")
+@click.option(
+    "--out", required=True, metavar="FOLDER|URL",
+    help="The island store, on disk or as s3://...; one that is there gets the samples added.",
+)  # fmt: skip
+@_text("--sheet", help="Table of inputs: sample, path, peaks, barcodes, obs; others become obs columns.")
 @click.option(
     "--sample",
     multiple=True,
     metavar="NAME",
     help="Name of an input, in their order; default: after the files.",
 )
-@_file("--peaks", help="BED file of peaks, for fragment files.")
-@_file("--barcodes", help="List of the cells to keep, one barcode a line; each gets a row.")
+@_text("--peaks", help="BED file of peaks, for fragment files.")
+@_text("--barcodes", help="List of the cells to keep, one barcode a line; each gets a row.")
 @click.option(
     "--min-fragments",
     default=1000,
@@ -180,7 +184,7 @@ def islands(out: Path | None, **options: Any) -> None:
     "--counting", default="insertion", help="What is counted in a peak.",
     type=click.Choice(["insertion", "fragment", "paired-insertion"]),
 )  # fmt: skip
-@_file("--obs", help="Table of labels: barcode, optional sample, any columns; X stays untouched.")
+@_text("--obs", help="Table of labels: barcode, optional sample, any columns; X stays untouched.")
 @click.option("--layer", metavar="NAME", help="Layer of an h5ad that holds the counts.")
 @click.option("--use-raw", is_flag=True, help="The counts are in raw/X of the h5ad.")
 @click.option(
@@ -194,18 +198,24 @@ def islands(out: Path | None, **options: Any) -> None:
 @click.option(
     "--scratch", metavar="FOLDER", help="Where to put down what a stopped run finds again; default: in --out."
 )
-def convert(inputs: Sequence[Path], **options: Any) -> None:
+@click.option(
+    "--dry-run", is_flag=True, help="Only tell what would be done, what it costs and what is wrong."
+)
+@_json
+@click.pass_context
+def convert(context: click.Context, inputs: Sequence[str], as_json: bool, **options: Any) -> None:
     """Convert peak matrices and fragment files into an island store.
 
     INPUTS are h5ad, 10x h5 and fragment files and 10x mtx folders, each a sample. Those that the store has already
     are skipped. Without INPUTS, --obs joins labels to the cells of the store.
     """
-    report = api.convert(list(inputs), progress=TerminalProgress(), **options)
-    for state in ("converted", "skipped", "relabelled"):
-        names = list(getattr(report, state))
-        if names:
-            click.echo(f"{state}: {', '.join(names)}")
-    click.echo(f"{report.store}")
+    found = api.convert(list(inputs), progress=TerminalProgress(), **options)
+    if as_json:
+        click.echo(_dumped(found.to_dict()))
+    else:
+        click.echo(found.text())
+    if not found.is_sound:
+        context.exit(USER_ERROR)
 
 
 @main.command()

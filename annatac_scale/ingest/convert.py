@@ -6,7 +6,7 @@ matrix has no ranges. Samples are committed in the order of the inputs, each as 
 
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ from annatac_scale.genome.annotation import builtin_tss, place_tss, read_gtf, re
 from annatac_scale.genome.assembly import BUILTIN_ASSEMBLIES, Assembly
 from annatac_scale.genome.islands import select_islands
 from annatac_scale.genome.rows import Path as AnyPath
+from annatac_scale.ingest.dry_run import ConversionPlan, plan_conversion
+from annatac_scale.ingest.estimate import check_disks
 from annatac_scale.ingest.fragment_tasks import Done, Said, with_labels
 from annatac_scale.ingest.graph import Graph, run_graph
 from annatac_scale.ingest.hook import Hook
 from annatac_scale.ingest.labels import LabelTable, read_labels
+from annatac_scale.ingest.local_copy import local_copy
 from annatac_scale.ingest.provenance import difference
 from annatac_scale.ingest.samples import (
     INSERTION,
@@ -112,6 +115,20 @@ class ConvertReport:
     skipped: list[str] = field(default_factory=list)
     relabelled: list[str] = field(default_factory=list)
 
+    is_sound = True
+    """As in ConversionPlan: whatever is wrong is raised."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON-able values."""
+        return asdict(self) | {"store": str(self.store)}
+
+    def text(self) -> str:
+        """Which samples were converted, skipped or relabelled, and where the store is."""
+        states = {"converted": self.converted, "skipped": self.skipped, "relabelled": self.relabelled}
+        return "\n".join(
+            [f"{state}: {', '.join(names)}" for state, names in states.items() if names] + [str(self.store)]
+        )
+
 
 def convert(
     inputs: AnyPath | Sequence[AnyPath] = (),
@@ -135,12 +152,43 @@ def convert(
     """
     chosen = ConvertOptions(**options)
     progress = progress or Silent()
+    samples, recipe = _begin(inputs, assembly, out, sheet, chosen, progress)
+    return _Conversion(samples, recipe, chosen.dask, progress).run()
+
+
+def dry_run(
+    inputs: AnyPath | Sequence[AnyPath] = (),
+    *,
+    assembly: str | Assembly,
+    out: AnyPath,
+    sheet: AnyPath | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> ConversionPlan:
+    """What ``convert`` would do with the same arguments, what it would cost, and what is wrong; nothing is written.
+
+    Raises as ``convert`` for what is wrong with the options, the sheet or the assembly; what is wrong with single inputs,
+    the store or the disks is in the plan.
+    """
+    chosen = ConvertOptions(**options)
+    samples, recipe = _begin(inputs, assembly, out, sheet, chosen, progress or Silent())
+    return plan_conversion(samples, recipe)
+
+
+def _begin(
+    inputs: AnyPath | Sequence[AnyPath],
+    assembly: str | Assembly,
+    out: AnyPath,
+    sheet: AnyPath | None,
+    options: ConvertOptions,
+    progress: Progress,
+) -> tuple[list[SampleInput], Recipe]:
+    """The samples, checked, and what they share."""
     store = located(out)
     _check_place(store)
-    samples = _samples(inputs, sheet, chosen)
+    samples = _samples(inputs, sheet, options)
     check_samples(samples)
-    recipe = _recipe(store, assembly, chosen, progress)
-    return _Conversion(samples, recipe, chosen.dask, progress).run()
+    return samples, _recipe(store, assembly, options, progress)
 
 
 def _recipe(store: Location, assembly: str | Assembly, options: ConvertOptions, progress: Progress) -> Recipe:
@@ -193,7 +241,7 @@ def _samples(
         raise InputError(
             f"{sheet}: found a sheet together with inputs or --sample; expected one of both; put all into the sheet"
         )
-    found = name_inputs(paths, options.sample) if sheet is None else read_sheet(sheet)
+    found = name_inputs(paths, options.sample) if sheet is None else _read_sheet(located(sheet))
     return [
         replace(
             sample,
@@ -203,6 +251,17 @@ def _samples(
         )
         for sample in found
     ]
+
+
+def _read_sheet(sheet: Location) -> list[SampleInput]:
+    folder = str(sheet).rsplit("/", 1)[0] if is_url(sheet) else Path(sheet).parent
+    with local_copy(sheet) as file:
+        return read_sheet(file, folder)
+
+
+def _labels(path: Location) -> LabelTable:
+    with local_copy(path) as file:
+        return read_labels(file)
 
 
 def _located(path: AnyPath | None) -> Location | None:
@@ -234,7 +293,7 @@ class _Conversion:
             for line in ignored_options(sample, self.jobs[sample.name].kind, recipe):
                 progress.say(line)
         paths = dict.fromkeys(sample.obs for sample in samples if sample.obs is not None)
-        self.labels = {path: read_labels(path) for path in paths}
+        self.labels = {path: _labels(path) for path in paths}
         self.matched: set[Location] = set()
 
     def run(self) -> ConvertReport:
@@ -246,6 +305,7 @@ class _Conversion:
             self._look_at_store()
         todo = [self.jobs[sample.name] for sample in self.samples if sample.name not in self.report.skipped]
         if todo:
+            check_disks(todo, self.recipe)
             with ExitStack() as left_behind:
                 if is_new:  # runs after the drafts are left, and where an interrupt comes early
                     left_behind.callback(remove_empty, store)

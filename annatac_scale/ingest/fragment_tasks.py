@@ -6,7 +6,6 @@ found again by the next run; what they tell the user they return.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from annatac_scale.ingest.finish import finish_shard, n_open_name
 from annatac_scale.ingest.fragments import Counting, count_range, count_stream
 from annatac_scale.ingest.key_table import KeyTable, table_of
 from annatac_scale.ingest.labels import LabelTable, join_labels
+from annatac_scale.ingest.local_copy import local_copy
 from annatac_scale.ingest.peaks import PeakSet, read_bed
 from annatac_scale.ingest.provenance import digested, now, versions
 from annatac_scale.ingest.quality import fragment_quality
@@ -58,7 +58,8 @@ def fragment_peaks(recipe: Recipe, path: Location | None) -> FragmentPeaks:
     if path is None:
         peaks, repeated = PeakSet.of_space(recipe.space), {}
     else:
-        intervals, n_repeated = read_bed(Path(path))
+        with local_copy(path) as file:
+            intervals, n_repeated = read_bed(file)
         peaks = PeakSet.of_intervals(intervals, recipe.assembly, recipe.space, path)
         repeated = {"repeated": n_repeated}
     return FragmentPeaks(peaks, cut_genome(peaks, recipe.assembly, tss), peaks.accounting() | repeated)
@@ -66,7 +67,8 @@ def fragment_peaks(recipe: Recipe, path: Location | None) -> FragmentPeaks:
 
 def listed_barcodes(recipe: Recipe, path: Location) -> KeyTable:
     """The cells of a list, numbered by their rows."""
-    return table_of([barcode.encode() for barcode in read_barcodes(Path(path), recipe.assembly.name)])
+    with local_copy(path) as file:
+        return table_of([barcode.encode() for barcode in read_barcodes(file, recipe.assembly.name)])
 
 
 def counting_of(recipe: Recipe, source: FragmentPeaks, barcodes: KeyTable | None) -> Counting:

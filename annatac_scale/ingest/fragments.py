@@ -150,6 +150,14 @@ def _count(
     return summaries
 
 
+def check_lines(file: TextFile, lines: bytes, counting: Counting) -> None:
+    """Raise InputError for an invalid line among the first ``lines`` of a file, where those are not passed over."""
+    try:
+        _Strand(counting, lambda n_bytes, n_lines: None).count(0, lines)
+    except _InvalidLineError as error:
+        raise error.explained(file, error.n_before + 1, counting.assembly) from error
+
+
 def _may_be_used(spill: Spill, counting: Counting) -> bool:
     """Whether an earlier run's spill is whole, and holds no invalid line that it passed over and this run may not."""
     if not spill.is_whole():

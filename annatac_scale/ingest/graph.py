@@ -40,6 +40,7 @@ class Graph:
         self._shared = delayed(recipe, traverse=False)
         self._peaks: dict[Location | None, Delayed] = {}
         self._listed: dict[Location, Delayed] = {}
+        self._countings: dict[tuple[Location | None, Location | None], Delayed] = {}
         self._labels: dict[int, Delayed] = {}
         self._last: Delayed | None = None
 
@@ -54,16 +55,7 @@ class Graph:
         self.commits[self._last.key] = self._last
 
     def _fragments(self, job: Job, task: Delayed, labels: Delayed | None, needed: bool) -> Delayed:
-        peaks, barcodes = job.sample.peaks, job.sample.barcodes
-        source = self._peaks.get(peaks)
-        if source is None:
-            source = self._peaks[peaks] = _task(fragment_peaks, self._shared, peaks)
-        listed = None
-        if barcodes is not None:
-            listed = self._listed.get(barcodes)
-            if listed is None:
-                listed = self._listed[barcodes] = _task(listed_barcodes, self._shared, barcodes)
-        counting = _task(counting_of, self._shared, source, listed)
+        source, counting = self._counted_over(job.sample.peaks, job.sample.barcodes)
         counted = []
         for number in range(job.text.n_ranges):
             counted.append(_task(count_fragments, task, number, self._shared, counting))
@@ -75,6 +67,22 @@ class Graph:
             for part in range(n_parts)
         ]
         return _task(commit_fragments, task, self._shared, source, cells, labels, needed, records, self._last)
+
+    def _counted_over(self, peaks: Location | None, barcodes: Location | None) -> tuple[Delayed, Delayed]:
+        """The tasks that read peaks and make them ready for counting: one for all samples that share them.
+
+        So their ranges are ready at once, and Dask takes them sample by sample.
+        """
+        if peaks not in self._peaks:
+            self._peaks[peaks] = _task(fragment_peaks, self._shared, peaks)
+        source, listed = self._peaks[peaks], None
+        if barcodes is not None:
+            if barcodes not in self._listed:
+                self._listed[barcodes] = _task(listed_barcodes, self._shared, barcodes)
+            listed = self._listed[barcodes]
+        if (peaks, barcodes) not in self._countings:
+            self._countings[peaks, barcodes] = _task(counting_of, self._shared, source, listed)
+        return source, self._countings[peaks, barcodes]
 
     def _matrix(self, job: Job, task: Delayed, labels: Delayed | None, needed: bool) -> Delayed:
         plan = _task(plan_matrix, task, self._shared)
@@ -92,7 +100,7 @@ class Graph:
 
 
 def _task(function: Callable[..., Any], *arguments: Any) -> Delayed:
-    # pure=False: names tasks by number, where hashing their arguments would cost more than some of the tasks.
+    # pure=False: names tasks at random, where hashing their arguments would cost more than some of the tasks.
     return delayed(function, pure=False)(*arguments)
 
 

@@ -21,19 +21,16 @@ from annatac_scale.ingest.fragment_tasks import (
     tell_peaks,
     with_labels,
 )
-from annatac_scale.ingest.h5ad import open_h5ad
 from annatac_scale.ingest.labels import LabelTable
-from annatac_scale.ingest.matrices import IslandCounts, PeakMatrix, count_islands
+from annatac_scale.ingest.local_copy import local_copy
+from annatac_scale.ingest.matrices import PeakMatrix
+from annatac_scale.ingest.open_matrix import open_matrix
 from annatac_scale.ingest.peaks import PeakSet
 from annatac_scale.ingest.quality import matrix_quality, with_given
-from annatac_scale.ingest.samples import H5AD, TENX_H5, Job, Recipe
+from annatac_scale.ingest.samples import Job, Recipe
 from annatac_scale.ingest.tables import read_barcodes, some
-from annatac_scale.ingest.tenx import open_10x_h5, open_10x_mtx
 from annatac_scale.store.draft import Draft, ShardRecord
 from annatac_scale.store.schema import SHARD_CELLS
-
-_ROWS_AT_ONCE = 1000
-"""Counts of peaks take ten times the memory of open islands: a shard is read in parts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,28 +49,29 @@ class MatrixPlan:
 
 
 def plan_matrix(job: Job, recipe: Recipe) -> MatrixPlan:
-    """Look at a matrix, and make it readable by rows where it is not."""
+    """Look at a matrix, and make it readable by rows where it is not stored so."""
     matrix = _open(job, recipe)
     try:
         peaks = PeakSet.of_intervals(matrix.intervals, recipe.assembly, recipe.space, job.sample.path)
         barcodes, rows = _rows_of_cells(job, recipe, matrix)
-        return MatrixPlan(peaks, barcodes, rows, matrix.obs.reindex(barcodes), len(matrix), matrix.note)
+        given = matrix.obs.reindex(barcodes)
+        matrix.prepare(rows, lambda _: recipe.hook.worked(job.name, 0))
+        return MatrixPlan(peaks, barcodes, rows, given, len(matrix), matrix.note)
     finally:
         matrix.close()
 
 
 def _open(job: Job, recipe: Recipe) -> PeakMatrix:
-    path = Path(job.sample.path)
-    if job.kind == H5AD:
-        return open_h5ad(path, recipe.layer, recipe.use_raw)
-    return open_10x_h5(path) if job.kind == TENX_H5 else open_10x_mtx(path)
+    scratch = job.scratch(recipe)
+    return open_matrix(Path(job.sample.path), job.kind, recipe.layer, recipe.use_raw, scratch)
 
 
 def _rows_of_cells(job: Job, recipe: Recipe, matrix: PeakMatrix) -> tuple[pd.Index, NDArray[np.int64]]:
     """Barcodes of the cells, and the row of each in the file, -1 for a listed barcode that it does not have."""
     if job.sample.barcodes is None:
         return matrix.obs.index, np.arange(len(matrix))
-    listed = read_barcodes(Path(job.sample.barcodes), recipe.assembly.name)
+    with local_copy(job.sample.barcodes) as file:
+        listed = read_barcodes(file, recipe.assembly.name)
     barcodes = pd.Index(listed, dtype=object)
     rows = matrix.obs.index.get_indexer(barcodes).astype(np.int64)
     if (rows < 0).all():
@@ -114,11 +112,7 @@ def _quality_name(shard: int) -> str:
 
 def _write_shard(draft: Draft, matrix: PeakMatrix, plan: MatrixPlan, shard: int) -> ShardRecord:
     rows = plan.rows[_cells_of(shard)]
-    parts = [
-        count_islands(matrix.counts(rows[first : first + _ROWS_AT_ONCE]), plan.peaks)
-        for first in range(0, len(rows), _ROWS_AT_ONCE)
-    ]
-    counted = IslandCounts.concatenate(parts)
+    counted = matrix.islands(rows, plan.peaks)
     quality = np.stack([counted.n_counts, counted.open.n_open.astype(np.int64), counted.n_inside])
     draft.place.write(_quality_name(shard), quality.tobytes())
     return draft.write_shard(shard, counted.open)
@@ -160,4 +154,5 @@ def commit_matrix(
         "cells": {"cells": len(plan.rows), "not_listed": not_listed, "not_in_file": absent},
     }
     job.place.commit(shards, obs, plan.peaks.measured, conversion)
+    job.scratch(recipe).remove("")
     return Done(job.name, conversion, said.lines, labelled)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.ingest.fragments import spill_names
 from annatac_scale.ingest.h5ad import open_hdf5
 from annatac_scale.ingest.hook import Hook
+from annatac_scale.ingest.local_copy import local_copy
 from annatac_scale.ingest.provenance import stamps
 from annatac_scale.ingest.sheet import SampleInput
 from annatac_scale.ingest.tables import read_barcodes
@@ -183,6 +185,11 @@ def kind_of(location: Location) -> str:
     is_hdf5 = blob_of(location).read(0, len(_HDF5)) == _HDF5
     if not is_hdf5 and not str(location).lower().endswith(_HDF5_NAMES):
         return FRAGMENTS
+    if is_url(location):
+        raise InputError(
+            f"{location}: found an HDF5 file in object storage; expected fragments there, or a matrix on disk; copy the "
+            "file to a disk first"
+        )
     with open_hdf5(Path(location)) as file:
         if "matrix" in file:
             return TENX_H5
@@ -240,7 +247,14 @@ def check_options(sample: SampleInput, kind: str, recipe: Recipe) -> None:
             "a table of them; give --tss or --gtf"
         )
     if sample.barcodes is not None:
-        read_barcodes(Path(sample.barcodes), recipe.assembly.name)
+        _check_barcodes(sample.barcodes, recipe.assembly.name, blob_of(sample.barcodes).stamp)
+
+
+@lru_cache(maxsize=16)
+def _check_barcodes(location: Location, assembly: str, stamp: int | str) -> None:
+    """Read a list once, which hundreds of samples may share; ``stamp`` tells one that was changed."""
+    with local_copy(location) as file:
+        read_barcodes(file, assembly)
 
 
 def ignored_options(sample: SampleInput, kind: str, recipe: Recipe) -> list[str]:
