@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from annatac_scale.annotate.predict import PredictReport
     from annatac_scale.genome.islands import IslandSpace
     from annatac_scale.ingest.convert import ConvertReport
+    from annatac_scale.ingest.dry_run import ConversionPlan
     from annatac_scale.report.quality import QualityTable
     from annatac_scale.store.info import StoreInfo
     from annatac_scale.train.finetune import FinetuneReport

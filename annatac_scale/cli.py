@@ -199,6 +199,13 @@ def islands(out: Path | None, **options: Any) -> None:
     "--scratch", metavar="FOLDER", help="Where to put down what a stopped run finds again; default: in --out."
 )
 @click.option(
+    "--range-bytes",
+    default=32 << 20,
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Size of the ranges that fragment files are cut into; a stopped run loses one a worker at most.",
+)
+@click.option(
     "--dry-run", is_flag=True, help="Only tell what would be done, what it costs and what is wrong."
 )
 @_json

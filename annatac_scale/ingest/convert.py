@@ -20,7 +20,7 @@ from annatac_scale.genome.rows import Path as AnyPath
 from annatac_scale.ingest.dry_run import ConversionPlan, plan_conversion
 from annatac_scale.ingest.estimate import check_disks
 from annatac_scale.ingest.fragment_tasks import Done, Said, with_labels
-from annatac_scale.ingest.graph import Graph, run_graph
+from annatac_scale.ingest.graph import SAMPLES_ON_CLUSTER, Graph, run_graph
 from annatac_scale.ingest.hook import Hook
 from annatac_scale.ingest.labels import LabelTable, read_labels
 from annatac_scale.ingest.local_copy import local_copy
@@ -167,8 +167,8 @@ def dry_run(
 ) -> ConversionPlan:
     """What ``convert`` would do with the same arguments, what it would cost, and what is wrong; nothing is written.
 
-    Raises as ``convert`` for what is wrong with the options, the sheet or the assembly; what is wrong with single inputs,
-    the store or the disks is in the plan.
+    Raises as ``convert`` for what is wrong with the options, the sheet or the assembly; what is wrong with single
+    inputs, the store or the disks is in the plan.
     """
     chosen = ConvertOptions(**options)
     samples, recipe = _begin(inputs, assembly, out, sheet, chosen, progress or Silent())
@@ -323,7 +323,7 @@ class _Conversion:
             )
             drafts = {job.name: stack.enter_context(self._draft(job)) for job in todo}
             recipe = replace(self.recipe, hook=Hook(advance))
-            graph = Graph(recipe)
+            graph = Graph(recipe, SAMPLES_ON_CLUSTER if self.dask else None)
             for job in todo:
                 labels = None if job.sample.obs is None else self.labels[job.sample.obs]
                 graph.add(job.begun(drafts[job.name]), labels, self._needed(labels))

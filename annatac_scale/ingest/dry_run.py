@@ -89,14 +89,17 @@ class ConversionPlan:
             for row in rows
         ]
         todo = [sample for sample in self.samples if sample.state in ("convert", "go on")]
-        lines += [
-            "",
-            f"{len(todo):,} of {len(self.samples):,} samples to convert into {self.store}: "
-            f"about {sum(sample.lines for sample in todo):,} lines over {self.islands:,} islands of {self.assembly}",
-            f"disk: at most {shown_bytes(sum(sample.store_bytes for sample in todo))} for the store and, on the way, "
+        n_lines, stored = sum(sample.lines for sample in todo), sum(sample.store_bytes for sample in todo)
+        lines.append("")
+        lines.append(
+            f"{len(todo):,} of {len(self.samples):,} samples to convert into {self.store}: about {n_lines:,} lines "
+            f"over {self.islands:,} islands of {self.assembly}"
+        )
+        lines.append(
+            f"disk: at most {shown_bytes(stored)} for the store and, on the way, "
             f"{shown_bytes(_on_the_way(todo, self.workers))}; memory: about {shown_bytes(self.memory_bytes)} for "
-            f"{self.workers} workers, and 200 bytes a barcode of a file",
-        ]
+            f"{self.workers} workers, and 200 bytes a barcode of a file"
+        )
         for sample in self.samples:
             lines += [f"{sample.name}: {note}" for note in sample.notes]
         lines += [f"problem: {problem}" for problem in self.problems]
@@ -236,8 +239,8 @@ class _Planner:
         if listed is not None and barcodes and barcodes.isdisjoint(listed):
             raise InputError(
                 f"{job.text.location}: found barcodes such as {some(sorted(barcodes))}, and none of the "
-                f"{len(listed):,} listed ones, such as {some(list(listed[:3]))}, in its first {len(lines):,} lines; give "
-                "the list of this sample"
+                f"{len(listed):,} listed ones, such as {some(list(listed[:3]))}, in its first {len(lines):,} lines; "
+                "give the list of this sample"
             )
 
 
@@ -249,8 +252,8 @@ def _check_store(recipe: Recipe) -> None:
     for key in ("assembly", "width_bp", "islands_sha256", "counting"):
         if found[key] != wanted[key]:
             raise StoreError(
-                f"{recipe.store}: holds {key} {found[key]!r}, but {wanted[key]!r} was asked for; use the store's own, or "
-                "another --out"
+                f"{recipe.store}: holds {key} {found[key]!r}, but {wanted[key]!r} was asked for; use the store's own, "
+                "or another --out"
             )
 
 

@@ -123,7 +123,7 @@ def check_disks(jobs: Sequence[Job], recipe: Recipe) -> None:
         if free < n_bytes:
             raise StoreError(
                 f"{folder}: found {shown_bytes(free)} free; expected {shown_bytes(n_bytes)}, which "
-                f"{' and '.join(what)} may need; free some space, or give a folder on another disk with --scratch or --out"
+                f"{' and '.join(what)} may need; free some space, or give a folder elsewhere with --scratch or --out"
             )
 
 

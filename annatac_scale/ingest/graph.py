@@ -27,14 +27,22 @@ from annatac_scale.ingest.samples import FRAGMENTS, Job, Recipe
 from annatac_scale.progress import Advance
 from annatac_scale.store.place import Location
 
+SAMPLES_ON_CLUSTER = 64
+"""Samples at once on a cluster, whatever its workers."""
+
 _SECONDS_TO_CONNECT = 30
 
 
 class Graph:
-    """The tasks of all samples of a conversion."""
+    """The tasks of all samples of a conversion.
 
-    def __init__(self, recipe: Recipe) -> None:
+    at_once: samples that are on the way at the same time, at most: each has to put down what it has counted until its
+    commit; None: one more than there are workers
+    """
+
+    def __init__(self, recipe: Recipe, at_once: int | None = None) -> None:
         self.recipe = recipe
+        self._at_once = at_once or recipe.workers + 1
         self.commits: dict[Hashable, Delayed] = {}
         self.counts: dict[Hashable, tuple[Job, int, Delayed]] = {}
         self._shared = delayed(recipe, traverse=False)
@@ -50,6 +58,9 @@ class Graph:
         if labels is not None:
             with_labels = self._labels.setdefault(id(labels), delayed(labels, traverse=False))
         task = delayed(job, traverse=False)
+        before = list(self.commits.values())[-self._at_once :]
+        if len(before) == self._at_once:
+            task = _task(_in_turn, task, before[0])
         add = self._fragments if job.kind == FRAGMENTS else self._matrix
         self._last = add(job, task, with_labels, needed)
         self.commits[self._last.key] = self._last
@@ -69,10 +80,7 @@ class Graph:
         return _task(commit_fragments, task, self._shared, source, cells, labels, needed, records, self._last)
 
     def _counted_over(self, peaks: Location | None, barcodes: Location | None) -> tuple[Delayed, Delayed]:
-        """The tasks that read peaks and make them ready for counting: one for all samples that share them.
-
-        So their ranges are ready at once, and Dask takes them sample by sample.
-        """
+        """The tasks that read peaks and make them ready for counting: one for all samples that share them."""
         if peaks not in self._peaks:
             self._peaks[peaks] = _task(fragment_peaks, self._shared, peaks)
         source, listed = self._peaks[peaks], None
@@ -102,6 +110,11 @@ class Graph:
 def _task(function: Callable[..., Any], *arguments: Any) -> Delayed:
     # pure=False: names tasks at random, where hashing their arguments would cost more than some of the tasks.
     return delayed(function, pure=False)(*arguments)
+
+
+def _in_turn(job: Job, previous: Done) -> Job:
+    """The job of a sample that waits for the commit of an earlier one."""
+    return job
 
 
 def run_graph(graph: Graph, address: str | None, note: Callable[[Done], None], advance: Advance) -> None:

@@ -6,7 +6,6 @@ from functools import cache
 import h5py
 import numpy as np
 import pandas as pd
-from anndata.io import read_elem
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -22,6 +21,7 @@ from annatac_scale.ingest.matrices import (
 )
 from annatac_scale.ingest.peaks import Intervals, parse_names
 from annatac_scale.ingest.transpose import Entries, Transposition
+from annatac_scale.store.elements import read_elem
 from annatac_scale.store.place import Place
 
 _CHROM = ("chrom", "chr", "seqnames", "chromosome")

@@ -187,8 +187,8 @@ def kind_of(location: Location) -> str:
         return FRAGMENTS
     if is_url(location):
         raise InputError(
-            f"{location}: found an HDF5 file in object storage; expected fragments there, or a matrix on disk; copy the "
-            "file to a disk first"
+            f"{location}: found an HDF5 file in object storage; expected fragments there, or a matrix on disk; copy it "
+            "to a disk first"
         )
     with open_hdf5(Path(location)) as file:
         if "matrix" in file:

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import numpy as np
-from anndata.io import read_elem
 from numpy.typing import NDArray
 
 from annatac_scale.store import schema
+from annatac_scale.store.elements import read_elem
 from annatac_scale.store.files import INCOMING
 from annatac_scale.store.place import place_of
 from annatac_scale.store.store import IslandStore, Sample

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from anndata.io import read_elem
 from numpy.typing import NDArray
 
 from annatac_scale.errors import InputError, StoreError
 from annatac_scale.store import schema
+from annatac_scale.store.elements import read_elem
 from annatac_scale.store.files import INCOMING, move
 from annatac_scale.store.frames import frame_files
 from annatac_scale.store.locks import remove_incoming_if_empty, store_lock

@@ -163,7 +163,7 @@ class Folder:
             for new, present in (copies or {}).items():
                 _link(self._path(present), self._path(new))
             in_parallel(lambda name: write_new(self._path(name), files[name], wait=True), list(files))
-            in_parallel(sync, list(made))
+            in_parallel(sync, [folder or "." for folder in made])
         except OSError as error:
             raise as_store_error(error, error.filename or self.location, "written") from error
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import zarr
-from anndata.io import read_elem
 from numpy.typing import NDArray
 
 from annatac_scale.errors import InputError, StoreError
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.store import schema
 from annatac_scale.store.create import remove_empty
+from annatac_scale.store.elements import read_elem
 from annatac_scale.store.metadata import read_index, read_root
 from annatac_scale.store.obs import finish_obs
 from annatac_scale.store.open_islands import OpenIslands

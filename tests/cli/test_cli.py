@@ -157,7 +157,7 @@ def test_no_words_at_all_show_the_help() -> None:
 def test_convert_has_the_options_that_were_agreed_on() -> None:
     agreed = (
         "assembly out peaks sample select counting barcodes min-fragments layer use-raw workers obs sheet "
-        "chrom-sizes tss gtf"
+        "chrom-sizes tss gtf min-tsse qc on-invalid dask scratch range-bytes dry-run json"
     )
     options = {option for parameter in main.commands["convert"].params for option in parameter.opts}
     assert {f"--{name}" for name in agreed.split()} == options - {"inputs"}

@@ -11,6 +11,7 @@ from stores import FRAGMENTS, Convert, all_bytes, digests, write_lines, write_pe
 from annatac_scale.errors import InputError, StoreError
 from annatac_scale.ingest import graph
 from annatac_scale.store.info import describe
+from annatac_scale.store.metadata import committed_samples
 from annatac_scale.store.store import IslandStore, remove_empty
 from annatac_scale.store.writer import SampleWriter, create_store
 
@@ -28,6 +29,25 @@ def test_two_samples_that_share_barcodes_keep_all_rows_in_input_order(
     store = IslandStore.open(tmp_path / "atlas.zarr")
     assert list(store.samples) == list(report.converted) == ["zz", "h", "aa", "mm"]
     assert store.n_cells == 4 * 30
+
+
+def test_no_more_samples_than_workers_and_one_are_on_the_way(
+    tmp_path: Path, toy_convert: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that what they put down until their commit has room."""
+    names = [f"s{i}" for i in range(12)]
+    for name in names:
+        write_lines(tmp_path / f"{name}.tsv", FRAGMENTS)
+    count, begun = graph.count_fragments, []
+
+    def noted(job: Any, *arguments: Any) -> Any:
+        begun.append((job.name, len(committed_samples(tmp_path / "atlas.zarr"))))
+        return count(job, *arguments)
+
+    monkeypatch.setattr(graph, "count_fragments", noted)
+    inputs = [tmp_path / f"{name}.tsv" for name in names]
+    toy_convert(inputs, min_fragments=0, range_bytes=20_000, workers=3)
+    assert max(int(name[1:]) - n_committed for name, n_committed in begun) == 3
 
 
 def test_a_second_sample_leaves_the_bytes_of_the_first_untouched(
