@@ -15,7 +15,7 @@ from annatac_scale.errors import InputError
 from annatac_scale.ingest import kernel
 from annatac_scale.ingest.cells import Cells, choose_cells
 from annatac_scale.ingest.finish import finish_shard, n_open_name
-from annatac_scale.ingest.fragments import Counting, count_range, count_stream
+from annatac_scale.ingest.fragments import Counting, count_range, count_stream, spill_names
 from annatac_scale.ingest.key_table import KeyTable, table_of
 from annatac_scale.ingest.labels import LabelTable, join_labels
 from annatac_scale.ingest.local_copy import local_copy
@@ -109,7 +109,8 @@ def call_cells(job: Job, recipe: Recipe, counting: Counting, counted: Sequence[A
             place.remove(name)
         forget_shards(job.place)
         place.write(_CHOSEN, options)
-    return choose_cells(job.text, place, job.spill_names(), counting, recipe.min_fragments, recipe.min_tsse)
+    names = spill_names(job.text, place)
+    return choose_cells(job.text, place, names, counting, recipe.min_fragments, recipe.min_tsse)
 
 
 def finish_fragments(
@@ -118,11 +119,11 @@ def finish_fragments(
     """Write every ``n_parts``-th shard from ``part`` on."""
     if not cells.lines["counted"]:
         raise no_count(job, recipe)
-    n_cells, records = len(cells.barcodes), []
+    n_cells, records, place = len(cells.barcodes), [], job.scratch(recipe)
     for shard in range(part, -(-n_cells // SHARD_CELLS), n_parts):
         recipe.hook.worked(job.name, 0)
         records.append(
-            finish_shard(job.place, job.scratch(recipe), job.spill_names(), n_cells, shard, source.peaks.n)
+            finish_shard(job.place, place, spill_names(job.text, place), n_cells, shard, source.peaks.n)
         )
     return records
 

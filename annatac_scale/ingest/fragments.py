@@ -4,8 +4,10 @@ The order of lines never matters. A line that repeats counts again. Column 5, th
 changes counts; it tells the share of duplicates.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +48,8 @@ INVALID = {
 MITOCHONDRIA = ("chrM", "chrMT", "M", "MT")
 
 _KEYS = 1 << 22
+_PARTS = "parts.json"
+_BUFFERS_OF_PART = 128
 _COLUMNS = "4 or more columns 'contig start end barcode' separated by tabs"
 _EXPECTED = {
     kernel.FEW_COLUMNS: _COLUMNS,
@@ -96,10 +100,12 @@ class Counting:
         )
 
 
-def spill_names(file: TextFile, n_strands: int) -> list[str]:
-    """The spills of a file: one a range, or one a strand where it is a single stream."""
-    n = file.n_ranges if file.n_ranges > 1 else max(1, n_strands)
-    return [f"ranges/{number}" for number in range(n)]
+def spill_names(file: TextFile, place: Place) -> list[str]:
+    """The spills of a file that was counted: one a range, or those of the parts of a single stream."""
+    if file.n_ranges > 1:
+        return [f"ranges/{number}" for number in range(file.n_ranges)]
+    names: list[str] = json.loads(place.read(_PARTS))
+    return names
 
 
 def count_range(
@@ -110,44 +116,56 @@ def count_range(
     advance: told the bytes of the file and the lines that were worked through
     Raises InputError naming file and line for an invalid line and for data cut off or damaged.
     """
-    return _count(file, number, spill_names(file, 1)[number : number + 1], counting, place, advance)[0]
+    name = spill_names(file, place)[number]
+    if _may_be_used(place, name, counting):
+        return Spill(place, name).summary | {"found": True}
+    reader = RangeReader(file, number, lambda n_bytes: advance(n_bytes, 0))
+    strand = _Strand(counting, advance)
+    with _explained(file, number, counting) as counted:
+        for i, buffer in enumerate(counted(reader.buffers())):
+            strand.count(i, buffer)
+    summary, arrays = strand.told()
+    summary |= {"first_block": reader.first_block, "end": reader.end, "digest": reader.digest().hex()}
+    place.write(name, packed(summary, arrays))
+    return summary
 
 
 def count_stream(
     file: TextFile, n_strands: int, counting: Counting, place: Place, advance: Callable[[int, int], None]
 ) -> list[dict[str, Any]]:
-    """As ``count_range``, for a file of one range whose text is dealt to several threads while it is decompressed."""
-    return _count(file, 0, spill_names(file, n_strands), counting, place, advance)
+    """As ``count_range``, for a file of one range, whose text is dealt to several threads while it is decompressed.
+
+    Each thread writes a spill for every 128 buffers, so that memory does not grow with the file; those that an earlier
+    run left are not counted again, though the file is decompressed from its beginning.
+    """
+    if place.size(_PARTS) is not None:
+        names = spill_names(file, place)
+        if all(_may_be_used(place, name, counting) for name in names):
+            return [Spill(place, name).summary | {"found": True} for name in names]
+    reader = RangeReader(file, 0, lambda n_bytes: advance(n_bytes, 0))
+    n_strands = max(1, n_strands)
+    strands = [_Parts(strand, n_strands, counting, place, advance) for strand in range(n_strands)]
+    with _explained(file, 0, counting) as counted:
+        (_deal if n_strands > 1 else _follow)(counted(reader.buffers()), strands)
+    for strand in strands:
+        strand.end(reader.digest().hex())
+    names = [name for strand in strands for name in strand.names]
+    place.write(_PARTS, json.dumps(names).encode())
+    return [Spill(place, name).summary for name in names]
 
 
-def _count(
-    file: TextFile,
-    number: int,
-    names: list[str],
-    counting: Counting,
-    place: Place,
-    advance: Callable[[int, int], None],
-) -> list[dict[str, Any]]:
-    found = [Spill(place, name) for name in names if place.size(name) is not None]
-    if len(found) == len(names) and all(_may_be_used(spill, counting) for spill in found):
-        return [spill.summary | {"found": True} for spill in found]
-    reader = RangeReader(file, number, lambda n_bytes: advance(n_bytes, 0))
-    strands = [_Strand(counting, advance) for _ in names]
-    place_of_error = _Where(file, number)
+@contextmanager
+def _explained(
+    file: TextFile, number: int, counting: Counting
+) -> Iterator[Callable[[Iterator[bytes]], Iterator[bytes]]]:
+    """Turn what is wrong with a range into InputErrors that name its place; gives what its buffers go through."""
+    where = _Where(file, number)
     try:
-        deal = _deal if len(strands) > 1 else _follow
-        deal(place_of_error.counted(reader.buffers()), strands)
+        yield where.counted
     except _InvalidLineError as error:
-        raise error.explained(file, place_of_error.line_of(error), counting.assembly) from error
+        raise error.explained(file, where.line_of(error), counting.assembly) from error
     except BrokenTextError as error:
-        raise cut_off(file.location, place_of_error.n_lines(), error) from error
-    span = {"first_block": reader.first_block, "end": reader.end, "digest": reader.digest().hex()}
-    summaries = []
-    for name, strand in zip(names, strands, strict=True):
-        summary, arrays = strand.told()
-        place.write(name, packed(summary | span, arrays))
-        summaries.append(summary | span)
-    return summaries
+        raise cut_off(file.location, where.n_lines(), error) from error
 
 
 def check_lines(file: TextFile, lines: bytes, counting: Counting) -> None:
@@ -158,11 +176,14 @@ def check_lines(file: TextFile, lines: bytes, counting: Counting) -> None:
         raise error.explained(file, error.n_before + 1, counting.assembly) from error
 
 
-def _may_be_used(spill: Spill, counting: Counting) -> bool:
-    """Whether an earlier run's spill is whole, and holds no invalid line that it passed over and this run may not."""
+def _may_be_used(place: Place, name: str, counting: Counting) -> bool:
+    """Whether an earlier run's spill is there, whole, and without invalid lines where those are not passed over."""
+    if place.size(name) is None:
+        return False
+    spill = Spill(place, name)
     if not spill.is_whole():
         return False
-    return counting.count_invalid or not any(spill.summary["lines"][name] for name in INVALID.values())
+    return counting.count_invalid or not any(spill.summary["lines"][kind] for kind in INVALID.values())
 
 
 class _InvalidLineError(Exception):
@@ -224,12 +245,12 @@ class _Where:
         return self._before(self._n)
 
 
-def _follow(buffers: Iterator[bytes], strands: list["_Strand"]) -> None:
+def _follow(buffers: Iterator[bytes], strands: list["_Parts"]) -> None:
     for i, buffer in enumerate(buffers):
         strands[0].count(i, buffer)
 
 
-def _deal(buffers: Iterator[bytes], strands: list["_Strand"]) -> None:
+def _deal(buffers: Iterator[bytes], strands: list["_Parts"]) -> None:
     """Count buffers in a thread a strand while the next are read; never more than one waits for each."""
     with ThreadPoolExecutor(len(strands)) as pool:
         busy: dict[int, Future[None]] = {}
@@ -241,6 +262,56 @@ def _deal(buffers: Iterator[bytes], strands: list["_Strand"]) -> None:
             busy[strand] = pool.submit(strands[strand].count, i, buffer)
         for future in busy.values():
             future.result()
+
+
+class _Parts:
+    """One strand of a stream: of all buffers every ``n_strands``-th, counted in parts of which each has its spill."""
+
+    def __init__(
+        self,
+        strand: int,
+        n_strands: int,
+        counting: Counting,
+        place: Place,
+        advance: Callable[[int, int], None],
+    ) -> None:
+        self.strand = strand
+        self.n_strands = n_strands
+        self.counting = counting
+        self.place = place
+        self.advance = advance
+        self.names: list[str] = []
+        self._open: _Strand | None = None
+
+    def count(self, number: int, buffer: bytes) -> None:
+        """Count a buffer, the ``number``-th of the stream, unless its part is there."""
+        name = self._name(number // self.n_strands // _BUFFERS_OF_PART)
+        if name not in self.names[-1:]:
+            self._write("")
+            self._begin(name)
+        if self._open is not None:
+            self._open.count(number, buffer)
+
+    def end(self, digest: str) -> None:
+        """Write the last part; ``digest`` is that of the whole file."""
+        if not self.names:
+            self._begin(self._name(0))
+        self._write(digest)
+
+    def _name(self, part: int) -> str:
+        return f"ranges/{part * self.n_strands + self.strand}"
+
+    def _begin(self, name: str) -> None:
+        self.names.append(name)
+        found = _may_be_used(self.place, name, self.counting)
+        self._open = None if found else _Strand(self.counting, self.advance)
+
+    def _write(self, digest: str) -> None:
+        if self._open is not None:
+            summary, arrays = self._open.told()
+            summary |= {"first_block": -1, "end": -1, "digest": digest}
+            self.place.write(self.names[-1], packed(summary, arrays))
+            self._open = None
 
 
 class _Strand:

@@ -1,6 +1,8 @@
 """The Dask graph of a conversion, and its two ways to run: threads of this process, or a cluster's workers."""
 
 import asyncio
+import itertools
+import uuid
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -31,6 +33,8 @@ SAMPLES_ON_CLUSTER = 64
 """Samples at once on a cluster, whatever its workers."""
 
 _SECONDS_TO_CONNECT = 30
+
+_numbers = itertools.count()
 
 
 class Graph:
@@ -108,8 +112,10 @@ class Graph:
 
 
 def _task(function: Callable[..., Any], *arguments: Any) -> Delayed:
-    # pure=False: names tasks at random, where hashing their arguments would cost more than some of the tasks.
-    return delayed(function, pure=False)(*arguments)
+    # Named by number: hashing arguments would cost more than some of the tasks, and of tasks that are alike Dask takes
+    # the one whose name comes first, so that samples are worked on in their order.
+    name = f"{function.__name__}-{next(_numbers):09d}-{uuid.uuid4().hex}"
+    return delayed(function, pure=False)(*arguments, dask_key_name=name)
 
 
 def _in_turn(job: Job, previous: Done) -> Job:

@@ -14,7 +14,6 @@ import pandas as pd
 from annatac_scale.errors import InputError
 from annatac_scale.genome.assembly import Assembly
 from annatac_scale.genome.islands import IslandSpace
-from annatac_scale.ingest.fragments import spill_names
 from annatac_scale.ingest.h5ad import open_hdf5
 from annatac_scale.ingest.hook import Hook
 from annatac_scale.ingest.local_copy import local_copy
@@ -90,10 +89,6 @@ class Job:
     def begun(self, draft: Draft) -> "Job":
         """The same job, its draft opened."""
         return replace(self, draft=draft)
-
-    def spill_names(self) -> list[str]:
-        """The spills of a fragment file."""
-        return spill_names(self.text, self.n_strands)
 
     @property
     def text(self) -> TextFile:

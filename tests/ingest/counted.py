@@ -115,12 +115,12 @@ def count(path: Path, way: Way | None = None, before: Callable[[], None] = lambd
         place, file = Folder(folder), look_at(path, way.range_bytes)
         before()
         counting = counting_of(way)
-        names = spill_names(file, way.n_strands)
         if file.n_ranges > 1:
             for number in reversed(range(file.n_ranges)):
                 count_range(file, number, counting, place, advance)
         else:
             count_stream(file, way.n_strands, counting, place, advance)
+        names = spill_names(file, place)
         cells = choose_cells(file, place, names, counting, way.min_fragments, way.min_tsse)
         draft, n_cells = CapturedRows(), len(cells.barcodes)
         for shard in range(-(-n_cells // SHARD_CELLS)):

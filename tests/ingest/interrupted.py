@@ -1,15 +1,13 @@
-"""The command line in a process of its own, with small ranges that each take a while: ``FOLDER ARGUMENT ...``.
+"""The command line in a process of its own, of which each range takes a while: ``FOLDER ARGUMENT ...``.
 
 It makes the file ``started`` in the folder as soon as the first range is done.
 """
 
-import functools
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from annatac_scale import api
 from annatac_scale.cli import main
 from annatac_scale.ingest import fragment_tasks
 
@@ -26,5 +24,4 @@ def slowly(count: Any) -> Any:
 
 if __name__ == "__main__":
     fragment_tasks.count_range = slowly(fragment_tasks.count_range)
-    api.convert = functools.partial(api.convert, range_bytes=4000)
     main(sys.argv[2:])

@@ -26,6 +26,7 @@ def test_a_conversion_that_is_interrupted_ends_in_time_and_goes_on(
     path = tmp_path / "s.gz"
     path.write_bytes(bgzf(write_lines(tmp_path / "s.tsv", FRAGMENTS * 4).read_bytes(), 500))
     options = ["--assembly", "toy", "--chrom-sizes", chrom_sizes, "--select", "all", "--min-fragments", "5"]
+    options += ["--range-bytes", "4000"]
     command = [
         sys.executable,
         INTERRUPTED,
