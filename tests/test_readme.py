@@ -66,6 +66,17 @@ def test_the_six_commands_run_and_label_held_out_cells(folder: Path) -> None:
         assert column in labels, column
 
 
+def test_the_lines_for_fragments_run_on_the_shipped_blood_cells(tmp_path: Path) -> None:
+    with as_file(files("annatac_scale") / "data" / "archr_PBSmall.tsv.gz") as shipped:
+        (tmp_path / "fragments.tsv.gz").write_bytes(shipped.read_bytes())
+    (commands,) = blocks("sh")
+    planned, converted, shown = (run(line, tmp_path) for line in commands.strip().splitlines())
+    assert "1 of 1 samples to convert" in planned.stdout
+    assert "29,399 lines" in converted.stderr
+    assert "150" in shown.stdout
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_python_lines_run(folder: Path) -> None:
     own = folder / "python"
     own.mkdir()
