@@ -70,7 +70,8 @@ def read_head(file: TextFile) -> Head:
     source = Bytes(beginning, 0, lambda place, piece: None)
     texts: Iterator[bytes]
     if file.form == PLAIN:
-        texts = iter([beginning.read(0, beginning.size)])
+        text = beginning.read(0, beginning.size)
+        texts = iter([text if beginning.size == blob.size else text[: text.rfind(b"\n") + 1]])
     else:
         texts = zstd_texts(source) if file.form == ZSTD else inflate(source)
     lines: list[bytes] = []

@@ -1,0 +1,63 @@
+"""Conversion from and into object storage, on a real S3 server over HTTP."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compressed_files import bgzf
+from stores import FRAGMENTS, Convert, write_lines, write_peaks
+
+from annatac_scale.errors import InputError
+from annatac_scale.ingest.convert import convert
+from annatac_scale.store.store import IslandStore
+
+
+def test_sheet_inputs_and_store_in_a_bucket_give_the_digest_of_a_disk(
+    tmp_path: Path, toy_convert: Convert, chrom_sizes: Path, s3: Any
+) -> None:
+    text = write_lines(tmp_path / "a.tsv", FRAGMENTS).read_bytes()
+    peaks = write_peaks(tmp_path / "p.bed")
+    bucket = s3.bucket()
+    s3.put(f"{bucket}/in/a.tsv.gz", bgzf(text, 500))
+    s3.put(f"{bucket}/in/b.tsv", text)
+    s3.put(f"{bucket}/in/p.bed", peaks.read_bytes())
+    s3.put(
+        f"{bucket}/in/sheet.tsv", b"sample\tpath\tpeaks\tdonor\na\ta.tsv.gz\tp.bed\tD1\nb\tb.tsv\tp.bed\tD2\n"
+    )
+    options: dict[str, Any] = {"select": "all", "chrom_sizes": chrom_sizes, "min_fragments": 0}
+    s3.failing = 3
+    for _ in range(2):
+        report = convert(
+            sheet=f"{bucket}/in/sheet.tsv",
+            assembly="toy",
+            out=f"{bucket}/atlas.zarr",
+            range_bytes=4000,
+            workers=2,
+            **options,
+        )
+    assert report.skipped == ["a", "b"]
+    write_lines(
+        tmp_path / "sheet.tsv",
+        [("sample", "path", "peaks", "donor"), ("a", "a.tsv", "p.bed", "D1"), ("b", "b.tsv", "p.bed", "D2")],
+    )
+    (tmp_path / "b.tsv").write_bytes(text)
+    toy_convert([], sheet=tmp_path / "sheet.tsv", min_fragments=0)
+    there, here = IslandStore.open(f"{bucket}/atlas.zarr"), IslandStore.open(tmp_path / "atlas.zarr")
+    assert there.digest == here.digest
+    assert not [key for key in s3.keys(f"{bucket}/atlas.zarr") if ".incoming/a" in key]
+
+
+def test_a_bad_line_and_a_missing_object_are_told_by_their_url(chrom_sizes: Path, s3: Any) -> None:
+    bucket = s3.bucket()
+    s3.put(f"{bucket}/bad.tsv", b"chr1\t1\t5\tA\nchr1\t9\t5\tA\n")
+    options: dict[str, Any] = {"select": "all", "chrom_sizes": chrom_sizes, "min_fragments": 0}
+    with pytest.raises(InputError, match=rf"{bucket}/bad\.tsv, line 2: found"):
+        convert(f"{bucket}/bad.tsv", assembly="toy", out=f"{bucket}/s.zarr", **options)
+    with pytest.raises(InputError, match=rf"{bucket}/none\.tsv"):
+        convert(f"{bucket}/none.tsv", assembly="toy", out=f"{bucket}/s.zarr", **options)
+    s3.put(f"{bucket}/p.bed", b"chr1\t9\t5\n")
+    s3.put(f"{bucket}/good.tsv", b"chr1\t1\t5\tA\n")
+    with pytest.raises(InputError, match=rf"{bucket}/p\.bed, line 1: found"):
+        convert(
+            f"{bucket}/good.tsv", assembly="toy", out=f"{bucket}/s.zarr", peaks=f"{bucket}/p.bed", **options
+        )
