@@ -57,8 +57,8 @@ def choose_cells(
     """Add up what the spills ``names`` tell, choose the cells, and put down the row of each spill's barcodes.
 
     Cells are the listed barcodes in their order; without a list those with ``min_fragments`` fragments and a TSS
-    enrichment of ``min_tsse``, sorted by their bytes. Memory: about 200 bytes for each barcode of the file, and 4 for
-    each barcode of each range. Raises InputError where nothing fits: no line at all, none on the assembly's
+    enrichment of ``min_tsse``, sorted by their bytes. Memory: about 1 kB for each barcode of the file, and 4 bytes
+    for each barcode of each range. Raises InputError where nothing fits: no line at all, none on the assembly's
     chromosomes, no cell.
     """
     merged = _Merged(file, counting)
@@ -99,8 +99,9 @@ class _Merged:
             self._counts[name] = self._counts.get(name, 0) + n
         for name, (code, n) in summary["contigs"].items():
             self._contigs[name] = [code, self._contigs.get(name, [code, 0])[1] + n]
-        if len(self._digests) < self.file.n_ranges:  # the strands of a stream tell the same
-            self._check_span(summary)
+        self._check_span(summary)
+        # Of the parts of a stream, the last of each strand tells the digest of the file, and only those.
+        if summary["digest"] and len(self._digests) < self.file.n_ranges:
             self._digests.append(bytes.fromhex(summary["digest"]))
         text, ends = spill.array("names"), spill.array("name_ends")
         numbers = np.empty(len(ends) - 1, np.int64)

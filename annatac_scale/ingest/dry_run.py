@@ -98,7 +98,7 @@ class ConversionPlan:
         lines.append(
             f"disk: at most {shown_bytes(stored)} for the store and, on the way, "
             f"{shown_bytes(_on_the_way(todo, self.workers))}; memory: about {shown_bytes(self.memory_bytes)} for "
-            f"{self.workers} workers, and 200 bytes a barcode of a file"
+            f"{self.workers} workers, and 1 kB a barcode of a file"
         )
         for sample in self.samples:
             lines += [f"{sample.name}: {note}" for note in sample.notes]

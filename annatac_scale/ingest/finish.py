@@ -21,11 +21,11 @@ def finish_shard(
 
     n_peaks: int64 [n_islands], peaks of each island. Memory: the open islands of a shard, and the counts of a block.
     """
+    first, stop = shard * SHARD_CELLS, min((shard + 1) * SHARD_CELLS, n_cells)
     found = draft.written(shard)
-    if found is not None and place.size(n_open_name(shard)) is not None:
+    if found is not None and place.size(n_open_name(shard)) == 4 * (stop - first):
         return found
     parts = [_Part(place, name) for name in names]
-    first, stop = shard * SHARD_CELLS, min((shard + 1) * SHARD_CELLS, n_cells)
     blocks = list(_blocks(parts, range(first, stop, BLOCK_CELLS), stop, n_peaks))
     rows = OpenIslands.concatenate(blocks)
     place.write(n_open_name(shard), rows.n_open.astype(np.int32).tobytes())
