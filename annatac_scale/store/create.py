@@ -115,11 +115,15 @@ def _make_way(path: Path, attributes: dict[str, Any]) -> None:
 def _check_may_go(path: Location, attributes: dict[str, Any]) -> None:
     """Raise StoreError for a store of other islands that holds a sample, or in which one was begun."""
     found = read_root(path)
-    if read_index(path) or _has_drafts(path):
-        key = next(key for key in _SAME if found[key] != attributes[key])
+    key = next(key for key in _SAME if found[key] != attributes[key])
+    differs = f"{path}: holds {key} {found[key]!r}, but {attributes[key]!r} was asked for"
+    if read_index(path):
+        raise StoreError(f"{differs}; use the store's own, or another --out")
+    if _has_drafts(path):
+        # What was counted may be hours of work: whoever asks for something else has to say that it may go.
         raise StoreError(
-            f"{path}: holds {key} {found[key]!r}, but {attributes[key]!r} was asked for; "
-            "use the store's own, or another --out"
+            f"{differs}; it has no sample yet, but what a run put down that was stopped or is still at work; give the "
+            "command of that run again, or remove the store to begin anew"
         )
 
 

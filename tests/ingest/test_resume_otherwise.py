@@ -1,5 +1,6 @@
 """A stopped conversion that is run again with other options, or other inputs: only what still holds is used."""
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from compressed_files import bgzf
 from stores import FRAGMENTS, Convert, digests, write_lines, write_peaks
 from told import Said
 
-from annatac_scale.errors import InputError
+from annatac_scale.errors import InputError, StoreError
 from annatac_scale.ingest import graph
 
 RANGE_BYTES = 4000
@@ -152,3 +153,24 @@ def test_an_invalid_line_that_was_passed_over_stops_a_strict_run(
     with pytest.raises(InputError, match=r"s\.gz, line 301: found 'chr1\\t9\\t5\\tA'"):
         toy_convert(invalid, min_fragments=0, range_bytes=RANGE_BYTES, workers=workers)
     assert again(invalid, min_fragments=0, on_invalid="count") == invalid.stat().st_size
+
+
+def test_other_islands_do_not_throw_away_what_a_stopped_run_counted(
+    tmp_path: Path, toy_convert: Convert
+) -> None:
+    """The work is kept until the user says that it may go."""
+    rows = [*FRAGMENTS, ("chr1", 5, 4, "A")]
+    text = "".join("\t".join(map(str, row)) + "\n" for row in rows)
+    (tmp_path / "s.tsv").write_text(text)
+    options: dict[str, Any] = {"min_fragments": 0, "range_bytes": 4000}
+    with pytest.raises(InputError, match="line 3001"):
+        toy_convert(tmp_path / "s.tsv", **options)
+    windows = tmp_path / "w.bed"
+    windows.write_text("chr1\t0\t500\n")
+    with pytest.raises(
+        StoreError, match=r"holds .* but .* was asked for; it has no sample yet, .* remove the store"
+    ):
+        toy_convert(tmp_path / "s.tsv", **options, select=str(windows), on_invalid="count")
+    toy_convert(tmp_path / "s.tsv", **options, on_invalid="count")
+    shutil.rmtree(tmp_path / "atlas.zarr")
+    toy_convert(tmp_path / "s.tsv", **options, select=str(windows), on_invalid="count")
