@@ -10,6 +10,16 @@ from annatac_scale.genome.rows import Path, complaint, read_rows, shown, whole_n
 
 BUILTIN_ASSEMBLIES = ("hg38", "hg19", "mm10", "mm9")
 
+_SYNONYMS = {
+    "grch38": "hg38",
+    "grch37": "hg19",
+    "grcm38": "mm10",
+    "grcm39": "mm39",
+    "ncbi37": "mm9",
+    "mgscv37": "mm9",
+}
+"""What the Genome Reference Consortium calls the assemblies that UCSC named."""
+
 _RANK_AFTER_NUMBERS = {"X": 1, "Y": 2, "M": 3, "MT": 3}
 _MITOCHONDRION = ("M", "MT", "chrMT")
 
@@ -61,12 +71,14 @@ class Assembly:
         """Index of the chromosome that a contig's name in a data file means, None where there is none.
 
         The first of these that is a chromosome: the name itself; chrM for M, MT and chrMT; "chr" + name; then
-        the same three for the name without a leading "<assembly>_" (``hg19_chr1`` in files of two genomes).
+        the same three for the name without the assembly in front, under any of its names and with any number of
+        underscores (``hg19_chr1``, ``GRCh38___chr1`` in files of two genomes).
         """
         code = self._code_of_plain(contig)
-        prefix = f"{self.name}_"
-        if code is None and contig.startswith(prefix):
-            code = self._code_of_plain(contig.removeprefix(prefix))
+        if code is None:
+            for name in self._names:
+                if contig.lower().startswith(f"{name}_"):
+                    return self._code_of_plain(contig[len(name) :].lstrip("_"))
         return code
 
     def _code_of_plain(self, contig: str) -> int | None:
@@ -76,8 +88,19 @@ class Assembly:
         return None
 
     @cached_property
+    def _names(self) -> list[str]:
+        """All names of the assembly, in lower case."""
+        common = common_name(self.name)
+        return [self.name.lower(), common, *(name for name, meant in _SYNONYMS.items() if meant == common)]
+
+    @cached_property
     def _codes(self) -> dict[str, int]:
         return {chromosome: code for code, chromosome in enumerate(self.chromosomes)}
+
+
+def common_name(assembly: str) -> str:
+    """The name, in lower case, that an assembly has here, for one of its names: hg38 for GRCh38."""
+    return _SYNONYMS.get(assembly.lower(), assembly.lower())
 
 
 def check_builtin(name: str) -> None:

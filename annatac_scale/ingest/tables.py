@@ -9,19 +9,12 @@ from itertools import chain
 import pandas as pd
 
 from annatac_scale.errors import InputError
+from annatac_scale.genome.assembly import common_name
 from annatac_scale.genome.rows import Path, complaint, read_lines, shown
 
 _MISSING = ("", "NA", "NaN", "nan")
 _IS_CELL = re.compile("is_cell|is_((?P<genome>.*)_)?cell_barcode")
 _YES, _NO = ("1", "1.0", "true"), ("0", "0.0", "false")
-_SYNONYMS = {
-    "grch38": "hg38",
-    "grch37": "hg19",
-    "grcm38": "mm10",
-    "grcm39": "mm39",
-    "ncbi37": "mm9",
-    "mgscv37": "mm9",
-}
 
 _Lines = Iterator[tuple[int, str]]
 """Line numbers and their text, or what is left of it."""
@@ -165,8 +158,8 @@ def _fields(line: str, delimiter: str) -> list[str]:
 def _column_of_cells(path: Path, header: list[str], assembly: str | None) -> str:
     """The column that tells the cells of an assembly. Raises InputError where none does, or it is not known which."""
     genome_of = {name: found["genome"] for name in header if (found := _IS_CELL.fullmatch(name))}
-    asked = None if assembly is None else _assembly_of(assembly)
-    fitting = [n for n, genome in genome_of.items() if not genome or asked in (None, _assembly_of(genome))]
+    asked = None if assembly is None else common_name(assembly)
+    fitting = [n for n, genome in genome_of.items() if not genome or asked in (None, common_name(genome))]
     if len(fitting) == 1:
         return fitting[0]
     if not genome_of:
@@ -178,11 +171,6 @@ def _column_of_cells(path: Path, header: list[str], assembly: str | None) -> str
         f"{path}: found the cells of several genomes or of another, in the columns {', '.join(genome_of)}; expected "
         f"one for {assembly or 'the assembly'}; give the assembly as it is called there, or a list of the cells"
     )
-
-
-def _assembly_of(genome: str) -> str:
-    """Our name of a genome: Cell Ranger's references call hg38 GRCh38."""
-    return _SYNONYMS.get(genome.lower(), genome.lower())
 
 
 def some(names: list[str]) -> str:

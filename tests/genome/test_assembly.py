@@ -26,6 +26,11 @@ CONTIG_RULE = [
     ("hg19_chr1", "chr1"),
     ("hg19_1", "chr1"),
     ("hg19_MT", "chrM"),
+    ("hg19___chr1", "chr1"),
+    ("GRCh37_chr1", "chr1"),
+    ("GRCh37___1", "chr1"),
+    ("GRCh38_chr1", None),
+    ("hg1_chr1", None),
     ("GL000009.2", "GL000009.2"),
     ("mm10_chr1", None),
     ("chr2", None),
@@ -42,6 +47,11 @@ def test_a_contig_means_a_chromosome_by_the_stated_rule(contig: str, expected: s
     assembly = Assembly("hg19", ("chr1", "chrX", "chrM", "GL000009.2"), (10, 10, 10, 10))
     code = assembly.code(contig)
     assert (None if code is None else assembly.chromosomes[code]) == expected
+
+
+def test_an_assembly_of_any_name_may_stand_in_front() -> None:
+    assert Assembly("my_own", ("chr1",), (5,)).code("my_own_chr1") == 0
+    assert Assembly("my_own", ("chr1",), (5,)).code("my_chr1") is None
 
 
 def test_an_exact_name_wins_over_every_other_reading() -> None:

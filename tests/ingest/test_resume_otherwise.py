@@ -156,21 +156,18 @@ def test_an_invalid_line_that_was_passed_over_stops_a_strict_run(
 
 
 def test_other_islands_do_not_throw_away_what_a_stopped_run_counted(
-    tmp_path: Path, toy_convert: Convert
+    tmp_path: Path, stopped: Convert, toy_convert: Convert
 ) -> None:
     """The work is kept until the user says that it may go."""
-    rows = [*FRAGMENTS, ("chr1", 5, 4, "A")]
-    text = "".join("\t".join(map(str, row)) + "\n" for row in rows)
-    (tmp_path / "s.tsv").write_text(text)
-    options: dict[str, Any] = {"min_fragments": 0, "range_bytes": 4000}
-    with pytest.raises(InputError, match="line 3001"):
-        toy_convert(tmp_path / "s.tsv", **options)
-    windows = tmp_path / "w.bed"
-    windows.write_text("chr1\t0\t500\n")
-    with pytest.raises(
-        StoreError, match=r"holds .* but .* was asked for; it has no sample yet, .* remove the store"
-    ):
-        toy_convert(tmp_path / "s.tsv", **options, select=str(windows), on_invalid="count")
-    toy_convert(tmp_path / "s.tsv", **options, on_invalid="count")
-    shutil.rmtree(tmp_path / "atlas.zarr")
-    toy_convert(tmp_path / "s.tsv", **options, select=str(windows), on_invalid="count")
+    fragments = write_lines(tmp_path / "s.tsv", FRAGMENTS)
+    windows = str(write_lines(tmp_path / "w.bed", [("chr1", 0, 500)]))
+    stopped(fragments, min_fragments=0)
+    told = r"holds .* but .* was asked for; it has no sample yet, .* remove the store"
+    with pytest.raises(StoreError, match=told):
+        toy_convert(fragments, min_fragments=0, select=windows)
+    said = Said()
+    toy_convert(fragments, min_fragments=0, range_bytes=RANGE_BYTES, progress=said)
+    assert said.found == fragments.stat().st_size
+    stopped(fragments, out="other.zarr", min_fragments=0)
+    shutil.rmtree(tmp_path / "other.zarr")
+    toy_convert(fragments, "other.zarr", min_fragments=0, select=windows)
