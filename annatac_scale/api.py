@@ -78,7 +78,7 @@ def convert(
 
     inputs = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     if obs is not None and not inputs and sheet is None:
-        return _join(Path(obs), Path(out), assembly, options, progress)
+        return _join(obs, out, assembly, options, progress)
     if assembly is None:
         raise InputError(
             "--assembly: found none; expected hg38, hg19, mm10, mm9, or a name together with --chrom-sizes; "
@@ -90,14 +90,18 @@ def convert(
 
 
 def _join(
-    obs: Path, store: Path, assembly: str | None, options: dict[str, Any], progress: Progress | None
+    obs: AnyPath, out: AnyPath, assembly: str | None, options: dict[str, Any], progress: Progress | None
 ) -> "ConvertReport":
     """Join labels to the cells of a store. Raises InputError for options that only inputs can have."""
     from annatac_scale.ingest.convert import ConvertOptions, ConvertReport
     from annatac_scale.ingest.labels import join_obs, read_labels
+    from annatac_scale.ingest.local_copy import local_copy
+    from annatac_scale.ingest.sheet import located
+    from annatac_scale.store.place import place_of
     from annatac_scale.store.store import IslandStore
 
-    if not (store / "zarr.json").exists():
+    store = located(out)
+    if place_of(store).size("zarr.json") is None:
         raise InputError(
             f"{store}: found no store to join {obs} to, and no inputs; expected one of both; give the inputs"
         )
@@ -111,8 +115,9 @@ def _join(
             f"--{idle[0].replace('_', '-')}: found without inputs; expected --out and --obs alone, which join labels "
             f"to {store}; leave it out, or give the inputs"
         )
-    join_obs(store, obs, progress)
-    labels = read_labels(obs)
+    with local_copy(located(obs)) as file:
+        join_obs(store, file, progress)
+        labels = read_labels(file)
     return ConvertReport(store, relabelled=[name for name in there.samples if len(labels.of(name))])
 
 

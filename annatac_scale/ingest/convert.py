@@ -32,8 +32,7 @@ from annatac_scale.ingest.samples import (
     Recipe,
     files_of,
     ignored_options,
-    is_stream,
-    job_of,
+    jobs_of,
     options_of,
 )
 from annatac_scale.ingest.sheet import SampleInput, check_samples, located, name_inputs, read_sheet
@@ -287,8 +286,7 @@ class _Conversion:
         self.dask = dask
         self.progress = progress
         self.report = ConvertReport(recipe.store)
-        n_streams = sum(is_stream(sample) for sample in samples)
-        self.jobs = {sample.name: job_of(sample, recipe, n_streams) for sample in samples}
+        self.jobs = jobs_of(samples, recipe)
         for sample in samples:
             for line in ignored_options(sample, self.jobs[sample.name].kind, recipe):
                 progress.say(line)

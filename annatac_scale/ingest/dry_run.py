@@ -18,9 +18,9 @@ from annatac_scale.ingest.samples import (
     Job,
     Recipe,
     files_of,
-    is_stream,
     job_of,
     options_of,
+    with_strands,
 )
 from annatac_scale.ingest.sheet import SampleInput
 from annatac_scale.ingest.tables import read_barcodes, some
@@ -126,8 +126,21 @@ def _on_the_way(samples: list[SamplePlan], workers: int) -> int:
 
 def plan_conversion(samples: list[SampleInput], recipe: Recipe) -> ConversionPlan:
     """Look at the inputs of a conversion, at the store, and at the beginning of each fragment file; write nothing."""
+    jobs: dict[str, Job] = {}
+    problem_of: dict[str, str] = {}
+    for sample in samples:
+        try:
+            jobs[sample.name] = job_of(sample, recipe)
+        except AnnatacError as error:
+            problem_of[sample.name] = str(error)
+    jobs = with_strands(jobs, recipe.workers)
     planner = _Planner(recipe)
-    plans = [planner.plan(sample) for sample in samples]
+    plans = [
+        planner.plan(jobs[sample.name])
+        if sample.name in jobs
+        else SamplePlan(sample.name, str(sample.path), "refused", problems=[problem_of[sample.name]])
+        for sample in samples
+    ]
     return ConversionPlan(
         str(recipe.store),
         recipe.assembly.name,
@@ -155,21 +168,18 @@ class _Planner:
         disks = _problem(lambda: check_disks(self.jobs, self.recipe))
         return [problem for problem in (self.store_problem, disks) if problem]
 
-    def plan(self, sample: SampleInput) -> SamplePlan:
+    def plan(self, job: Job) -> SamplePlan:
         """What would be done with a sample."""
-        bare = SamplePlan(sample.name, str(sample.path), "refused")
-        try:
-            job = job_of(sample, self.recipe, int(is_stream(sample)))
-        except AnnatacError as error:
-            return replace(bare, problems=[str(error)])
-        found = replace(
-            bare,
+        found = SamplePlan(
+            job.name,
+            str(job.sample.path),
+            "refused",
             kind=job.kind,
             size=job.n_bytes,
             form=job.text.form if job.kind == FRAGMENTS else "",
             ranges=job.text.n_ranges if job.kind == FRAGMENTS else 0,
         )
-        if sample.name in self.there:
+        if job.name in self.there:
             return self._plan_known(job, found)
         problems = list(filter(None, [_problem(lambda: self._check(job))]))
         if problems:

@@ -12,7 +12,8 @@ from annatac_scale.errors import StoreError
 from annatac_scale.ingest.bgzf import BrokenTextError, Bytes, inflate
 from annatac_scale.ingest.samples import FRAGMENTS, Job, Recipe
 from annatac_scale.ingest.text import PLAIN, ZSTD, TextFile, whole_lines, zstd_texts
-from annatac_scale.store.place import Blob, blob_of, is_url
+from annatac_scale.store.files import INCOMING
+from annatac_scale.store.place import Blob, blob_of, is_url, place_of
 
 HEAD_BYTES = 1 << 16
 
@@ -128,11 +129,23 @@ def check_disks(jobs: Sequence[Job], recipe: Recipe) -> None:
             )
 
 
+def _is_down(job: Job, recipe: Recipe) -> int:
+    """Bytes that a stopped run put down for a sample, which this one need not put down again."""
+    draft = place_of(recipe.store).below(f"{INCOMING}/{job.name}")
+    return (
+        sum(draft.sizes().values()) if recipe.scratch is None else sum(job.scratch(recipe).sizes().values())
+    )
+
+
 def _needed(jobs: Sequence[Job], recipe: Recipe) -> Iterator[tuple[Path, int, str]]:
     """Folders, bytes that they may need, and for what."""
     estimates = [estimate(job, recipe) for job in jobs]
     # A sample's scratch is freed at its commit; so many samples are on the way at once.
-    largest = sorted((found.scratch_bytes for found in estimates), reverse=True)[: recipe.workers + 1]
+    scratch_bytes = [found.scratch_bytes for found in estimates]
+    if not is_url(recipe.store if recipe.scratch is None else recipe.scratch):
+        left = zip(scratch_bytes, jobs, strict=True)
+        scratch_bytes = [max(0, n_bytes - _is_down(job, recipe)) for n_bytes, job in left]
+    largest = sorted(scratch_bytes, reverse=True)[: recipe.workers + 1]
     scratch = recipe.store if recipe.scratch is None else recipe.scratch
     if not is_url(scratch):
         yield Path(scratch), sum(largest), "what is put down on the way"

@@ -19,17 +19,23 @@ def finish_shard(
 ) -> ShardRecord:
     """Write one shard of a draft from the spills ``names`` in ``place``, unless it is there.
 
-    n_peaks: int64 [n_islands], peaks of each island. Memory: the open islands of a shard, and the counts of a block.
+    n_peaks: int64 [n_islands], peaks of each island. Memory: the encoded shard, and the counts of a block.
     """
     first, stop = shard * SHARD_CELLS, min((shard + 1) * SHARD_CELLS, n_cells)
     found = draft.written(shard)
     if found is not None and place.size(n_open_name(shard)) == 4 * (stop - first):
         return found
     parts = [_Part(place, name) for name in names]
-    blocks = list(_blocks(parts, range(first, stop, BLOCK_CELLS), stop, n_peaks))
-    rows = OpenIslands.concatenate(blocks)
-    place.write(n_open_name(shard), rows.n_open.astype(np.int32).tobytes())
-    return draft.write_shard(shard, rows)
+    n_open: list[NDArray[np.int32]] = []
+
+    def blocks() -> Iterator[OpenIslands]:
+        for block in _blocks(parts, range(first, stop, BLOCK_CELLS), stop, n_peaks):
+            n_open.append(block.n_open.astype(np.int32))
+            yield block
+
+    record = draft.write_blocks(shard, blocks())
+    place.write(n_open_name(shard), np.concatenate(n_open).tobytes())
+    return record
 
 
 def n_open_name(shard: int) -> str:

@@ -9,6 +9,7 @@ from annatac_scale.genome.rows import Path, shown
 from annatac_scale.ingest.quality import unusable
 from annatac_scale.ingest.tables import read_table, some, typed
 from annatac_scale.progress import Progress, Silent
+from annatac_scale.store.place import Location
 from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import replace_obs
 
@@ -82,14 +83,14 @@ def join_labels(
     return pd.concat([kept, rows.reindex(obs.index)], axis=1)
 
 
-def join_obs(store: Path, obs: Path, progress: Progress | None = None) -> None:
+def join_obs(store: Location, obs: Path, progress: Progress | None = None) -> None:
     """Join a table of labels to the samples of a store; X is untouched.
 
     Samples that the table's column ``sample`` does not name stay as they are. Raises InputError, before anything is
     written, for what is wrong with the table, and where none of its rows is of a cell.
     """
     labels = read_labels(obs)
-    samples = {name: sample.obs() for name, sample in IslandStore.open(str(store)).samples.items()}
+    samples = {name: sample.obs() for name, sample in IslandStore.open(store).samples.items()}
     rows = {name: labels.of(name) for name in samples}
     matching = [name for name, frame in samples.items() if frame.index.isin(rows[name].index).any()]
     if not matching:
@@ -104,4 +105,4 @@ def join_obs(store: Path, obs: Path, progress: Progress | None = None) -> None:
         if len(rows[name])
     }
     for name, frame in joined.items():
-        replace_obs(str(store), name, frame)
+        replace_obs(store, name, frame)

@@ -38,6 +38,7 @@ class MatrixPlan:
     """What a matrix holds: its peaks, its cells, and the file's row of each (-1: not there).
 
     given: the obs of the file for these cells; n_in_file: its cells; note: what to tell of how it is read
+    bytes_to_prepare: the part of the file's bytes that stands, in what is told of progress, for putting it in order
     """
 
     peaks: PeakSet
@@ -46,6 +47,7 @@ class MatrixPlan:
     given: pd.DataFrame
     n_in_file: int
     note: str
+    bytes_to_prepare: int
 
 
 def plan_matrix(job: Job, recipe: Recipe) -> MatrixPlan:
@@ -55,10 +57,33 @@ def plan_matrix(job: Job, recipe: Recipe) -> MatrixPlan:
         peaks = PeakSet.of_intervals(matrix.intervals, recipe.assembly, recipe.space, job.sample.path)
         barcodes, rows = _rows_of_cells(job, recipe, matrix)
         given = matrix.obs.reindex(barcodes)
-        matrix.prepare(rows, lambda _: recipe.hook.worked(job.name, 0))
-        return MatrixPlan(peaks, barcodes, rows, given, len(matrix), matrix.note)
+        return MatrixPlan(
+            peaks, barcodes, rows, given, len(matrix), matrix.note, _prepare(job, recipe, matrix, rows)
+        )
     finally:
         matrix.close()
+
+
+def _prepare(job: Job, recipe: Recipe, matrix: PeakMatrix, rows: NDArray[np.int64]) -> int:
+    """Put a matrix that is not stored by cells in their order; the bytes of its file that were told for that."""
+    if matrix.transposition is None:
+        return 0
+    n_bytes, n_entries = job.n_bytes // 2, max(1, matrix.transposition.n_entries)
+    done = told = 0
+
+    def advance(n: int) -> None:
+        nonlocal done, told
+        done += n
+        now = min(n_bytes, n_bytes * done // n_entries)
+        recipe.hook.worked(job.name, now - told)
+        told = now
+
+    matrix.prepare(rows, advance)
+    if done:
+        recipe.hook.worked(job.name, n_bytes - told)
+    else:
+        recipe.hook.found(job.name, n_bytes)
+    return n_bytes
 
 
 def _open(job: Job, recipe: Recipe) -> PeakMatrix:
@@ -89,7 +114,7 @@ def finish_matrix(job: Job, recipe: Recipe, plan: MatrixPlan, part: int, n_parts
     try:
         for shard in range(part, -(-n_cells // SHARD_CELLS), n_parts):
             found = job.place.written(shard) if job.place.place.size(_quality_name(shard)) else None
-            n_bytes = job.n_bytes * len(plan.rows[_cells_of(shard)]) // n_cells
+            n_bytes = (job.n_bytes - plan.bytes_to_prepare) * len(plan.rows[_cells_of(shard)]) // n_cells
             if found is not None:
                 recipe.hook.found(job.name, n_bytes)
                 records.append(found)

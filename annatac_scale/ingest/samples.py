@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -118,11 +118,24 @@ class Job:
         return place_of(recipe.scratch).below(f"annatac-{self.name}-{key}")
 
 
-def job_of(sample: SampleInput, recipe: Recipe, n_streams: int) -> Job:
-    """The job of a sample. Raises InputError for files that cannot be read and options that do not go with them.
+def jobs_of(samples: Sequence[SampleInput], recipe: Recipe) -> dict[str, Job]:
+    """The jobs of samples by their names. Raises InputError as ``job_of``."""
+    return with_strands({sample.name: job_of(sample, recipe) for sample in samples}, recipe.workers)
 
-    n_streams: how many files of the conversion can only be read from their beginning
-    """
+
+def with_strands(jobs: Mapping[str, Job], workers: int) -> dict[str, Job]:
+    """The same jobs; the files that can only be read from their beginning share the workers as strands."""
+    streams = [name for name, job in jobs.items() if job.file is not None and job.file.is_stream]
+    n_strands = min(_MOST_STRANDS, workers // max(1, len(streams)))
+    divided = {
+        name: replace(jobs[name], n_strands=n_strands, plan={**jobs[name].plan, "strands": n_strands})
+        for name in streams
+    }
+    return {**jobs, **divided}
+
+
+def job_of(sample: SampleInput, recipe: Recipe) -> Job:
+    """The job of a sample. Raises InputError for files that cannot be read and options that do not go with them."""
     kind = kind_of(sample.path)
     check_options(sample, kind, recipe)
     entries = stamps(files_of(sample, kind))
@@ -132,7 +145,6 @@ def job_of(sample: SampleInput, recipe: Recipe, n_streams: int) -> Job:
             sample, kind, n_bytes, {"kind": kind, "inputs": entries, **options_of(sample, kind, recipe)}
         )
     file = look_at(sample.path, recipe.range_bytes)
-    strands = min(_MOST_STRANDS, recipe.workers // max(1, n_streams)) if file.n_ranges == 1 else 0
     plan = {
         "kind": kind,
         "inputs": entries,
@@ -146,14 +158,8 @@ def job_of(sample: SampleInput, recipe: Recipe, n_streams: int) -> Job:
         "quality": recipe.quality,
         "tss": _sha256_of_tss(recipe.tss) if recipe.quality else "",
         "range_bytes": recipe.range_bytes,
-        "strands": strands,
     }
-    return Job(sample, kind, n_bytes, plan, file, strands)
-
-
-def is_stream(sample: SampleInput) -> bool:
-    """Whether a sample's data are fragments that can only be read from their beginning."""
-    return kind_of(sample.path) == FRAGMENTS and look_at(sample.path).form not in ("BGZF", "text")
+    return Job(sample, kind, n_bytes, plan, file)
 
 
 def _sha256(text: str) -> str:

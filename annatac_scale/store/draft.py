@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,8 +83,13 @@ class Draft:
 
         Threads and processes may call it at once, one a shard. The record is written after the shard.
         """
-        encoded = encode_shard(rows)
-        record = ShardRecord(shard, encoded.sha256, len(rows.islands), len(rows))
+        firsts = range(0, len(rows), schema.BLOCK_CELLS)
+        return self.write_blocks(shard, (rows[first : first + schema.BLOCK_CELLS] for first in firsts))
+
+    def write_blocks(self, shard: int, blocks: Iterable[OpenIslands]) -> ShardRecord:
+        """As ``write_shard``, block by block: 250 cells each but for the last, of which one is in memory at a time."""
+        encoded = encode_shard(blocks)
+        record = ShardRecord(shard, encoded.sha256, encoded.n_open, encoded.n_cells)
         self._check_plan()
         if encoded.data:
             self._put_shard(shard, encoded.data)

@@ -7,7 +7,7 @@ codecs bytes (little-endian), crc32c, the index at the file's end.
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,18 +57,24 @@ def shard_name(shard: int) -> str:
 
 @dataclass(frozen=True)
 class EncodedShard:
-    """A shard as it is on disk. sha256: hex, of its encoded blocks before compression; data: empty if all closed."""
+    """A shard as it is on disk.
+
+    sha256: hex, of its encoded blocks before compression; data: empty if all closed; n_open: its open islands
+    """
 
     sha256: str
     data: bytes
+    n_open: int
+    n_cells: int
 
 
-def encode_shard(rows: OpenIslands) -> EncodedShard:
-    """Encode the cells of one shard. Blocks without an open island are left out."""
+def encode_shard(blocks: Iterable[OpenIslands]) -> EncodedShard:
+    """Encode the blocks of one shard, each of 250 cells but for the last. Those without an open island are left out."""
     digest = hashlib.sha256()
     body, index = bytearray(), np.full((SHARD_BLOCKS, 2), _ABSENT, np.uint64)
-    for block in range(-(-len(rows) // BLOCK_CELLS)):
-        part = rows[block * BLOCK_CELLS : (block + 1) * BLOCK_CELLS]
+    n_open = n_cells = 0
+    for block, part in enumerate(blocks):
+        n_open, n_cells = n_open + len(part.islands), n_cells + len(part)
         encoded = encode_block(part, BLOCK_CELLS)
         digest.update(encoded)
         if len(part.islands):
@@ -77,7 +83,7 @@ def encode_shard(rows: OpenIslands) -> EncodedShard:
             body += chunk
     if body:
         body += _with_crc(index.astype("<u8").tobytes())
-    return EncodedShard(digest.hexdigest(), bytes(body))
+    return EncodedShard(digest.hexdigest(), bytes(body), n_open, n_cells)
 
 
 class ShardReader:

@@ -1,6 +1,6 @@
 """The whole way of a fragment file without a store: its ranges, its cells, its rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -93,7 +93,8 @@ class CapturedRows:
     def written(self, shard: int) -> None:
         return None
 
-    def write_shard(self, shard: int, rows: OpenIslands) -> ShardRecord:
+    def write_blocks(self, shard: int, blocks: Iterable[OpenIslands]) -> ShardRecord:
+        rows = OpenIslands.concatenate(list(blocks))
         self.shards.append(rows)
         return ShardRecord(shard, "", len(rows.islands), len(rows))
 

@@ -7,6 +7,7 @@ import pytest
 from compressed_files import bgzf
 from stores import FRAGMENTS, Convert, write_lines, write_peaks
 
+import annatac_scale as ats
 from annatac_scale.errors import InputError
 from annatac_scale.ingest.convert import convert
 from annatac_scale.store.store import IslandStore
@@ -45,6 +46,19 @@ def test_sheet_inputs_and_store_in_a_bucket_give_the_digest_of_a_disk(
     there, here = IslandStore.open(f"{bucket}/atlas.zarr"), IslandStore.open(tmp_path / "atlas.zarr")
     assert there.digest == here.digest
     assert not [key for key in s3.keys(f"{bucket}/atlas.zarr") if ".incoming/a" in key]
+
+
+def test_labels_join_a_store_in_a_bucket(chrom_sizes: Path, s3: Any) -> None:
+    bucket = s3.bucket()
+    s3.put(f"{bucket}/a.tsv", b"".join(b"chr1\t%d\t%d\tA\n" % (i, i + 9) for i in range(50)))
+    s3.put(f"{bucket}/labels.tsv", b"barcode\tcell_type\nA\tB cell\n")
+    ats.convert(
+        f"{bucket}/a.tsv", assembly="toy", out=f"{bucket}/s.zarr", select="all", chrom_sizes=chrom_sizes,
+        min_fragments=0,
+    )  # fmt: skip
+    report = ats.convert(out=f"{bucket}/s.zarr", obs=f"{bucket}/labels.tsv")
+    assert report.relabelled == ["a"]  # type: ignore[union-attr]
+    assert IslandStore.open(f"{bucket}/s.zarr").obs(["cell_type"])["cell_type"].tolist() == ["B cell"]
 
 
 def test_a_bad_line_and_a_missing_object_are_told_by_their_url(chrom_sizes: Path, s3: Any) -> None:

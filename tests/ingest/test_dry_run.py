@@ -1,5 +1,6 @@
 """What a dry run tells, against what the conversion then does; and that it writes nothing."""
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from compressed_files import bgzf
 from stores import FRAGMENTS, write_lines, write_peaks
 
 from annatac_scale.errors import StoreError
-from annatac_scale.ingest import estimate
+from annatac_scale.ingest import estimate, graph
 from annatac_scale.ingest.convert import convert, dry_run
 from annatac_scale.ingest.dry_run import ConversionPlan
 
@@ -52,6 +53,41 @@ def test_each_thing_that_is_wrong_is_told_and_the_rest_is_planned(tmp_path: Path
     assert "found fragments on 'NC_1' and none on a chromosome of toy" in told[1]
     assert "without BGZF's empty last block" in told[2]
     assert planned([good, bad], chrom_sizes, tmp_path / "s.zarr", on_invalid="count").is_sound
+
+
+def test_work_of_a_stopped_run_is_found_and_needs_no_room_again(
+    tmp_path: Path, chrom_sizes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = write_lines(tmp_path / "a.tsv", FRAGMENTS).read_bytes()
+    inputs = [tmp_path / "b.tsv.gz", tmp_path / "c.tsv.gz"]
+    for path in inputs:
+        path.write_bytes(gzip.compress(text + path.name.encode().join([b"#", b"\n"])))
+    options: dict[str, Any] = {"select": "all", "chrom_sizes": chrom_sizes, "min_fragments": 0, "workers": 4}
+
+    def stop(*_: Any) -> None:
+        raise RuntimeError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(graph, "commit_fragments", stop)
+        with pytest.raises(RuntimeError):
+            convert(inputs, assembly="toy", out=tmp_path / "s.zarr", **options)
+    plan = planned(inputs, chrom_sizes, tmp_path / "s.zarr", workers=4)
+    assert [sample.state for sample in plan.samples] == ["go on", "go on"]
+    other = planned(inputs[:1], chrom_sizes, tmp_path / "s.zarr", workers=1)
+    assert other.samples[0].state == "convert"
+
+    drafts = {path.name: tmp_path / "s.zarr" / ".incoming" / path.name[0] for path in inputs}
+    down = {
+        name: sum(file.stat().st_size for file in draft.rglob("*") if file.is_file())
+        for name, draft in drafts.items()
+    }
+    assert all(down.values())
+    needed = sum(max(0, s.scratch_bytes - down[Path(s.path).name]) + s.store_bytes for s in plan.samples)
+    for free, is_enough in [(needed + 2000, True), (needed // 2, False)]:
+        usage = estimate.shutil.disk_usage(tmp_path)._replace(free=free)
+        with monkeypatch.context() as patched:
+            patched.setattr(estimate.shutil, "disk_usage", lambda _, found=usage: found)
+            assert planned(inputs, chrom_sizes, tmp_path / "s.zarr", workers=4).is_sound == is_enough
 
 
 def test_what_the_store_has_is_skipped_or_told_to_differ(tmp_path: Path, chrom_sizes: Path) -> None:
