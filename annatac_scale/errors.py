@@ -29,3 +29,7 @@ class StoreError(AnnatacError):
 
 class ModelError(AnnatacError):
     """A model folder is damaged, or does not fit the store it is used on."""
+
+
+class NoRoomError(StoreError):
+    """A disk is full: what is whole is kept, and the same command goes on when there is room."""

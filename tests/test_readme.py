@@ -66,6 +66,24 @@ def test_the_six_commands_run_and_label_held_out_cells(folder: Path) -> None:
         assert column in labels, column
 
 
+def test_the_figures_of_the_converter_are_those_that_were_saved() -> None:
+    cases = json.loads((ROOT / "benchmarks" / "results" / "convert.json").read_text())["cases"]
+    peers = {name: run["cpu_s_median"] for name, run in cases["peers"]["runs"].items()}
+    said = re.search(
+        r"took ([0-9.]+) CPU-seconds without QC and ([0-9.]+) with it, of which ([0-9.]+) are start-up, beside\s+"
+        r"([0-9.]+) of SnapATAC2 and ([0-9.]+) of BPCells",
+        (ROOT / "README.md").read_text(),
+    )
+    assert said
+    names = ("ours", "ours_qc", "ours_start", "snapatac2_paired_insertion", "bpcells_import")
+    assert [float(figure) for figure in said.groups()] == [round(peers[name], 1) for name in names]
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    memory = {name: round(run["rss_mb"]) for name, run in cases["memory"]["runs"].items()}
+    for name in ("base", "lines_x5", "cells_x40"):
+        assert f"{memory[name]} MB" in guide
+    assert f"{cases['peers']['ratios']['ours_qc_over_ours_cpu']:.2f} times as long" in guide
+
+
 def test_the_lines_for_fragments_run_on_the_shipped_blood_cells(tmp_path: Path) -> None:
     with as_file(files("annatac_scale") / "data" / "archr_PBSmall.tsv.gz") as shipped:
         (tmp_path / "fragments.tsv.gz").write_bytes(shipped.read_bytes())

@@ -129,6 +129,14 @@ def check_disks(jobs: Sequence[Job], recipe: Recipe) -> None:
             )
 
 
+def still_needed(jobs: Sequence[Job], recipe: Recipe) -> str:
+    """How much room the conversion still takes, for whom the disk was full."""
+    needs = [
+        f"{shown_bytes(n_bytes)} in {folder} for {what}" for folder, n_bytes, what in _needed(jobs, recipe)
+    ]
+    return f"it may take another {' and '.join(needs)}"
+
+
 def _is_down(job: Job, recipe: Recipe) -> int:
     """Bytes that a stopped run put down for a sample, which this one need not put down again."""
     draft = place_of(recipe.store).below(f"{INCOMING}/{job.name}")

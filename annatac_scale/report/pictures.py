@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from annatac_scale.errors import InputError
 from annatac_scale.report.quality import Floats, RankCurve, SampleQuality
+from annatac_scale.store.files import write_whole
 
 FORMATS: dict[str, dict[str, str | None]] = {
     ".png": {"Software": None},
@@ -70,7 +71,7 @@ def write_picture(samples: Sequence[SampleQuality], path: Path | str) -> None:
     with mpl.style.context("default"), mpl.rc_context({"svg.hashsalt": "annatac_scale", "font.size": 9}):
         figure = draw(samples)
         figure.savefig(buffer, format=ending[1:], dpi=150, metadata=FORMATS[ending])
-    Path(path).write_bytes(buffer.getvalue())
+    write_whole(Path(path), buffer.getvalue())
 
 
 def draw(samples: Sequence[SampleQuality]) -> Figure:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from annatac_scale.errors import StoreError
+from annatac_scale.errors import NoRoomError, StoreError
 
 INCOMING = ".incoming"
 
@@ -17,14 +17,16 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 def as_store_error(error: OSError, path: Path | str, what: str) -> StoreError:
     """What the system refused, in words for the user. what: "read" or "written"."""
-    advice = "look at the disk, then run the same command again"
+    found = f"{path}: cannot be {what} ({error.strerror or error})"
     if error.errno in _FULL:
-        advice = "expected room for it; free some, then run the same command again: what is whole is kept"
-    elif error.errno in _FORBIDDEN:
-        advice = (
-            "expected a place that this user may write to; choose another, or have the permissions changed"
+        return NoRoomError(
+            f"{found}; expected room for it; free some, then run the same command again: what is whole is kept"
         )
-    return StoreError(f"{path}: cannot be {what} ({error.strerror or error}); {advice}")
+    if error.errno in _FORBIDDEN:
+        return StoreError(
+            f"{found}; expected a place that this user may write to; choose another, or have the permissions changed"
+        )
+    return StoreError(f"{found}; look at the disk, then run the same command again")
 
 
 def move(source: Path, target: Path) -> None:

@@ -16,6 +16,7 @@ from stores import FRAGMENTS, Convert, all_bytes, digests, write_lines, write_pe
 from told import Said
 
 from annatac_scale.errors import InputError, StoreError
+from annatac_scale.ingest import convert as conversion
 
 
 @pytest.fixture
@@ -134,20 +135,32 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.parametrize("is_foreseen", [True, False])
 def test_a_disk_that_fills_is_named_and_the_same_command_goes_on(
-    tmp_path: Path, toy_convert: Convert, fragments: Path, small_disk: Path
+    tmp_path: Path,
+    toy_convert: Convert,
+    fragments: Path,
+    small_disk: Path,
+    is_foreseen: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Case 4."""
+    """Case 4, whether the room is missed before the work or in its middle."""
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes((1 << 20) - 40_000))
     options = {"scratch": small_disk, "range_bytes": 4000, "min_fragments": 0}
-    with pytest.raises(StoreError) as caught:
-        toy_convert(fragments, **options)
+    with monkeypatch.context() as patched:
+        if not is_foreseen:
+            patched.setattr(conversion, "check_disks", lambda *_: None)
+        with pytest.raises(StoreError) as caught:
+            toy_convert(fragments, **options)
     assert str(caught.value).startswith(str(small_disk))
     assert "free some" in str(caught.value)
+    how_much = "expected" if is_foreseen else f"another 0.[0-9] MB in {small_disk} for what is put down"
+    assert re.search(how_much, str(caught.value))
     ballast.unlink()
     said = Said()
     toy_convert(fragments, progress=said, **options)
+    assert (said.found > 0) is not is_foreseen
     assert said.found + said.done == fragments.stat().st_size
     assert all_bytes(small_disk) == {}
     toy_convert(fragments, "whole.zarr", min_fragments=0)
