@@ -204,6 +204,7 @@ def _recipe(store: Location, assembly: str | Assembly, options: ConvertOptions, 
         counting=options.counting,
         quality=options.qc,
         tss=tss,
+        tss_file=_located(options.tss or options.gtf),
         min_fragments=options.min_fragments,
         min_tsse=options.min_tsse,
         count_invalid=options.on_invalid == "count",
@@ -365,7 +366,7 @@ class _Conversion:
             differs = difference(
                 there[sample.name].conversion,
                 kind,
-                files_of(sample, kind),
+                files_of(sample, kind, self.recipe),
                 options_of(sample, kind, self.recipe),
             )
             if differs:

@@ -210,7 +210,7 @@ class _Planner:
         differs = difference(
             self.there[job.name].conversion,
             job.kind,
-            files_of(job.sample, job.kind),
+            files_of(job.sample, job.kind, self.recipe),
             options_of(job.sample, job.kind, self.recipe),
         )
         if differs:

@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from annatac_scale.errors import InputError
@@ -30,6 +29,9 @@ FRAGMENTS, H5AD, TENX_H5, TENX_MTX = "fragments", "h5ad", "10x h5", "10x mtx"
 INSERTION = "insertion"
 MIN_FRAGMENTS = 1000
 
+_BESIDES = ("peaks", "barcodes", "tss")
+"""Roles of files that go with the data."""
+
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _HDF5_NAMES = (".h5ad", ".h5", ".hdf5")
 _MOST_STRANDS = 3
@@ -41,7 +43,7 @@ class Recipe:
     """What all samples of a conversion share; may be pickled.
 
     counting: "insertion", "fragment" or "paired-insertion"; quality: whether QC is made
-    tss: a placed table of TSS for it, None where the assembly has none
+    tss: a placed table of TSS for it, None where the assembly has none; tss_file: where the user gave it
     min_fragments, min_tsse: what makes a barcode a cell; count_invalid: whether invalid lines are passed over
     layer, use_raw: where an h5ad has its counts
     scratch: folder for what is put down on the way, None: in the store
@@ -54,6 +56,7 @@ class Recipe:
     counting: str
     quality: bool
     tss: pd.DataFrame | None
+    tss_file: Location | None
     min_fragments: int
     min_tsse: float
     count_invalid: bool
@@ -138,8 +141,8 @@ def job_of(sample: SampleInput, recipe: Recipe) -> Job:
     """The job of a sample. Raises InputError for files that cannot be read and options that do not go with them."""
     kind = kind_of(sample.path)
     check_options(sample, kind, recipe)
-    entries = stamps(files_of(sample, kind))
-    n_bytes = sum(entry["size"] for entry in entries if entry["role"] not in ("peaks", "barcodes"))
+    entries = stamps(files_of(sample, kind, recipe))
+    n_bytes = sum(entry["size"] for entry in entries if entry["role"] not in _BESIDES)
     if kind != FRAGMENTS:
         return Job(
             sample, kind, n_bytes, {"kind": kind, "inputs": entries, **options_of(sample, kind, recipe)}
@@ -156,7 +159,6 @@ def job_of(sample: SampleInput, recipe: Recipe) -> Job:
         "islands_sha256": recipe.space.sha256,
         "counting": recipe.counting,
         "quality": recipe.quality,
-        "tss": _sha256_of_tss(recipe.tss) if recipe.quality else "",
         "range_bytes": recipe.range_bytes,
     }
     return Job(sample, kind, n_bytes, plan, file)
@@ -164,14 +166,6 @@ def job_of(sample: SampleInput, recipe: Recipe) -> Job:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sha256_of_tss(tss: pd.DataFrame | None) -> str:
-    if tss is None:
-        return ""
-    coding = json.dumps(tss["type"].tolist())
-    positions = np.stack([tss["code"].to_numpy(np.int64), tss["position"].to_numpy(np.int64)]).tobytes()
-    return hashlib.sha256(coding.encode() + positions).hexdigest()
 
 
 def kind_of(location: Location) -> str:
@@ -202,12 +196,13 @@ def kind_of(location: Location) -> str:
     )
 
 
-def files_of(sample: SampleInput, kind: str) -> dict[str, Location]:
-    """The files that decide a sample's X, by role."""
+def files_of(sample: SampleInput, kind: str, recipe: Recipe) -> dict[str, Location]:
+    """The files that decide a sample's X and quality, by role."""
     files: dict[str, Location] = {"data": sample.path}
     if kind == TENX_MTX:
         files = dict(mtx_files(Path(sample.path)))
-    named = {"peaks": sample.peaks, "barcodes": sample.barcodes}
+    tss = recipe.tss_file if kind == FRAGMENTS and recipe.quality else None
+    named = {"peaks": sample.peaks, "barcodes": sample.barcodes, "tss": tss}
     return files | {role: path for role, path in named.items() if path is not None}
 
 

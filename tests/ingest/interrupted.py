@@ -3,6 +3,7 @@
 It makes the file ``started`` in the folder as soon as the first range is done.
 """
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,5 +24,7 @@ def slowly(count: Any) -> Any:
 
 
 if __name__ == "__main__":
+    # Whoever starts the tests in the background may have had SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     fragment_tasks.count_range = slowly(fragment_tasks.count_range)
     main(sys.argv[2:])

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 from compressed_files import bgzf
+from matrix_files import BARCODES
 from stores import FRAGMENTS, Convert, write_lines, write_peaks
 
 import annatac_scale as ats
 from annatac_scale.errors import InputError
+from annatac_scale.ingest import graph
 from annatac_scale.ingest.convert import convert
 from annatac_scale.store.store import IslandStore
 
@@ -46,6 +48,29 @@ def test_sheet_inputs_and_store_in_a_bucket_give_the_digest_of_a_disk(
     there, here = IslandStore.open(f"{bucket}/atlas.zarr"), IslandStore.open(tmp_path / "atlas.zarr")
     assert there.digest == here.digest
     assert not [key for key in s3.keys(f"{bucket}/atlas.zarr") if ".incoming/a" in key]
+
+
+def test_other_cells_than_a_stopped_run_chose_are_written_to_a_bucket(
+    tmp_path: Path, toy_convert: Convert, chrom_sizes: Path, s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = s3.bucket()
+    more = [row for row in FRAGMENTS if row[3] in BARCODES[:7]]
+    path = write_lines(tmp_path / "a.tsv", [*FRAGMENTS, *more])
+    s3.put(f"{bucket}/a.tsv", path.read_bytes())
+    options: dict[str, Any] = {"select": "all", "chrom_sizes": chrom_sizes, "range_bytes": 4000}
+
+    def stop(*_: Any) -> None:
+        raise RuntimeError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(graph, "commit_fragments", stop)
+        with pytest.raises(RuntimeError):
+            convert(f"{bucket}/a.tsv", assembly="toy", out=f"{bucket}/s.zarr", min_fragments=1, **options)
+    convert(f"{bucket}/a.tsv", assembly="toy", out=f"{bucket}/s.zarr", min_fragments=101, **options)
+    toy_convert(path, min_fragments=101)
+    there, here = IslandStore.open(f"{bucket}/s.zarr"), IslandStore.open(tmp_path / "atlas.zarr")
+    assert here.n_cells == 7
+    assert there.digest == here.digest
 
 
 def test_labels_join_a_store_in_a_bucket(chrom_sizes: Path, s3: Any) -> None:

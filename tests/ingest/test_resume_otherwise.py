@@ -12,6 +12,7 @@ from told import Said
 
 from annatac_scale.errors import InputError, StoreError
 from annatac_scale.ingest import graph
+from annatac_scale.store.store import IslandStore
 
 RANGE_BYTES = 4000
 
@@ -171,3 +172,38 @@ def test_other_islands_do_not_throw_away_what_a_stopped_run_counted(
     stopped(fragments, out="other.zarr", min_fragments=0)
     shutil.rmtree(tmp_path / "other.zarr")
     toy_convert(fragments, "other.zarr", min_fragments=0, select=windows)
+
+
+def test_fewer_cells_than_a_stopped_run_chose_leave_nothing_of_its_shards(
+    tmp_path: Path, stopped: Convert, again: Any
+) -> None:
+    rows = [("chr1", 10 * (i % 900), 10 * (i % 900) + 9, f"B{i}") for i in range(4100)]
+    fragments = write_lines(tmp_path / "s.tsv", [*rows, *rows[:50]])
+    stopped(fragments, min_fragments=1)
+    shards = tmp_path / "atlas.zarr" / ".incoming" / "s" / "sample" / "X" / "c"
+    assert len(list(shards.iterdir())) == 2
+    assert again(fragments, min_fragments=2) == fragments.stat().st_size
+    assert [path.name for path in (tmp_path / "atlas.zarr/samples/s/X/c").iterdir()] == ["0"]
+    assert IslandStore.open(tmp_path / "atlas.zarr").n_cells == 50
+
+
+def test_another_tss_table_makes_the_quality_anew_or_is_told(
+    tmp_path: Path, stopped: Convert, toy_convert: Convert, again: Any
+) -> None:
+    fragments = write_lines(tmp_path / "s.tsv", FRAGMENTS)
+    one, two = (
+        write_lines(tmp_path / f"{position}.tsv", [("chr1", position, "+", "G", "protein_coding")])
+        for position in (500, 7000)
+    )
+    stopped(fragments, min_fragments=0, tss=one)
+    assert again(fragments, min_fragments=0, tss=two) == 0
+    near = IslandStore.open(tmp_path / "atlas.zarr").obs(["fraction_in_tss"])["fraction_in_tss"]
+    toy_convert(fragments, "one.zarr", min_fragments=0, tss=one)
+    assert (
+        near.tolist()
+        != IslandStore.open(tmp_path / "one.zarr").obs(["fraction_in_tss"])["fraction_in_tss"].tolist()
+    )
+    with pytest.raises(StoreError, match=r"500\.tsv \(tss\) has other content than then"):
+        toy_convert(fragments, min_fragments=0, tss=one)
+    with pytest.raises(StoreError, match="it was made with a file for tss"):
+        toy_convert(fragments, min_fragments=0)

@@ -17,6 +17,7 @@ from told import Said
 
 from annatac_scale.errors import InputError, StoreError
 from annatac_scale.ingest import convert as conversion
+from annatac_scale.ingest import graph
 
 
 @pytest.fixture
@@ -165,3 +166,24 @@ def test_a_disk_that_fills_is_named_and_the_same_command_goes_on(
     assert all_bytes(small_disk) == {}
     toy_convert(fragments, "whole.zarr", min_fragments=0)
     assert digests(tmp_path / "atlas.zarr") == digests(tmp_path / "whole.zarr")
+
+
+def test_what_was_put_down_for_other_islands_is_never_used(
+    tmp_path: Path, toy_convert: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the store that it was for is gone, and another stands in its place."""
+    fragments = write_lines(tmp_path / "s.tsv", FRAGMENTS)
+    windows = str(write_lines(tmp_path / "w.bed", [("chr1", 0, 500), ("chr2", 100, 900)]))
+    options = {"scratch": tmp_path / "scratch", "min_fragments": 0}
+
+    def stop(*_: Any) -> None:
+        raise RuntimeError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(graph, "commit_fragments", stop)
+        with pytest.raises(RuntimeError):
+            toy_convert(fragments, **options)
+    shutil.rmtree(tmp_path / "atlas.zarr")
+    toy_convert(fragments, select=windows, **options)
+    toy_convert(fragments, "anew.zarr", select=windows, min_fragments=0)
+    assert digests(tmp_path / "atlas.zarr") == digests(tmp_path / "anew.zarr")
