@@ -196,16 +196,22 @@ def case_memory(bench: Bench) -> dict[str, Any]:
     }
     if bench.quick:
         specs = {name: specs[name] for name in ("base", "cells_x40")}
-    found = run_all([bench.ours(name, bench.made(spec)) for name, spec in specs.items()], bench.rounds)
+    runs = [bench.ours(name, bench.made(spec)) for name, spec in specs.items()]
     wanted = {}
+    if not bench.quick:
+        runs.append(bench.ours("lines_x5_2_workers", bench.made(specs["lines_x5"]), workers=2))
+        wanted["lines_x5_two_workers_over_one_wall"] = ("lines_x5_2_workers", "lines_x5", "wall_s_median")
+    found = run_all(runs, bench.rounds)
     for name in ("lines_x5", "cells_x40", "peaks_1k", "peaks_300k"):
         wanted[f"{name}_over_base_rss"] = (name, "base", "rss_mb")
         wanted[f"{name}_over_base_cpu"] = (name, "base", "cpu_s_median")
     wanted["peaks_300k_over_1k_cpu"] = ("peaks_300k", "peaks_1k", "cpu_s_median")
+    more_bytes = (found["cells_x40"].get("rss_mb", 0) - found["base"].get("rss_mb", 0)) * 1e6
     return {
         "specs": {name: asdict(spec) for name, spec in specs.items()},
         "runs": found,
         "ratios": ratios(found, wanted),
+        "bytes_a_barcode": round(more_bytes / (many - base.cells)),
     }
 
 

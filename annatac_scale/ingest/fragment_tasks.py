@@ -107,7 +107,7 @@ def call_cells(job: Job, recipe: Recipe, counting: Counting, counted: Sequence[A
     if place.size(_CHOSEN) is None or place.read(_CHOSEN) != options:
         for name in ("rows", "open", _CHOSEN):
             place.remove(name)
-        forget_shards(job.place)
+        forget_shards(job.target)
         place.write(_CHOSEN, options)
     names = spill_names(job.text, place)
     return choose_cells(job.text, place, names, counting, recipe.min_fragments, recipe.min_tsse)
@@ -123,7 +123,7 @@ def finish_fragments(
     for shard in range(part, -(-n_cells // SHARD_CELLS), n_parts):
         recipe.hook.worked(job.name, 0)
         records.append(
-            finish_shard(job.place, place, spill_names(job.text, place), n_cells, shard, source.peaks.n)
+            finish_shard(job.target, place, spill_names(job.text, place), n_cells, shard, source.peaks.n)
         )
     return records
 
@@ -172,7 +172,7 @@ def commit_fragments(
     }
     if cells.barcode_rank is not None:
         conversion["barcode_rank"] = cells.barcode_rank
-    job.place.commit(shards, obs, source.peaks.measured, conversion)
+    job.target.commit(shards, obs, source.peaks.measured, conversion)
     place.remove("")
     return Done(job.name, conversion, said.lines, labelled)
 

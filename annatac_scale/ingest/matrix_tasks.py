@@ -113,13 +113,13 @@ def finish_matrix(job: Job, recipe: Recipe, plan: MatrixPlan, part: int, n_parts
     matrix = _open(job, recipe)
     try:
         for shard in range(part, -(-n_cells // SHARD_CELLS), n_parts):
-            found = job.place.written(shard) if job.place.place.size(_quality_name(shard)) else None
+            found = job.target.written(shard) if job.target.place.size(_quality_name(shard)) else None
             n_bytes = (job.n_bytes - plan.bytes_to_prepare) * len(plan.rows[_cells_of(shard)]) // n_cells
             if found is not None:
                 recipe.hook.found(job.name, n_bytes)
                 records.append(found)
             else:
-                records.append(_write_shard(job.place, matrix, plan, shard))
+                records.append(_write_shard(job.target, matrix, plan, shard))
                 recipe.hook.worked(job.name, n_bytes)
     finally:
         matrix.close()
@@ -156,7 +156,7 @@ def commit_matrix(
     shards = [record for part in records for record in part]
     if not sum(record.n_open for record in shards):
         raise no_count(job, recipe)
-    found = [np.frombuffer(job.place.place.read(_quality_name(i)), np.int64) for i in range(len(shards))]
+    found = [np.frombuffer(job.target.place.read(_quality_name(i)), np.int64) for i in range(len(shards))]
     n_counts, n_open, n_inside = np.concatenate([part.reshape(3, -1) for part in found], axis=1)
     said = Said()
     absent = int((plan.rows < 0).sum())
@@ -178,6 +178,6 @@ def commit_matrix(
         "peaks": peaks,
         "cells": {"cells": len(plan.rows), "not_listed": not_listed, "not_in_file": absent},
     }
-    job.place.commit(shards, obs, plan.peaks.measured, conversion)
+    job.target.commit(shards, obs, plan.peaks.measured, conversion)
     job.scratch(recipe).remove("")
     return Done(job.name, conversion, said.lines, labelled)

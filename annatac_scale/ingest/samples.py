@@ -101,8 +101,8 @@ class Job:
         return self.file
 
     @property
-    def place(self) -> Draft:
-        """The draft."""
+    def target(self) -> Draft:
+        """The draft that the sample is written to."""
         if self.draft is None:
             raise TypeError(f"{self.name} is not begun")
         return self.draft
@@ -114,7 +114,7 @@ class Job:
         """
         plan = json.dumps(self.plan, sort_keys=True)
         if recipe.scratch is None:
-            return self.place.place.below(_sha256(plan)[:16])
+            return self.target.place.below(_sha256(plan)[:16])
         store = recipe.store if is_url(recipe.store) else Path(recipe.store).absolute()
         # One store's samples never meet another's.
         key = _sha256(f"{store}\n{plan}")[:16]
