@@ -81,6 +81,7 @@ def test_the_figures_of_the_converter_are_those_that_were_saved() -> None:
     memory = {name: round(run["rss_mb"]) for name, run in cases["memory"]["runs"].items()}
     for name in ("base", "lines_x5", "cells_x40"):
         assert f"{memory[name]} MB" in guide
+    assert f"takes {cases['memory']['bytes_a_barcode']} bytes without QC" in guide
     assert f"{cases['peers']['ratios']['ours_qc_over_ours_cpu']:.2f} times as long" in guide
 
 

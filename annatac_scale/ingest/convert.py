@@ -54,7 +54,7 @@ class ConvertOptions:
     counting: "insertion", "fragment" or "paired-insertion" (fragments.Counting says what they are)
     min_fragments, min_tsse: of fragment files without a list of barcodes, how many fragments and which TSS enrichment
     make a barcode a cell; others ignore them
-    qc: whether the quality of cells is made from fragments; it takes about 1.14 times as long
+    qc: whether the quality of cells is made from fragments; it takes about 1.2 times as long
     on_invalid: "stop" at an invalid line of a fragment file, or "count" such lines and go on
     layer, use_raw: where an h5ad has its counts, if not in X
     workers: threads that work at the same time; dask: address of a Dask scheduler, whose workers work in their place
