@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from annatac_scale.errors import InputError
-from annatac_scale.genome.rows import Path, shown
+from annatac_scale.genome.rows import shown
+from annatac_scale.ingest.blob_file import BlobFile
 from annatac_scale.ingest.chunks import read_part
 from annatac_scale.ingest.matrices import (
     PeakMatrix,
@@ -22,7 +23,7 @@ from annatac_scale.ingest.matrices import (
 from annatac_scale.ingest.peaks import Intervals, parse_names
 from annatac_scale.ingest.transpose import Entries, Transposition
 from annatac_scale.store.elements import read_elem
-from annatac_scale.store.place import Place
+from annatac_scale.store.place import Location, Place, blob_of, is_url
 
 _CHROM = ("chrom", "chr", "seqnames", "chromosome")
 _START = ("start", "chromstart")
@@ -39,7 +40,7 @@ _NO_COORDINATES = "name the peaks like that, or give var the columns chrom, star
 
 
 def open_h5ad(
-    path: Path, layer: str | None = None, use_raw: bool = False, scratch: Place | None = None
+    path: Location, layer: str | None = None, use_raw: bool = False, scratch: Place | None = None
 ) -> PeakMatrix:
     """Open X, the layer ``layer``, or raw.X of an h5ad file.
 
@@ -59,7 +60,7 @@ def open_h5ad(
         raise
 
 
-def _open(path: Path, file: h5py.File, place: str, use_raw: bool, scratch: Place | None) -> PeakMatrix:
+def _open(path: Location, file: h5py.File, place: str, use_raw: bool, scratch: Place | None) -> PeakMatrix:
     var_place = place.replace("X", "var") if use_raw else "var"
     stored, shape = file[place], (_n_rows(path, file, "obs"), _n_rows(path, file, var_place))
     encoding = _encoding(path, stored, place, shape)
@@ -99,21 +100,22 @@ def _open(path: Path, file: h5py.File, place: str, use_raw: bool, scratch: Place
     return matrix
 
 
-def _obs(path: Path, file: h5py.File) -> pd.DataFrame:
+def _obs(path: Location, file: h5py.File) -> pd.DataFrame:
     obs = _frame(path, file, "obs")
     return obs.set_axis(obs.index.astype(str))
 
 
-def n_cells_h5ad(path: Path) -> int:
+def n_cells_h5ad(path: Location) -> int:
     """Rows of obs."""
     with open_hdf5(path) as file:
         return _n_rows(path, file, "obs")
 
 
-def open_hdf5(path: Path) -> h5py.File:
-    """An HDF5 file opened for reading; InputError where it is damaged or none."""
+def open_hdf5(path: Location) -> h5py.File:
+    """An HDF5 file, on disk or in object storage, opened for reading; InputError where it is damaged or none."""
+    source = BlobFile(blob_of(path)) if is_url(path) else path
     try:
-        return h5py.File(path, "r", rdcc_nbytes=_CHUNK_CACHE)
+        return h5py.File(source, "r", rdcc_nbytes=_CHUNK_CACHE)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read as HDF5 ({error}); expected a whole h5ad or 10x h5 file; "
@@ -121,7 +123,7 @@ def open_hdf5(path: Path) -> h5py.File:
         ) from error
 
 
-def _place(path: Path, file: h5py.File, layer: str | None, use_raw: bool) -> str:
+def _place(path: Location, file: h5py.File, layer: str | None, use_raw: bool) -> str:
     """Where in the file the asked-for matrix is."""
     wanted = ("raw/X", "raw.X") if use_raw else ("X",) if layer is None else (f"layers/{layer}",)
     for place in wanted:
@@ -135,7 +137,7 @@ def _place(path: Path, file: h5py.File, layer: str | None, use_raw: bool) -> str
     )
 
 
-def _frame(path: Path, file: h5py.File, name: str) -> pd.DataFrame:
+def _frame(path: Location, file: h5py.File, name: str) -> pd.DataFrame:
     try:
         frame = read_elem(file[name])
     except (OSError, KeyError, ValueError, RuntimeError) as error:
@@ -150,14 +152,14 @@ def _frame(path: Path, file: h5py.File, name: str) -> pd.DataFrame:
     return frame
 
 
-def _n_rows(path: Path, file: h5py.File, name: str) -> int:
+def _n_rows(path: Location, file: h5py.File, name: str) -> int:
     """Rows of a data frame, without reading it where its index is a plain array."""
     index = file[name].attrs.get("_index", "") if name in file else ""
     found = file[name].get(index) if index and isinstance(file[name], h5py.Group) else None
     return len(found) if isinstance(found, h5py.Dataset) else len(_frame(path, file, name))
 
 
-def _encoding(path: Path, matrix: h5py.Group | h5py.Dataset, place: str, shape: tuple[int, int]) -> str:
+def _encoding(path: Location, matrix: h5py.Group | h5py.Dataset, place: str, shape: tuple[int, int]) -> str:
     """ "csr", "csc" or "dense", after a look at whether the matrix is whole."""
     attributes = matrix.attrs
     found = tuple(attributes.get("shape", attributes.get("h5sparse_shape", getattr(matrix, "shape", ()))))
@@ -257,7 +259,7 @@ def _column(frame: pd.DataFrame, names: tuple[str, ...]) -> str | None:
     return next((by_lower[name] for name in names if name in by_lower), None)
 
 
-def _intervals(path: Path, var: pd.DataFrame) -> Intervals:
+def _intervals(path: Location, var: pd.DataFrame) -> Intervals:
     chrom, start, end = _column(var, _CHROM), _column(var, _START), _column(var, _END)
     if chrom is None or start is None or end is None:
         return parse_names([str(name) for name in var.index], f"{path}, var", _NO_COORDINATES)

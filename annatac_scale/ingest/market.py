@@ -7,7 +7,6 @@ between the entries, CRLF and several blanks between the numbers are taken; entr
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -19,7 +18,7 @@ from annatac_scale.ingest.bgzf import GZIP, BrokenTextError, Bytes, inflate
 from annatac_scale.ingest.text import cut_off, whole_lines
 from annatac_scale.ingest.transpose import Entries, Fill
 from annatac_scale.store.compiled import compiled
-from annatac_scale.store.place import blob_of
+from annatac_scale.store.place import Location, blob_of
 
 _TEXT_BYTES = 1 << 20
 _FIELDS = ("integer", "real", "pattern")
@@ -39,7 +38,7 @@ BadValue = Callable[[float, int, int, str], InputError]
 class Market:
     """A Matrix Market file and what its head says; n_lines: of the head."""
 
-    path: Path
+    path: Location
     n_rows: int
     n_columns: int
     n_entries: int
@@ -47,7 +46,7 @@ class Market:
     n_lines: int
 
 
-def read_market(path: Path) -> Market:
+def read_market(path: Location) -> Market:
     """Read the head of a Matrix Market file.
 
     Raises InputError for anything but a coordinate, general matrix of integer, real or pattern, naming what it is.
@@ -75,7 +74,7 @@ def read_market(path: Path) -> Market:
     )
 
 
-def _banner(path: Path, line: str) -> list[str]:
+def _banner(path: Location, line: str) -> list[str]:
     words = line.lower().split()
     if len(words) != 5 or words[:2] != ["%%matrixmarket", "matrix"]:
         raise complaint(
@@ -183,9 +182,9 @@ class _Reader:
             )
 
 
-def texts(path: Path) -> Iterator[bytes]:
+def texts(path: Location) -> Iterator[bytes]:
     """The file's text in buffers of whole lines. Raises BrokenTextError."""
-    source = Bytes(blob_of(str(path)), 0, lambda place, piece: None)
+    source = Bytes(blob_of(path), 0, lambda place, piece: None)
     zipped = source.hold(2) and source.data.startswith(GZIP)
     pieces = inflate(source) if zipped else _plain(source)
     return whole_lines(pieces, iter(()), True, _TEXT_BYTES)

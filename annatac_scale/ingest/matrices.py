@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from annatac_scale.errors import InputError
-from annatac_scale.genome.rows import Path, shown
+from annatac_scale.genome.rows import shown
 from annatac_scale.ingest.peaks import Intervals, PeakSet, levels
 from annatac_scale.ingest.transpose import MEMORY_BYTES, Transposition
 from annatac_scale.store.open_islands import OpenIslands
+from annatac_scale.store.place import Location
 
 _MAX_COUNT = 2**31 - 1
 _ROWS_AT_ONCE = 1000
@@ -41,7 +42,7 @@ class PeakMatrix:
     transposition: how the values get in the order of cells, None where they are
     """
 
-    path: Path
+    path: Location
     kind: str
     place: str
     n_cells: int
@@ -253,7 +254,7 @@ def _row_sums(matrix: sparse.csr_matrix) -> NDArray[np.int64]:
     return np.diff(total[matrix.indptr]).astype(np.int64)
 
 
-def check_compressed(path: Path, place: str, group: Mapping[str, Any], n_rows: int) -> None:
+def check_compressed(path: Location, place: str, group: Mapping[str, Any], n_rows: int) -> None:
     """Raise InputError unless the array indptr of a group has the length and the ends for ``n_rows`` rows of values."""
     indptr, n_values = group["indptr"], len(group["data"])
     ends = [int(indptr[i]) for i in (0, -1)] if len(indptr) == n_rows + 1 else []

@@ -5,7 +5,6 @@ As those of fragment files, they are functions of what may be pickled, and find 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,7 +87,7 @@ def _prepare(job: Job, recipe: Recipe, matrix: PeakMatrix, rows: NDArray[np.int6
 
 def _open(job: Job, recipe: Recipe) -> PeakMatrix:
     scratch = job.scratch(recipe)
-    return open_matrix(Path(job.sample.path), job.kind, recipe.layer, recipe.use_raw, scratch)
+    return open_matrix(job.sample.path, job.kind, recipe.layer, recipe.use_raw, scratch)
 
 
 def _rows_of_cells(job: Job, recipe: Recipe, matrix: PeakMatrix) -> tuple[pd.Index, NDArray[np.int64]]:

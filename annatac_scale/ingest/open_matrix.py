@@ -1,14 +1,13 @@
 """Peak matrices of any kind behind one door."""
 
-from annatac_scale.genome.rows import Path
 from annatac_scale.ingest.h5ad import n_cells_h5ad, open_h5ad
 from annatac_scale.ingest.matrices import PeakMatrix
 from annatac_scale.ingest.tenx import n_cells_10x_h5, n_cells_10x_mtx, open_10x_h5, open_10x_mtx
-from annatac_scale.store.place import Place
+from annatac_scale.store.place import Location, Place
 
 
 def open_matrix(
-    path: Path, kind: str, layer: str | None = None, use_raw: bool = False, scratch: Place | None = None
+    path: Location, kind: str, layer: str | None = None, use_raw: bool = False, scratch: Place | None = None
 ) -> PeakMatrix:
     """Open a peak matrix of the kind "h5ad", "10x h5" or "10x mtx", from any thread and process.
 
@@ -20,6 +19,6 @@ def open_matrix(
     return open_10x_h5(path) if kind == "10x h5" else open_10x_mtx(path, scratch)
 
 
-def n_cells(path: Path, kind: str) -> int:
+def n_cells(path: Location, kind: str) -> int:
     """Cells of a peak matrix, without opening all of it."""
     return {"h5ad": n_cells_h5ad, "10x h5": n_cells_10x_h5, "10x mtx": n_cells_10x_mtx}[kind](path)

@@ -170,8 +170,8 @@ def _sha256(text: str) -> str:
 
 def kind_of(location: Location) -> str:
     """What an input is, told by its content. Raises InputError for a folder or HDF5 file of no known layout."""
-    if not is_url(location) and Path(location).is_dir():
-        if is_10x_folder(Path(location)):
+    if _is_folder(location):
+        if is_10x_folder(location):
             return TENX_MTX
         raise InputError(
             f"{location}: found a folder without matrix.mtx or matrix.mtx.gz; expected a 10x mtx folder, or "
@@ -180,12 +180,7 @@ def kind_of(location: Location) -> str:
     is_hdf5 = blob_of(location).read(0, len(_HDF5)) == _HDF5
     if not is_hdf5 and not str(location).lower().endswith(_HDF5_NAMES):
         return FRAGMENTS
-    if is_url(location):
-        raise InputError(
-            f"{location}: found an HDF5 file in object storage; expected fragments there, or a matrix on disk; copy it "
-            "to a disk first"
-        )
-    with open_hdf5(Path(location)) as file:
+    with open_hdf5(location) as file:
         if "matrix" in file:
             return TENX_H5
         if "obs" in file and "var" in file:
@@ -196,11 +191,19 @@ def kind_of(location: Location) -> str:
     )
 
 
+def _is_folder(location: Location) -> bool:
+    """Whether a location is a folder on disk, or a prefix in object storage that holds a 10x matrix."""
+    if not is_url(location):
+        return Path(location).is_dir()
+    folder, _, name = str(location).rstrip("/").rpartition("/")
+    return place_of(folder).size(name) is None and is_10x_folder(location)
+
+
 def files_of(sample: SampleInput, kind: str, recipe: Recipe) -> dict[str, Location]:
     """The files that decide a sample's X and quality, by role."""
     files: dict[str, Location] = {"data": sample.path}
     if kind == TENX_MTX:
-        files = dict(mtx_files(Path(sample.path)))
+        files = dict(mtx_files(sample.path))
     tss = recipe.tss_file if kind == FRAGMENTS and recipe.quality else None
     named = {"peaks": sample.peaks, "barcodes": sample.barcodes, "tss": tss}
     return files | {role: path for role, path in named.items() if path is not None}

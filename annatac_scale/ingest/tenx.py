@@ -14,21 +14,22 @@ from numpy.typing import NDArray
 from pyarrow import csv
 
 from annatac_scale.errors import InputError
-from annatac_scale.genome.rows import Path, complaint, read_lines, shown, whole_number
+from annatac_scale.genome.rows import complaint, read_lines, shown, whole_number
 from annatac_scale.ingest.bgzf import BrokenTextError
 from annatac_scale.ingest.h5ad import csr_rows, open_hdf5
+from annatac_scale.ingest.local_copy import local_copy
 from annatac_scale.ingest.market import market_entries, read_market, texts
 from annatac_scale.ingest.matrices import PeakMatrix, check_compressed, peaks_of_columns
 from annatac_scale.ingest.peaks import Intervals, as_intervals, parse_names
 from annatac_scale.ingest.transpose import Entries, Transposition
-from annatac_scale.store.place import Place
+from annatac_scale.store.place import Location, Place, joined, place_of
 
 PEAKS = "Peaks"
 
 _NAMES_REMEDY = "give the matrix of a Cell Ranger ATAC or ARC run"
 
 
-def open_10x_h5(path: Path) -> PeakMatrix:
+def open_10x_h5(path: Location) -> PeakMatrix:
     """Open a 10x feature-barcode h5; of a multiome file only the features of type Peaks.
 
     Raises InputError where the file is damaged, is of another layout or holds no peaks.
@@ -66,7 +67,7 @@ def open_10x_h5(path: Path) -> PeakMatrix:
     return matrix
 
 
-def n_cells_10x_h5(path: Path) -> int:
+def n_cells_10x_h5(path: Location) -> int:
     """Barcodes of a 10x h5."""
     with open_hdf5(path) as file:
         if "matrix/barcodes" not in file:
@@ -84,7 +85,7 @@ def _obs(barcodes: list[str]) -> pd.DataFrame:
     return pd.DataFrame(index=pd.Index(barcodes, dtype=object, name="barcode"))
 
 
-def _peak_columns(path: Path, types: list[str]) -> NDArray[np.int64]:
+def _peak_columns(path: Location, types: list[str]) -> NDArray[np.int64]:
     columns = np.flatnonzero(np.array(types, object) == PEAKS)
     if not len(columns):
         some = ", ".join(sorted(set(types))[:3])
@@ -94,7 +95,7 @@ def _peak_columns(path: Path, types: list[str]) -> NDArray[np.int64]:
     return columns
 
 
-def _check_size(path: Path, place: str, found: tuple[int, int], expected: tuple[int, int]) -> None:
+def _check_size(path: Location, place: str, found: tuple[int, int], expected: tuple[int, int]) -> None:
     if found != expected:
         raise InputError(
             f"{path}: found {place} of {found[0]:,} features x {found[1]:,} barcodes beside "
@@ -102,12 +103,12 @@ def _check_size(path: Path, place: str, found: tuple[int, int], expected: tuple[
         )
 
 
-def is_10x_folder(path: Path) -> bool:
-    """Whether ``path`` is a folder with a matrix.mtx or matrix.mtx.gz."""
+def is_10x_folder(path: Location) -> bool:
+    """Whether ``path`` is a folder, or a prefix, with a matrix.mtx or matrix.mtx.gz."""
     return _member(path, "matrix.mtx") is not None
 
 
-def mtx_files(path: Path) -> dict[str, FilePath]:
+def mtx_files(path: Location) -> dict[str, Location]:
     """The three files of a 10x mtx folder by role: matrix, barcodes, features."""
     return {
         "matrix": _needed(path, "matrix.mtx"),
@@ -116,12 +117,12 @@ def mtx_files(path: Path) -> dict[str, FilePath]:
     }
 
 
-def n_cells_10x_mtx(path: Path) -> int:
+def n_cells_10x_mtx(path: Location) -> int:
     """Columns of the matrix in a 10x mtx folder."""
     return read_market(_needed(path, "matrix.mtx")).n_columns
 
 
-def open_10x_mtx(path: Path, scratch: Place | None = None) -> PeakMatrix:
+def open_10x_mtx(path: Location, scratch: Place | None = None) -> PeakMatrix:
     """Open a folder of matrix.mtx, barcodes.tsv and features.tsv or peaks.bed, each plain or gzip.
 
     scratch: where the matrix is put in the order of cells.
@@ -130,7 +131,8 @@ def open_10x_mtx(path: Path, scratch: Place | None = None) -> PeakMatrix:
     matrix_file, barcodes_file, features = mtx_files(path).values()
     market = read_market(matrix_file)
     read_obs = cache(lambda: _obs(_barcodes(barcodes_file)))
-    columns, intervals, n_features = _mtx_features(features)
+    with local_copy(features) as file:
+        columns, intervals, n_features = _mtx_features(file)
     _check_size(matrix_file, "a matrix", (market.n_rows, market.n_columns), (n_features, len(read_obs())))
 
     def fill(entries: Entries) -> Iterator[int]:
@@ -145,7 +147,7 @@ def open_10x_mtx(path: Path, scratch: Place | None = None) -> PeakMatrix:
     matrix = PeakMatrix(
         path=path,
         kind="10x mtx",
-        place=matrix_file.name,
+        place=str(matrix_file).rpartition("/")[2],
         n_cells=market.n_columns,
         columns=np.arange(len(columns)),
         n_columns=len(columns),
@@ -158,18 +160,20 @@ def open_10x_mtx(path: Path, scratch: Place | None = None) -> PeakMatrix:
     return matrix
 
 
-def _barcodes(path: FilePath) -> list[str]:
-    lines = (line.split("\t")[0].strip() for _, line in read_lines(path))
+def _barcodes(path: Location) -> list[str]:
+    with local_copy(path) as file:
+        lines = [line.split("\t")[0].strip() for _, line in read_lines(file)]
     return [barcode for barcode in lines if barcode]
 
 
-def _member(folder: Path, *names: str) -> FilePath | None:
+def _member(folder: Location, *names: str) -> Location | None:
     """The first of the named files, plain or gzip, that is in the folder."""
-    candidates = [FilePath(folder, name + end) for name in names for end in ("", ".gz")]
-    return next((path for path in candidates if path.is_file()), None)
+    place = place_of(folder)
+    candidates = (name + end for name in names for end in ("", ".gz"))
+    return next((joined(folder, name) for name in candidates if place.size(name) is not None), None)
 
 
-def _needed(folder: Path, *names: str) -> FilePath:
+def _needed(folder: Location, *names: str) -> Location:
     found = _member(folder, *names)
     if found is None:
         raise InputError(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from compressed_files import bgzf
-from matrix_files import BARCODES
+from matrix_files import BARCODES, PEAKS, names, some_anndata, some_counts, write_10x_h5, write_10x_mtx
 from stores import FRAGMENTS, Convert, write_lines, write_peaks
 
 import annatac_scale as ats
@@ -71,6 +71,36 @@ def test_other_cells_than_a_stopped_run_chose_are_written_to_a_bucket(
     there, here = IslandStore.open(f"{bucket}/s.zarr"), IslandStore.open(tmp_path / "atlas.zarr")
     assert here.n_cells == 7
     assert there.digest == here.digest
+
+
+def test_matrices_in_a_bucket_give_the_digests_of_a_disk(
+    tmp_path: Path, toy_convert: Convert, chrom_sizes: Path, s3: Any
+) -> None:
+    some_anndata().write_h5ad(tmp_path / "csr.h5ad", compression="gzip")
+    some_anndata(some_counts().tocsc()).write_h5ad(tmp_path / "csc.h5ad")
+    write_10x_h5(tmp_path / "tenx.h5", some_counts(), names(PEAKS))
+    bed = ["\t".join(map(str, peak)) for peak in PEAKS]
+    write_10x_mtx(tmp_path / "mtx", some_counts(), "peaks.bed", bed)
+    bucket = s3.bucket()
+    for file in (file for file in tmp_path.rglob("*") if file.is_file()):
+        s3.put(f"{bucket}/in/{file.relative_to(tmp_path)}", file.read_bytes())
+    inputs = ("csr.h5ad", "csc.h5ad", "tenx.h5", "mtx")
+    options: dict[str, Any] = {"select": "all", "chrom_sizes": chrom_sizes}
+    convert(
+        [f"{bucket}/in/{name}" for name in inputs],
+        assembly="toy",
+        out=f"{bucket}/s.zarr",
+        workers=2,
+        **options,
+    )
+    toy_convert([tmp_path / name for name in inputs])
+    there, here = IslandStore.open(f"{bucket}/s.zarr"), IslandStore.open(tmp_path / "atlas.zarr")
+    assert there.digest == here.digest
+    kinds = {name: sample.conversion["kind"] for name, sample in there.samples.items()}
+    assert kinds == {"csr": "h5ad", "csc": "h5ad", "tenx": "10x h5", "mtx": "10x mtx"}
+    s3.put(f"{bucket}/in/torn.h5ad", (tmp_path / "csr.h5ad").read_bytes()[:3000])
+    with pytest.raises(InputError, match=rf"{bucket}/in/torn\.h5ad: cannot be read as HDF5"):
+        convert(f"{bucket}/in/torn.h5ad", assembly="toy", out=f"{bucket}/t.zarr", **options)
 
 
 def test_labels_join_a_store_in_a_bucket(chrom_sizes: Path, s3: Any) -> None:
