@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from zarr.abc.codec import ArrayBytesCodec
 from zarr.core.array_spec import ArraySpec
@@ -24,24 +23,17 @@ from zarr.core.buffer import Buffer, NDBuffer
 from zarr.core.common import JSON, parse_named_configuration
 
 from annatac_scale.errors import StoreError
+from annatac_scale.store.compiled import compiled
+from annatac_scale.store.encoded_rows import DamagedRowError, EncodedRows
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.schema import CODEC, N_LEVELS
 
-ESCAPE = 255
-MAX_SHORT_GAP = 50
 _MAX_LEB128_BYTES = 5
-_LONGEST_ISLAND = 1 + _MAX_LEB128_BYTES + 1
-
-_OK, _BAD_LEVEL, _TRUNCATED, _BAD_GAP, _PAST_END = 0, 1, 2, 3, 4
-_WHAT = {
-    _BAD_LEVEL: "a level outside 1..5",
-    _TRUNCATED: "a row that ends within an island",
-    _BAD_GAP: "a gap that is not canonical LEB128 or should have been a single byte",
-    _PAST_END: "an island beyond the last one of the island space",
-}
+LONGEST_ISLAND = 1 + _MAX_LEB128_BYTES + 1
+"""Bytes of an island at most."""
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _encode(offsets, islands, levels, ends, out):  # type: ignore[no-untyped-def]
     """Write all rows into ``out`` and their ends into ``ends``; returns the bytes written, or -1 - row if bad."""
     position = 0
@@ -70,49 +62,7 @@ def _encode(offsets, islands, levels, ends, out):  # type: ignore[no-untyped-def
     return position
 
 
-@njit(nogil=True, cache=True)
-def _decode(data, ends, first, n_islands, offsets, islands, levels):  # type: ignore[no-untyped-def]
-    """Decode rows first..first+len(offsets)-1 of ``data``; returns (status, row). Never reads outside ``data``."""
-    n = 0
-    for r in range(len(offsets) - 1):
-        position, end = ends[first + r], ends[first + r + 1]
-        island = -1
-        while position < end:
-            byte = np.int64(data[position])
-            position += 1
-            if byte < 255:
-                gap, level = byte // 5, byte % 5 + 1
-            else:
-                gap, shift, more = np.int64(0), 0, True
-                while more:
-                    if position >= end:
-                        return 2, r
-                    byte = np.int64(data[position])
-                    position += 1
-                    gap |= (byte & 127) << shift
-                    more = byte >= 128
-                    if shift == 28 and (more or byte > 15):
-                        return 3, r
-                    shift += 7
-                if gap <= 50 or (byte == 0 and shift > 7):
-                    return 3, r
-                if position >= end:
-                    return 2, r
-                level = np.int64(data[position])
-                position += 1
-                if level < 1 or level > 5:
-                    return 1, r
-            island += gap + 1
-            if island >= n_islands:
-                return 4, r
-            islands[n] = island
-            levels[n] = level
-            n += 1
-        offsets[r + 1] = n
-    return 0, 0
-
-
-@njit(nogil=True, cache=True)
+@compiled
 def _scatter(offsets, islands, levels, dense):  # type: ignore[no-untyped-def]
     """Set dense[row, island] = level for every open island."""
     for row in range(len(offsets) - 1):
@@ -126,7 +76,7 @@ def encode_block(rows: OpenIslands, n_rows: int) -> bytes:
     Raises StoreError when islands are not strictly increasing within a row or a level is outside 1..5.
     """
     ends = np.zeros(n_rows + 1, np.uint32)
-    out = np.empty(len(rows.islands) * _LONGEST_ISLAND, np.uint8)
+    out = np.empty(len(rows.islands) * LONGEST_ISLAND, np.uint8)
     size = _encode(rows.offsets, rows.islands, rows.levels, ends, out)
     if size < 0:
         raise StoreError(
@@ -141,22 +91,14 @@ def decode_block(encoded: bytes, n_rows: int, n_islands: int, rows: slice = slic
 
     Any byte string is safe to pass: what is not a block raises StoreError, naming the row.
     """
-    head = 4 * (n_rows + 1)
-    if len(encoded) < head:
-        raise StoreError(f"encoded block of {len(encoded)} bytes: its head alone takes {head}")
-    ends = np.frombuffer(encoded, "<u4", n_rows + 1).astype(np.int64)
-    data = np.frombuffer(encoded, np.uint8, offset=head)
-    if ends[0] != 0 or ends[-1] != len(data) or (np.diff(ends) < 0).any():
-        raise StoreError(f"encoded block: row ends must rise from 0 to its {len(data)} bytes of rows")
+    all_rows = EncodedRows.of_block(encoded, n_rows)
     first, stop, _ = rows.indices(n_rows)
-    n_bytes = max(0, int(ends[max(first, stop)] - ends[first]))
-    offsets = np.zeros(max(first, stop) - first + 1, np.int64)
-    islands, levels = np.empty(n_bytes, np.int32), np.empty(n_bytes, np.uint8)
-    status, row = _decode(data, ends, first, n_islands, offsets, islands, levels)
-    if status != _OK:
-        raise StoreError(f"encoded block, row {first + row}: {_WHAT[status]}; the chunk is damaged")
-    n_open = offsets[-1]
-    return OpenIslands(offsets, islands[:n_open], levels[:n_open])
+    try:
+        return all_rows.take(np.arange(first, stop)).decode(n_islands)
+    except DamagedRowError as error:
+        raise StoreError(
+            f"encoded block, row {first + error.row}: {error.what}; the chunk is damaged"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from annatac_scale.store.compiled import compiled
+
 
 @dataclass(frozen=True, eq=False)
 class OpenIslands:
@@ -67,10 +69,11 @@ class OpenIslands:
 
     def take(self, cells: NDArray[np.int64]) -> "OpenIslands":
         """The given cells (positions, int64 [m]), in the given order, repeats allowed."""
-        counts = self.n_open[cells]
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-        source = np.repeat(self.offsets[cells] - offsets[:-1], counts) + np.arange(offsets[-1])
-        return OpenIslands(offsets, self.islands[source], self.levels[source])
+        cells = np.asarray(cells, np.int64)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.n_open[cells])])
+        taken = OpenIslands(offsets, np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.uint8))
+        _take(self.offsets, self.islands, self.levels, cells, taken.offsets, taken.islands, taken.levels)
+        return taken
 
     def renumber(self, new_of_old: NDArray[np.int32]) -> "OpenIslands":
         """Replace island ``i`` by ``new_of_old[i]``, dropping islands whose new number is -1.
@@ -81,3 +84,15 @@ class OpenIslands:
         kept = renumbered >= 0
         before = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept, dtype=np.int64)])
         return OpenIslands(before[self.offsets], renumbered[kept], self.levels[kept])
+
+
+@compiled
+def _take(offsets, islands, levels, cells, new_offsets, new_islands, new_levels):  # type: ignore[no-untyped-def]
+    """Copy the rows ``cells`` one after the other; each is within the arrays, and negative ones count from the end."""
+    for i in range(len(cells)):
+        cell = cells[i] if cells[i] >= 0 else cells[i] + len(offsets) - 1
+        source = offsets[cell]
+        for target in range(new_offsets[i], new_offsets[i + 1]):
+            new_islands[target] = islands[source]
+            new_levels[target] = levels[source]
+            source += 1

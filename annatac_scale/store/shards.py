@@ -7,21 +7,27 @@ codecs bytes (little-endian), crc32c, the index at the file's end.
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import google_crc32c
 import numpy as np
 from numcodecs.zstd import Zstd
+from numpy.typing import NDArray
 
 from annatac_scale.errors import StoreError
-from annatac_scale.store.codec import decode_block, encode_block
+from annatac_scale.store.codec import LONGEST_ISLAND, encode_block
+from annatac_scale.store.encoded_rows import DamagedRowError, EncodedRows
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.place import Place
 from annatac_scale.store.schema import BLOCK_CELLS, CODEC, SHARD_BLOCKS, SHARD_CELLS, ZSTD_LEVEL
 
+if TYPE_CHECKING:
+    from annatac_scale.store.cache import BlockCache
+
 _ABSENT = 2**64 - 1
+_RESIDUE = 0x48674BC7
 _INDEX_BYTES = SHARD_BLOCKS * 16 + 4
 _ZSTD = Zstd(level=ZSTD_LEVEL)
 
@@ -86,43 +92,131 @@ def encode_shard(blocks: Iterable[OpenIslands]) -> EncodedShard:
     return EncodedShard(digest.hexdigest(), bytes(body), n_open, n_cells)
 
 
+class _Chunk(NamedTuple):
+    """An encoded block in its shard's file. start, size: bytes, its checksum included"""
+
+    block: int
+    shard: int
+    start: int
+    size: int
+
+
 class ShardReader:
-    """Reads encoded blocks of one sample's X. The index of a shard is read once and kept (256 bytes).
+    """Reads encoded blocks of one sample's X, in any thread. The index of a shard is read once and kept (256 bytes).
 
     x: the folder of the array
+    x_sha256: of the sample's X, by which a cache knows its blocks
     shard_open: open islands of each shard, by which a lost file is told from an all-closed shard; None: not known
+    cache: where blocks are put down once read, None: nowhere
     """
 
     def __init__(
-        self, x: Place, n_cells: int, n_islands: int, shard_open: Sequence[int] | None = None
+        self,
+        x: Place,
+        n_cells: int,
+        n_islands: int,
+        x_sha256: str = "",
+        shard_open: Sequence[int] | None = None,
+        cache: "BlockCache | None" = None,
     ) -> None:
         self.x = x
         self.n_cells = n_cells
         self.n_islands = n_islands
+        self.x_sha256 = x_sha256
         self.shard_open = shard_open
-        self._index: dict[int, np.ndarray | None] = {}
+        self.cache = cache
+        self._index: dict[int, NDArray[np.uint64] | None] = {}
 
     def read_block(self, block: int) -> OpenIslands:
-        """The cells of block ``block`` of the sample.
-
-        Raises StoreError when the file is lost or cut short, or its bytes do not fit their checksum.
-        """
-        n_rows = min(BLOCK_CELLS, self.n_cells - block * BLOCK_CELLS)
-        shard, within = divmod(block, SHARD_BLOCKS)
-        index = self._shard_index(shard)
-        if index is None or index[within, 0] == _ABSENT:
-            return OpenIslands.empty(n_rows)
-        start, size = (int(v) for v in index[within])
-        place = f"{self._location(shard)}, block {block}"
+        """The cells of block ``block`` of the sample. Raises StoreError as ``read_rows`` does, and for damaged rows."""
+        (rows,) = self.read_rows([block])
         try:
-            data = self.x.read_range(shard_name(shard), start, size)
+            return rows.decode(self.n_islands)
+        except DamagedRowError as error:
+            raise StoreError(f"{self._place(block)}, {error}") from error
+
+    def read_rows(self, blocks: Sequence[int]) -> list[EncodedRows]:
+        """The cells of blocks of the sample, encoded. Blocks that lie side by side in a shard are read in one request.
+
+        Raises StoreError when a file is lost or cut short, or its bytes do not fit their checksum.
+        """
+        chunks = self._cached(blocks)
+        missing = [block for block in blocks if block not in chunks]
+        for run in self._runs(missing):
+            chunks |= self._read(run)
+        return [self._rows(block, chunks.get(block)) for block in blocks]
+
+    def _cached(self, blocks: Sequence[int]) -> dict[int, bytes]:
+        if self.cache is None:
+            return {}
+        found = {block: self.cache.get(self._key(block)) for block in blocks}
+        chunks = {block: chunk for block, chunk in found.items() if chunk is not None}
+        for block in [block for block, chunk in chunks.items() if not _fits_crc(chunk)]:
+            self.cache.drop(self._key(block))
+            del chunks[block]
+        return chunks
+
+    def _key(self, block: int) -> str:
+        return f"{self.x_sha256}/{block}"
+
+    def _runs(self, blocks: Sequence[int]) -> Iterator[list[_Chunk]]:
+        """The chunks of blocks, those side by side together."""
+        run: list[_Chunk] = []
+        for chunk in sorted(self._chunks(blocks), key=lambda chunk: (chunk.shard, chunk.start)):
+            if run and (run[-1].shard, run[-1].start + run[-1].size) != (chunk.shard, chunk.start):
+                yield run
+                run = []
+            run.append(chunk)
+        if run:
+            yield run
+
+    def _chunks(self, blocks: Sequence[int]) -> Iterator[_Chunk]:
+        """Where blocks lie; those without an open island lie nowhere."""
+        for block in blocks:
+            shard, within = divmod(block, SHARD_BLOCKS)
+            index = self._shard_index(shard)
+            if index is None or index[within, 0] == _ABSENT:
+                continue
+            start, size = (int(number) for number in index[within])
+            if size > _most_compressed(self._most_bytes(shard)):
+                raise StoreError(
+                    f"{self._place(block)}: {size:,} bytes are more than a full block; the file is damaged"
+                )
+            yield _Chunk(block, shard, start, size)
+
+    def _read(self, run: Sequence[_Chunk]) -> dict[int, bytes]:
+        shard, start = run[0].shard, run[0].start
+        try:
+            data = self.x.read_range(shard_name(shard), start, run[-1].start + run[-1].size - start)
         except FileNotFoundError:
             raise self._lost(shard) from None
-        encoded = _ZSTD.decode(_without_crc(data, place))
+        # Of a single chunk the slice is all of the data, which is not copied.
+        chunks = {chunk.block: data[chunk.start - start : chunk.start - start + chunk.size] for chunk in run}
+        for block, chunk in chunks.items():
+            if not _fits_crc(chunk):
+                raise _damaged(self._place(block))
+            if self.cache is not None:
+                self.cache.put(self._key(block), chunk)
+        return chunks
+
+    def _rows(self, block: int, chunk: bytes | None) -> EncodedRows:
+        n_rows = min(BLOCK_CELLS, self.n_cells - block * BLOCK_CELLS)
+        if chunk is None:
+            return EncodedRows.empty(n_rows)
         try:
-            return decode_block(encoded, BLOCK_CELLS, self.n_islands, slice(0, n_rows))
+            encoded = _decompressed(memoryview(chunk)[:-4], self._most_bytes(block // SHARD_BLOCKS))
+            return EncodedRows.of_block(encoded, BLOCK_CELLS)[:n_rows]
         except StoreError as error:
-            raise StoreError(f"{place}: {error}") from error
+            raise StoreError(f"{self._place(block)}: {error}") from error
+
+    def _most_bytes(self, shard: int) -> int:
+        """What no block of a shard takes more of, encoded."""
+        cells = BLOCK_CELLS * self.n_islands
+        n_open = cells if self.shard_open is None else min(self.shard_open[shard], cells)
+        return 4 * (BLOCK_CELLS + 1) + LONGEST_ISLAND * n_open
+
+    def _place(self, block: int) -> str:
+        return f"{self._location(block // SHARD_BLOCKS)}, block {block}"
 
     def _location(self, shard: int) -> str:
         return f"{self.x.location}/{shard_name(shard)}"
@@ -133,7 +227,7 @@ class ShardReader:
             f"{self._location(shard)}: the file is lost; its cells have {n_open} open islands; convert the sample again"
         )
 
-    def _shard_index(self, shard: int) -> np.ndarray | None:
+    def _shard_index(self, shard: int) -> NDArray[np.uint64] | None:
         if shard not in self._index:
             index = self._read_index(shard)
             if index is None and self.shard_open is not None and self.shard_open[shard]:
@@ -141,26 +235,59 @@ class ShardReader:
             self._index[shard] = index
         return self._index[shard]
 
-    def _read_index(self, shard: int) -> np.ndarray | None:
+    def _read_index(self, shard: int) -> NDArray[np.uint64] | None:
         try:
             tail = self.x.read_range(shard_name(shard), -_INDEX_BYTES, _INDEX_BYTES)
         except FileNotFoundError:
             return None
-        pairs = np.frombuffer(_without_crc(tail, f"{self._location(shard)}, shard index"), "<u8")
-        if pairs.size != 2 * SHARD_BLOCKS:
+        if not _fits_crc(tail):
+            raise _damaged(f"{self._location(shard)}, shard index")
+        if len(tail) != _INDEX_BYTES:
             raise StoreError(
                 f"{self._location(shard)}: {len(tail)} bytes are too few for a shard; the file was cut short"
             )
-        return pairs.reshape(SHARD_BLOCKS, 2)
+        return np.frombuffer(tail[:-4], "<u8").reshape(SHARD_BLOCKS, 2)
 
 
 def _with_crc(data: bytes) -> bytes:
     return bytes(data) + struct.pack("<I", google_crc32c.value(bytes(data)))
 
 
-def _without_crc(data: bytes, place: str) -> bytes:
-    if len(data) < 4 or struct.unpack("<I", data[-4:])[0] != google_crc32c.value(data[:-4]):
+def _fits_crc(data: bytes) -> bool:
+    """Whether bytes end with their own CRC-32C: then, and only then, the CRC of it all is a constant."""
+    return len(data) >= 4 and google_crc32c.value(data) == _RESIDUE
+
+
+def _damaged(place: str) -> StoreError:
+    return StoreError(
+        f"{place}: the bytes do not fit their crc32c; the file is damaged, convert the sample again"
+    )
+
+
+def _decompressed(frame: memoryview, most: int) -> bytes:
+    """The content of a zstd frame. Raises StoreError where it says that it has more than ``most`` bytes."""
+    size = _content_size(frame)
+    if size is not None and size > most:
         raise StoreError(
-            f"{place}: the bytes do not fit their crc32c; the file is damaged, convert the sample again"
+            f"its zstd frame says {size:,} bytes, which is more than the {most:,} of a full block"
         )
-    return data[:-4]
+    try:
+        content: bytes = _ZSTD.decode(frame)
+    except RuntimeError as error:
+        raise StoreError(f"no whole zstd frame ({error})") from error
+    return content
+
+
+def _most_compressed(size: int) -> int:
+    """Bytes of a chunk of ``size`` bytes of content that zstd cannot compress, checksum included."""
+    return size + size // 128 + 1024
+
+
+def _content_size(frame: memoryview) -> int | None:
+    """Bytes of content that the head of a zstd frame states (RFC 8878, 3.1.1.1); None where it states none."""
+    descriptor = frame[4] if len(frame) > 4 else 0
+    is_one_segment = descriptor >> 5 & 1
+    size_bytes = (is_one_segment, 2, 4, 8)[descriptor >> 6]
+    start = 5 + (1 - is_one_segment) + (0, 1, 2, 4)[descriptor & 3]
+    size = int.from_bytes(frame[start : start + size_bytes], "little")
+    return None if not size_bytes else size + 256 if size_bytes == 2 else size

@@ -5,26 +5,32 @@ Rows are read encoded and decoded to open islands, never to dense rows.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import zarr
 from numpy.typing import NDArray
 
-from annatac_scale.errors import InputError, StoreError
+from annatac_scale.errors import StoreError
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.store import schema
+from annatac_scale.store.columns import obs_frame
 from annatac_scale.store.create import remove_empty
 from annatac_scale.store.elements import read_elem
+from annatac_scale.store.encoded_rows import EncodedRows
 from annatac_scale.store.metadata import read_index, read_root
 from annatac_scale.store.obs import finish_obs
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.place import Location, is_url, joined, open_group, place_of
 from annatac_scale.store.shards import ShardReader
+
+if TYPE_CHECKING:
+    from annatac_scale.store.cache import BlockCache
 
 __all__ = ["Block", "IslandStore", "Sample", "remove_empty"]
 
@@ -45,7 +51,14 @@ class Block:
 class Sample:
     """One committed sample of a store."""
 
-    def __init__(self, path: Location, entry: dict[str, Any], first_cell: int, n_islands: int) -> None:
+    def __init__(
+        self,
+        path: Location,
+        entry: dict[str, Any],
+        first_cell: int,
+        n_islands: int,
+        cache: "BlockCache | None" = None,
+    ) -> None:
         self.path = path
         self.name: str = entry["name"]
         self.n_cells: int = entry["n_cells"]
@@ -54,7 +67,7 @@ class Sample:
         self.x_sha256: str = entry["x_sha256"]
         self.first_cell = first_cell
         x = place_of(path).below("X")
-        self._reader = ShardReader(x, self.n_cells, n_islands, entry.get("shard_open"))
+        self._reader = ShardReader(x, self.n_cells, n_islands, self.x_sha256, entry.get("shard_open"), cache)
 
     @cached_property
     def conversion(self) -> dict[str, Any]:
@@ -102,26 +115,38 @@ class Sample:
         _ = self.conversion
         return self._reader.read_block(block)
 
+    def read_rows(self, blocks: Sequence[int]) -> list[EncodedRows]:
+        """The cells of the given blocks, encoded, and numbered as the store's islands are."""
+        _ = self.conversion
+        return self._reader.read_rows(blocks)
+
 
 class IslandStore:
     """A store opened for reading. Cell ids count over all samples in order of commit."""
 
-    def __init__(self, path: Location, attributes: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Location,
+        attributes: dict[str, Any],
+        index: Sequence[dict[str, Any]],
+        cache: "BlockCache | None" = None,
+    ) -> None:
         self.path = path
+        self._index, self._cache = index, cache
         self.attributes = attributes
         self.counting: str = attributes["counting"]
         self.islands_sha256: str = attributes["islands_sha256"]
         self.n_islands: int = attributes["n_islands"]
         self.samples: dict[str, Sample] = {}
         self.n_cells = 0
-        for entry in read_index(path):
+        for entry in index:
             folder = joined(path, f"{schema.SAMPLES}/{entry['name']}")
-            self.samples[entry["name"]] = Sample(folder, entry, self.n_cells, self.n_islands)
+            self.samples[entry["name"]] = Sample(folder, entry, self.n_cells, self.n_islands, cache)
             self.n_cells += entry["n_cells"]
 
     @classmethod
-    def open(cls, path: Location) -> "IslandStore":
-        """Open the store at ``path``, a folder or an URL.
+    def open(cls, path: Location, cache: "BlockCache | None" = None) -> "IslandStore":
+        """Open the store at ``path``, a folder or an URL. cache: where to put down the blocks that are read.
 
         Raises StoreError when there is none, or it is of another major version, or a sample is incomplete, or the obs
         of one has to be settled where the store cannot be written. In object storage, where each look costs a request,
@@ -130,11 +155,15 @@ class IslandStore:
         path = path if is_url(path) else Path(path)
         attributes = read_root(path)
         finish_obs(path)
-        store = cls(path, attributes)
+        store = cls(path, attributes, read_index(path), cache)
         if not is_url(path):
             for sample in store.samples.values():
                 _ = sample.conversion
         return store
+
+    def first(self, n_samples: int) -> "IslandStore":
+        """The store as it was when it held its first ``n_samples`` samples: ids stay what they are."""
+        return IslandStore(self.path, self.attributes, self._index[:n_samples], self._cache)
 
     @cached_property
     def digest(self) -> str:
@@ -173,26 +202,7 @@ class IslandStore:
         A column that a sample lacks is missing there; one that no sample has raises InputError, as does any column
         of a store without samples.
         """
-        frames = [
-            sample.obs().reset_index(names="barcode").assign(sample=name)
-            for name, sample in self.samples.items()
-        ]
-        if columns and not frames:
-            raise InputError(
-                f"{self.path}: holds no sample, so no obs column {columns[0]!r}; add one with `annatac convert`"
-            )
-        known = list(dict.fromkeys(name for frame in frames for name in frame))
-        for name in columns or ():
-            if name not in known:
-                raise InputError(
-                    f"{self.path}: no obs column {name!r}; there are {', '.join(sorted(known))}; give one of these, or "
-                    "join a table that has it with `annatac convert --obs`"
-                )
-        wanted = list(dict.fromkeys(["sample", "barcode", *(known if columns is None else columns)]))
-        frames = [frame.reindex(columns=wanted) for frame in frames]
-        if not frames:
-            return pd.DataFrame(columns=wanted)
-        return pd.concat([_plain(frame) for frame in frames], ignore_index=True)
+        return obs_frame(self, columns)
 
     def blocks(self) -> list[Block]:
         """All blocks in order of cell ids."""
@@ -224,8 +234,3 @@ class IslandStore:
         if not parts:
             return OpenIslands.empty()
         return OpenIslands.concatenate(parts).take(np.argsort(np.concatenate(places)))
-
-
-def _plain(frame: pd.DataFrame) -> pd.DataFrame:
-    # Categories differ between samples: plain values concatenate, and missing ones stay missing.
-    return frame.astype({n: object for n, d in frame.dtypes.items() if isinstance(d, pd.CategoricalDtype)})

@@ -1,0 +1,188 @@
+"""Rows in the island codec, read where they lie: held in a quarter of their decoded size, decoded when they are needed.
+
+Specification: docs/store-format.md, "The island codec". A row's memory is known by its address, so that the rows of one
+batch may lie in hundreds of blocks and still are decoded by one call.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from annatac_scale.errors import StoreError
+from annatac_scale.store.compiled import bytes_at, compiled, copy_bytes
+from annatac_scale.store.open_islands import OpenIslands
+
+Ints = NDArray[np.int64]
+
+_OK, _BAD_LEVEL, _TRUNCATED, _BAD_GAP, _PAST_END = 0, 1, 2, 3, 4
+_WHAT = {
+    _BAD_LEVEL: "a level outside 1..5",
+    _TRUNCATED: "a row that ends within an island",
+    _BAD_GAP: "a gap that is not canonical LEB128 or should have been a single byte",
+    _PAST_END: "an island beyond the last one of the island space",
+}
+
+_STEP = np.array([*(byte // 5 + 1 for byte in range(255)), 0], np.int64)
+"""Islands from the previous open one to the one that a byte says; the escape is 0 here and handled apart."""
+_LEVEL = np.array([*(byte % 5 + 1 for byte in range(255)), 0], np.uint8)
+
+
+class DamagedRowError(StoreError):
+    """Bytes that no encoder writes. row: which of the rows that were to be decoded"""
+
+    def __init__(self, row: int, what: str) -> None:
+        super().__init__(f"row {row}: {what}; the chunk is damaged")
+        self.row = row
+        self.what = what
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedRows:
+    """Rows of ``n`` cells in the island codec.
+
+    addresses: int64 [n], where in memory each row begins
+    sizes: int64 [n], its bytes
+    owners: the objects whose memory that is
+    """
+
+    addresses: Ints
+    sizes: Ints
+    owners: tuple[Any, ...]
+
+    def __len__(self) -> int:
+        return len(self.addresses)
+
+    @classmethod
+    def of_block(cls, encoded: bytes, n_rows: int) -> "EncodedRows":
+        """The rows of an encoded block of ``n_rows``, not copied.
+
+        Raises StoreError where the block's head does not fit it: no row ever reaches outside.
+        """
+        head = 4 * (n_rows + 1)
+        if len(encoded) < head:
+            raise StoreError(f"encoded block of {len(encoded)} bytes: its head alone takes {head}")
+        ends = np.frombuffer(encoded, "<u4", n_rows + 1).astype(np.int64)
+        sizes = np.diff(ends)
+        if ends[0] != 0 or ends[-1] != len(encoded) - head or (sizes < 0).any():
+            raise StoreError(
+                f"encoded block: row ends must rise from 0 to its {len(encoded) - head} bytes of rows"
+            )
+        address = np.frombuffer(encoded, np.uint8).ctypes.data
+        return cls(address + head + ends[:-1], sizes, (encoded,))
+
+    @classmethod
+    def of_bytes(cls, data: NDArray[np.uint8], offsets: Ints) -> "EncodedRows":
+        """Rows that lie one after the other: row ``i`` is ``data[offsets[i]:offsets[i + 1]]``."""
+        return cls(data.ctypes.data + offsets[:-1], np.diff(offsets), (data,))
+
+    @classmethod
+    def empty(cls, n_rows: int = 0) -> "EncodedRows":
+        """``n_rows`` rows without an open island."""
+        return cls(np.zeros(n_rows, np.int64), np.zeros(n_rows, np.int64), ())
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["EncodedRows"]) -> "EncodedRows":
+        """The rows of all parts, in order."""
+        none = np.empty(0, np.int64)
+        return cls(
+            np.concatenate([none, *(part.addresses for part in parts)]),
+            np.concatenate([none, *(part.sizes for part in parts)]),
+            tuple(owner for part in parts for owner in part.owners),
+        )
+
+    def __getitem__(self, rows: slice) -> "EncodedRows":
+        return EncodedRows(self.addresses[rows], self.sizes[rows], self.owners)
+
+    def take(self, rows: Ints) -> "EncodedRows":
+        """The given rows (positions, int64 [m]), in the given order."""
+        return EncodedRows(self.addresses[rows], self.sizes[rows], self.owners)
+
+    def packed(self) -> tuple[NDArray[np.uint8], Ints]:
+        """The rows one after the other: their bytes, uint8, and where each ends, int64 [n + 1]."""
+        offsets = np.zeros(len(self) + 1, np.int64)
+        np.cumsum(self.sizes, out=offsets[1:])
+        data = np.empty(offsets[-1], np.uint8)
+        _pack(self.addresses, self.sizes, data.ctypes.data)
+        return data, offsets
+
+    def decode(self, n_islands: int, new_of_old: NDArray[np.int32] | None = None) -> OpenIslands:
+        """The open islands of the rows, over ``n_islands`` islands.
+
+        new_of_old: int32 [n_islands], increasing where it is not -1: island ``i`` becomes ``new_of_old[i]``, and those
+            that become -1 are dropped
+
+        Any bytes are safe to decode: raises DamagedRowError for what no encoder writes.
+        """
+        offsets = np.zeros(len(self) + 1, np.int64)
+        # An island takes a byte at least. What is not written is never touched, so it takes no memory.
+        most = int(self.sizes.sum())
+        islands, levels = np.empty(most, np.int32), np.empty(most, np.uint8)
+        status, row = _decode(
+            self.addresses, self.sizes, new_of_old, n_islands, offsets, islands, levels, _STEP, _LEVEL
+        )
+        if status != _OK:
+            raise DamagedRowError(row, _WHAT[status])
+        n_open = offsets[-1]
+        return OpenIslands(offsets, islands[:n_open], levels[:n_open])
+
+
+@compiled
+def _pack(addresses, sizes, target):  # type: ignore[no-untyped-def]
+    for row in range(len(addresses)):
+        copy_bytes(target, addresses[row], sizes[row])
+        target += sizes[row]
+
+
+@compiled
+def _decode(addresses, sizes, new_of_old, n_islands, offsets, islands, levels, step_of, level_of):  # type: ignore[no-untyped-def]
+    """Decode all rows; returns (status, row). Never reads outside of a row. Compiled twice: with new numbers, without.
+
+    The two tables are arguments because a global one would be copied into the code and not shared between kernels.
+    """
+    n = 0
+    for row in range(len(addresses)):
+        data = bytes_at(addresses[row])
+        position, end = 0, sizes[row]
+        island = -1
+        while position < end:
+            byte = data[position]
+            position += 1
+            level = level_of[byte]
+            island += step_of[byte]
+            if byte == 255:
+                gap, shift, more = np.int64(0), 0, True
+                while more:
+                    if position >= end:
+                        return 2, row
+                    part = np.int64(data[position])
+                    position += 1
+                    gap |= (part & 127) << shift
+                    more = part >= 128
+                    if shift == 28 and (more or part > 15):
+                        return 3, row
+                    shift += 7
+                if gap <= 50 or (part == 0 and shift > 7):
+                    return 3, row
+                if position >= end:
+                    return 2, row
+                level = data[position]
+                position += 1
+                if level < 1 or level > 5:
+                    return 1, row
+                island += gap + 1
+            if island >= n_islands:
+                return 4, row
+            levels[n] = level
+            if new_of_old is None:
+                islands[n] = island
+                n += 1
+            else:
+                # Written in any case and counted where it is kept: a jump would be guessed wrong too often.
+                new = new_of_old[island]
+                islands[n] = new
+                n += new >= 0
+        offsets[row + 1] = n
+    return 0, 0
