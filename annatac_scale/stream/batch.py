@@ -1,14 +1,15 @@
 """A batch: tokens of some cells as flat arrays, with what the losses compare them to."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from annatac_scale.errors import StoreError
+from annatac_scale.store.encoded_rows import EncodedRows
 from annatac_scale.store.open_islands import OpenIslands
 
 Value = TypeVar("Value", bound=np.generic)
@@ -32,6 +33,7 @@ class Batch:
     tokens: uint8 [T], 0 closed, 1 to 5 a level, 6 MASK
     level_targets: int16 [T] or None, 0 to 4 = level - 1, -100 does not count
     open_targets: int16 [T] or None, 1 open, 0 closed, -100 does not count
+    obs: columns of obs that the stream was asked for, each [B]: numbers, or int32 codes of texts, -1 where missing
     """
 
     cell_ids: NDArray[np.int64]
@@ -40,6 +42,12 @@ class Batch:
     tokens: NDArray[np.uint8]
     level_targets: NDArray[np.int16] | None = None
     open_targets: NDArray[np.int16] | None = None
+    obs: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    @property
+    def levels(self) -> NDArray[np.uint8]:
+        """Levels of the open islands, uint8 [T], 1 to 5: what the tokens are before any is hidden or added."""
+        return self.tokens
 
     def __len__(self) -> int:
         return len(self.cell_ids)
@@ -58,12 +66,15 @@ class Batch:
             self.tokens[own],
             None if self.level_targets is None else self.level_targets[own],
             None if self.open_targets is None else self.open_targets[own],
+            {name: values[start:stop] for name, values in self.obs.items()},
         )
 
     @classmethod
-    def from_open(cls, cell_ids: NDArray[np.int64], cells: OpenIslands) -> "Batch":
-        """One token for each open island, no targets; ``cell_ids[i]`` names cell ``i`` of ``cells``."""
-        return cls(cell_ids, cells.offsets, cells.islands, cells.levels)
+    def from_open(
+        cls, cell_ids: NDArray[np.int64], cells: OpenIslands, obs: Mapping[str, NDArray[Any]] | None = None
+    ) -> "Batch":
+        """One token for each open island, no targets; ``cell_ids[i]`` names cell ``i`` of ``cells`` and of ``obs``."""
+        return cls(cell_ids, cells.offsets, cells.islands, cells.levels, obs=dict(obs or {}))
 
     def with_closed(
         self, measured: Sequence[NDArray[np.int32]], sample_of_cell: NDArray[np.integer]
@@ -94,6 +105,7 @@ class Batch:
             _scatter(self.tokens, place, n_tokens, CLOSED_TOKEN),
             _scatter_targets(self.level_targets, place, n_tokens),
             _scatter_targets(self.open_targets, place, n_tokens),
+            self.obs,
         )
 
     def _check_measured(self, place: Ints) -> None:
@@ -104,6 +116,33 @@ class Batch:
                 f"cell {cell}: island {self.islands[lost[0]]} is open, but its sample does not measure it; "
                 "open islands must be measured: check the store with `annatac info`, or convert it again"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedBatch:
+    """``B`` cells in the island codec (docs/store-format.md): a byte for nearly every open island.
+
+    cell_ids: int64 [B], counted over the whole store
+    data: uint8, the rows one after the other; offsets: int64 [B + 1], cell ``i`` owns ``offsets[i]:offsets[i + 1]``
+    n_islands: islands of the store, as which the rows number them
+    new_of_old: int32 [n_islands] or None, the numbers of the stream's vocabulary, -1 where it has none
+    obs: as in Batch
+    """
+
+    cell_ids: NDArray[np.int64]
+    data: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+    n_islands: int
+    new_of_old: NDArray[np.int32] | None = None
+    obs: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.cell_ids)
+
+    def decode(self) -> Batch:
+        """The batch as open islands. Raises DamagedRowError for bytes that no encoder writes."""
+        rows = EncodedRows.of_bytes(self.data, self.offsets)
+        return Batch.from_open(self.cell_ids, rows.decode(self.n_islands, self.new_of_old), self.obs)
 
 
 def _offsets(counts: Ints) -> Ints:

@@ -1,27 +1,50 @@
 """A store and the order of cells together: batches, resumable at any step on any number of ranks."""
 
-from collections.abc import Callable, Iterable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from annatac_scale.errors import ConfigError
-from annatac_scale.store.open_islands import OpenIslands
+from annatac_scale.errors import ConfigError, StoreError
+from annatac_scale.store.columns import obs_columns
+from annatac_scale.store.encoded_rows import DamagedRowError, EncodedRows
+from annatac_scale.store.place import is_url
 from annatac_scale.store.schema import BLOCK_CELLS
 from annatac_scale.store.store import IslandStore
-from annatac_scale.stream.batch import Batch
-from annatac_scale.stream.order import EpochOrder, EpochPlan, Share, Window, default_lanes
-from annatac_scale.stream.selection import Selection, sequential
+from annatac_scale.stream.batch import Batch, EncodedBatch
+from annatac_scale.stream.order import EpochOrder, default_lanes
+from annatac_scale.stream.reader import RankReader
+from annatac_scale.stream.selection import Selection
 from annatac_scale.stream.vocabulary import Vocabulary
 
-__all__ = ["IslandStream", "StreamState", "sequential"]
+if TYPE_CHECKING:
+    from annatac_scale.store.cache import BlockCache
+    from annatac_scale.stream.split import Split
 
 Ints = NDArray[np.int64]
 Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+LOCAL_THREADS, REMOTE_THREADS = 2, 32
+DEFAULT_WINDOW = 8
+
+
+class PinnedOrder(TypedDict):
+    """What the order of cells follows from, besides the seed. samples, cells: digests (hex)"""
+
+    global_batch_size: int
+    lanes: int
+    window: int
+    n_samples: int
+    samples: str
+    cells: str
 
 
 class StreamState(TypedDict):
@@ -30,56 +53,110 @@ class StreamState(TypedDict):
     seed: int
     epoch: int
     step: int
+    order: PinnedOrder
 
 
-class IslandStream:
+class BatchStream:
     """The batches of one rank. Iterating gives the rest of the current epoch and moves on to the next one.
 
     Every cell comes once per epoch over all ranks. All ranks have equally many batches, some maybe shorter
     than others or empty. The order follows from the seed and the epoch alone (stream/order.py): the global
-    batches are the same for any world size. One iterator at a time.
+    batches are the same for any world size and any number of threads. One iterator at a time.
 
-    store: an open store, or its path
-    cells: int64 cell ids that take part, each once; None for all
-    vocabulary: renumbers the islands to it and drops all others; None keeps the store's numbers
+    store: an open store, or its path or URL
     global_batch_size: cells of a step over all ranks
+    cells: int64 cell ids that may take part, each once; None for all
+    where: of these, the cells whose obs columns fulfil it, as "tissue == 'lung'", or a pyarrow expression
+    split: of these, one part of a split into training and validation
+    weights: by sample, how often each of its cells comes per epoch; 1 where it is not named
+    obs: obs columns that batches carry, see ``Batch.obs``
+    vocabulary: renumbers the islands to it and drops all others; None keeps the store's numbers
     lanes: runs of cells read side by side, a divisor of the global batch and at least the world size; None
         takes the divisor nearest to 36. More lanes mix better
     window: blocks of 250 cells' worth that a lane shuffles among each other
+    threads: that read and decompress; None takes 2, or 32 for a store in object storage
+    cache: keeps the blocks that are read on a local disk; for a store that is given by its URL
 
-    A rank holds about ``lanes / world_size * (window + 1) * 250`` cells, 5 bytes an open island.
+    A rank holds ``memory_bytes`` at most, see there.
 
-    Raises ConfigError for options that do not fit together, InputError for cells that the store does not
-    have, ModelError where store and vocabulary are of different islands.
+    Raises ConfigError for options that do not fit together, InputError for cells, columns or samples that the store
+    does not have, ModelError where store and vocabulary are of different islands.
     """
 
     def __init__(
         self,
         store: IslandStore | Path | str,
         *,
-        cells: NDArray[np.integer] | None = None,
-        vocabulary: Vocabulary | None = None,
         global_batch_size: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        cells: NDArray[np.integer] | None = None,
+        where: "str | pa.compute.Expression | None" = None,
+        split: "Split | None" = None,
+        weights: Mapping[str, float] | None = None,
+        obs: Sequence[str] = (),
+        vocabulary: Vocabulary | None = None,
         lanes: int | None = None,
-        window: int = 4,
+        window: int = DEFAULT_WINDOW,
+        threads: int | None = None,
+        cache: "BlockCache | None" = None,
     ) -> None:
-        self.store = store if isinstance(store, IslandStore) else IslandStore.open(store)
-        self._selection = Selection(self.store, cells)
-        if lanes is None:
-            lanes = default_lanes(global_batch_size)
-        self._order = EpochOrder(
-            self._selection.block_sizes, global_batch_size, seed, lanes, window * BLOCK_CELLS
-        )
-        self._order.check_ranks(rank, world_size)
+        self.store = store if isinstance(store, IslandStore) else IslandStore.open(store, cache)
+        self._cells, self._where, self._split, self._weights = cells, where, split, weights
+        self._global_batch, self._seed, self._window = global_batch_size, seed, window
+        self._lanes = default_lanes(global_batch_size) if lanes is None else lanes
         self._rank, self._world_size = rank, world_size
+        self._obs = tuple(obs)
+        self._threads = threads or (REMOTE_THREADS if is_url(self.store.path) else LOCAL_THREADS)
         self._new_of_old: NDArray[np.int32] | None = None
         if vocabulary is not None:
             vocabulary.check_space(self.store)
             self._new_of_old = vocabulary.new_of_old()
         self._epoch = self._step = 0
+        self._order.check_ranks(rank, world_size)
+
+    @cached_property
+    def _chosen(self) -> Ints | None:
+        """Ids of the cells that take part, increasing; None for all."""
+        cells = None if self._cells is None else np.sort(np.asarray(self._cells, np.int64))
+        if self._where is not None:
+            from annatac_scale.stream.where import cells_where
+
+            cells = _both(cells, cells_where(self.store, self._where))
+        if self._split is not None:
+            from annatac_scale.stream.split import split_cells
+
+            cells = split_cells(self.store, self._split, cells)
+        return cells
+
+    @cached_property
+    def _selection(self) -> Selection:
+        return Selection(self.store, self._chosen, self._weights, self._seed)
+
+    @cached_property
+    def _order(self) -> EpochOrder:
+        return EpochOrder(
+            self._selection.block_sizes,
+            self._global_batch,
+            self._seed,
+            self._lanes,
+            self._window * BLOCK_CELLS,
+        )
+
+    @cached_property
+    def _columns(self) -> "_Columns":
+        return _Columns(obs_columns(self.store, self._obs) if self._obs else None)
+
+    @property
+    def categories(self) -> dict[str, list[str]]:
+        """The texts of the obs columns that are text: ``batch.obs[name]`` holds their numbers, -1 where missing."""
+        return self._columns.categories
+
+    @property
+    def n_cells(self) -> int:
+        """Cells of an epoch over all ranks; with weights, a cell counts as often as it comes."""
+        return self._order.n_cells
 
     def __len__(self) -> int:
         """Batches of a whole epoch, the same on every rank."""
@@ -92,72 +169,132 @@ class IslandStream:
 
     def state_dict(self) -> StreamState:
         """Where the stream is: after the batches handed out, not those read ahead."""
-        return {"seed": self._order.seed, "epoch": self._epoch, "step": self._step}
+        return {"seed": self._seed, "epoch": self._epoch, "step": self._step, "order": self._pinned}
 
     def load_state_dict(self, state: StreamState) -> None:
         """Go to where a stream of the same cells, global batch, lanes and window was, at any world size.
 
-        Raises ConfigError for a step beyond the epoch's end.
+        Samples that were added to the store since then stay out. Raises ConfigError where anything else that the order
+        follows from is not what it was, and for a step beyond the epoch's end.
         """
+        if missing := _missing(state):
+            raise ConfigError(f"found no {missing[0]!r} in the state of a stream: give what state_dict() gave")
+        self._seed, n_samples = state["seed"], state["order"]["n_samples"]
+        if n_samples < len(self.store.samples):
+            self.store = self.store.first(n_samples)
+        self._forget()
+        now, then = dict(self._pinned), dict(state["order"])
+        changed = [f"{name} {then.get(name)!r}, here {value!r}" for name, value in now.items() if then.get(name) != value]
+        if changed:
+            raise ConfigError(
+                f"{self.store.path}: the state is of a stream of other cells or another order ({'; '.join(changed)}); "
+                "use the same store, cells and options again, or start anew"
+            )
         if not 0 <= state["step"] <= len(self):
             raise ConfigError(
-                f"step {state['step']} of an epoch of {len(self)} steps: the state is of a stream of other "
-                "cells or another global batch; use those again"
+                f"step {state['step']} of an epoch of {len(self)} steps: the state is damaged; start the epoch anew"
             )
-        self._order = replace(self._order, seed=state["seed"])
         self._epoch, self._step = state["epoch"], state["step"]
 
+    def _forget(self) -> None:
+        """Forget what follows from the store and the seed."""
+        for name in ("_chosen", "_selection", "_order", "_columns", "_pinned"):
+            self.__dict__.pop(name, None)
+
+    @cached_property
+    def _pinned(self) -> PinnedOrder:
+        samples = hashlib.sha256()
+        for name, sample in self.store.samples.items():
+            samples.update(f"{name} {sample.n_cells} {sample.x_sha256}\n".encode())
+        return {
+            "global_batch_size": self._global_batch,
+            "lanes": self._lanes,
+            "window": self._window,
+            "n_samples": len(self.store.samples),
+            "samples": samples.hexdigest(),
+            "cells": self._cells_sha256(),
+        }
+
+    def _cells_sha256(self) -> str:
+        """Digest of which cells come and how often."""
+        weights = sorted((self._weights or {}).items())
+        digest = hashlib.sha256(json.dumps(weights).encode())
+        digest.update(self._selection.block_sizes)
+        if self._chosen is not None:
+            digest.update(self._chosen)
+        return digest.hexdigest()
+
     def __iter__(self) -> Iterator[Batch]:
+        return self._each(self._batch)
+
+    def encoded(self) -> Iterator[EncodedBatch]:
+        """The same batches, still encoded: less work here and a quarter of the bytes on the way to a device."""
+        return self._each(self._encoded_batch)
+
+    def _each(self, make: Callable[[Ints, EncodedRows], Made], share: int = 0, shares: int = 1) -> Iterator[Made]:
+        """What ``make`` makes of the batches from here on; of these, every ``shares``-th from number ``share`` on."""
+        steps = range(self._step + share, len(self), shares)
         plan = self._order.epoch(self._epoch)
-        reader = _WindowReader(self._selection, plan, self._new_of_old)
-        steps = range(self._step, len(self))
-        shares = (plan.shares(step, self._rank, self._world_size) for step in steps)
-        for step, batch in zip(steps, _one_ahead(reader.batch, shares), strict=True):
-            self._step = step + 1
-            yield batch
+        ranks = plan.of_rank(self._rank, self._world_size)
+        ahead = max(self._window, 2 * self._threads)
+        with RankReader(self._selection, plan, ranks, steps.start, self._threads, ahead) as reader:
+            made = _one_ahead(lambda step: make(*reader.batch(step)), steps)
+            for step, batch in zip(steps, made, strict=True):
+                self._step = step + 1
+                yield batch
         self._epoch, self._step = self._epoch + 1, 0
 
+    def _batch(self, cell_ids: Ints, rows: EncodedRows) -> Batch:
+        try:
+            cells = rows.decode(self.store.n_islands, self._new_of_old)
+        except DamagedRowError as error:
+            raise StoreError(
+                f"{self.store.path}: cell {cell_ids[error.row]}: found {error.what}; expected the bytes of an encoder; "
+                "look for what else is damaged with `annatac info --verify`, and convert the sample again"
+            ) from error
+        return Batch.from_open(cell_ids, cells, self._columns.of(cell_ids))
 
-class _WindowReader:
-    """Reads windows when a batch first touches them and lets go of those that a batch does not touch."""
-
-    def __init__(self, selection: Selection, plan: EpochPlan, new_of_old: NDArray[np.int32] | None) -> None:
-        self._selection = selection
-        self._plan = plan
-        self._new_of_old = new_of_old
-        self._held: dict[Window, tuple[Ints, OpenIslands]] = {}
-
-    def batch(self, shares: list[Share]) -> Batch:
-        """The batch that takes these shares, in their order."""
-        touched = {share.window for share in shares}
-        self._held = {window: held for window, held in self._held.items() if window in touched}
-        ids, parts = [np.empty(0, np.int64)], []
-        for share in shares:
-            if share.window not in self._held:
-                self._held[share.window] = self._read(share.window)
-            window_ids, rows = self._held[share.window]
-            ids.append(window_ids[share.start : share.stop])
-            parts.append(rows[share.start : share.stop])
-        return Batch.from_open(np.concatenate(ids), OpenIslands.concatenate(parts))
-
-    def _read(self, window: Window) -> tuple[Ints, OpenIslands]:
-        """Cell ids and rows of a window, permuted: what a batch takes is a slice."""
-        ids, parts = [], []
-        for run in self._plan.runs(window):
-            rows = self._selection.read(run.block, run.start, run.stop)
-            ids.append(self._selection.ids(run.block, run.start, run.stop))
-            parts.append(rows if self._new_of_old is None else rows.renumber(self._new_of_old))
-        order = self._plan.permutation(window)
-        return np.concatenate(ids)[order], OpenIslands.concatenate(parts).take(order)
+    def _encoded_batch(self, cell_ids: Ints, rows: EncodedRows) -> EncodedBatch:
+        return EncodedBatch(
+            cell_ids, *rows.packed(), self.store.n_islands, self._new_of_old, self._columns.of(cell_ids)
+        )
 
 
-def _one_ahead(make: Callable[[Item], Batch], items: Iterable[Item]) -> Iterator[Batch]:
-    """Make a batch of each item, in order, one ahead of the consumer in a thread.
+class _Columns:
+    """Columns of obs as arrays with a value a cell of the store."""
+
+    def __init__(self, table: pa.Table | None) -> None:
+        self.categories: dict[str, list[str]] = {}
+        self._values: dict[str, NDArray[Any]] = {}
+        for name in table.column_names if table is not None else ():
+            column = table[name].combine_chunks()
+            if pa.types.is_dictionary(column.type):
+                self.categories[name] = column.dictionary.to_pylist()
+                column = column.indices.fill_null(-1)
+            self._values[name] = column.to_numpy(zero_copy_only=False)
+
+    def of(self, cell_ids: Ints) -> dict[str, NDArray[Any]]:
+        return {name: values[cell_ids] for name, values in self._values.items()}
+
+
+def _missing(state: Mapping[str, Any]) -> list[str]:
+    order = state.get("order", {})
+    wanted = [(state, name) for name in StreamState.__annotations__]
+    wanted += [(order, name) for name in PinnedOrder.__annotations__]
+    return [name for values, name in wanted if name not in values]
+
+
+def _both(cells: Ints | None, others: Ints) -> Ints:
+    return others if cells is None else np.intersect1d(cells, others)
+
+
+def _one_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """Make something of each item, in order, one ahead of the consumer in a thread.
 
     Dropping the iterator leaves the ``with`` block, which ends the thread.
     """
     with ThreadPoolExecutor(1, "island-stream") as pool:
-        ahead: Future[Batch] | None = None
+        ahead: Future[Made] | None = None
         for item in items:
             following = pool.submit(make, item)
             if ahead is not None:

@@ -143,7 +143,7 @@ def _with_negatives(batch: Batch, keys: NDArray[np.uint64], sampler: ClosedSampl
         np.empty(size, np.int32), np.empty(size, np.uint8), np.empty(size, np.int16), np.empty(size, np.int16)
     )
     _merge(batch.offsets, listed, drawn_offsets, drawn, merged)
-    return Batch(batch.cell_ids, batch.offsets + drawn_offsets, *merged)
+    return Batch(batch.cell_ids, batch.offsets + drawn_offsets, *merged, obs=batch.obs)
 
 
 # splitmix64 (Steele, Lea, Flood 2014): the i-th number of a key is mix(key + i * GOLDEN).

@@ -14,9 +14,9 @@ Everything follows from (seed, epoch): not from ranks, threads or what ran befor
 of Philox, whose stream numpy promises to keep; it does not promise that of ``Generator.permutation``.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,12 +38,13 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Share:
-    """Cells ``start`` to ``stop`` of a window's permutation."""
+class Load:
+    """A window that a rank needs for its steps ``step`` to ``last_step``; lane: counted over the rank's lanes."""
 
+    step: int
+    last_step: int
     window: Window
-    start: int
-    stop: int
+    lane: int
 
 
 @dataclass(frozen=True)
@@ -113,22 +114,18 @@ class EpochOrder:
         """The plan of an epoch, int >= 0."""
         return EpochPlan(self, epoch)
 
-    def batch(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> Ints:
-        """Cells of a rank's batch, int64, counted over all blocks in the order of ``block_sizes``."""
-        return self.epoch(epoch).batch(step, rank, world_size)
-
 
 class EpochPlan:
     """The order of one epoch. Cheap to make: one permutation of the blocks."""
 
     def __init__(self, order: EpochOrder, epoch: int) -> None:
         self.order = order
-        self._epoch = epoch
+        self.epoch = epoch
         filled = np.flatnonzero(order.block_sizes)
         self._blocks = filled[_permutation(len(filled), order.seed, epoch, _BLOCKS)]
         self._line = _offsets(order.block_sizes[self._blocks])
         lanes = 1 if self.is_one_window else order.lanes
-        self._lane_starts = order.n_cells * np.arange(lanes + 1) // lanes
+        self.lane_starts = order.n_cells * np.arange(lanes + 1) // lanes
 
     @property
     def is_one_window(self) -> bool:
@@ -143,7 +140,7 @@ class EpochPlan:
         return [self._lane_windows(lane) for lane in range(self.order.lanes)]
 
     def _lane_windows(self, lane: int) -> Ints:
-        start, stop = self._lane_starts[lane : lane + 2]
+        start, stop = self.lane_starts[lane : lane + 2]
         inside = self._line[(self._line > start) & (self._line < stop)]
         bounds = np.concatenate([[start], inside])
         # Lanes start at different phases of a window, so that they do not all read at the same step.
@@ -152,24 +149,14 @@ class EpochPlan:
         opens = np.concatenate([[True], number[1:] != number[:-1]])
         return np.concatenate([bounds[opens], [stop]])
 
-    def shares(self, step: int, rank: int = 0, world_size: int = 1) -> list[Share]:
-        """Where a rank's batch comes from, in order of its rows."""
+    def of_rank(self, rank: int = 0, world_size: int = 1) -> "RankPlan":
+        """What a rank reads, and when. Raises ConfigError where there is no such rank, or more ranks than lanes."""
         self.order.check_ranks(rank, world_size)
-        if self.is_one_window:
-            start = step * self.order.global_batch
-            size = min(self.order.global_batch, self.order.n_cells - start)
-            first, last = (start + size * part // world_size for part in (rank, rank + 1))
-            return list(_cut(self.windows[0], first, last))
-        share = self.order.global_batch // self.order.lanes
-        shares: list[Share] = []
-        for lane in range(rank, self.order.lanes, world_size):
-            start, stop = (int(bound) for bound in self._lane_starts[lane : lane + 2])
-            shares += _cut(self.windows[lane], start + step * share, min(start + (step + 1) * share, stop))
-        return shares
+        return (WholePlan if self.is_one_window else LanesPlan)(self, rank, world_size)
 
     def permutation(self, window: Window) -> Ints:
         """The order of a window's cells, int64 [stop - start], counted from its start."""
-        return _permutation(window.stop - window.start, self.order.seed, self._epoch, _CELLS, window.start)
+        return _permutation(window.stop - window.start, self.order.seed, self.epoch, _CELLS, window.start)
 
     def runs(self, window: Window) -> list[Run]:
         """The parts of blocks that make up a window, in the order of the line."""
@@ -184,32 +171,98 @@ class EpochPlan:
             for i in range(first, last)
         ]
 
-    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Ints:
-        """Cells of a rank's batch, int64, counted over all blocks in the order of ``block_sizes``."""
+    def cells(self, window: Window) -> Ints:
+        """Cells of a window in their permuted order, int64, counted over all blocks in the order of ``block_sizes``."""
         first = _offsets(self.order.block_sizes)
-        cells = [np.empty(0, np.int64)]
-        for share in self.shares(step, rank, world_size):
-            runs = self.runs(share.window)
-            line = [np.arange(first[run.block] + run.start, first[run.block] + run.stop) for run in runs]
-            rows = self.permutation(share.window)[share.start : share.stop]
-            cells.append(np.concatenate(line)[rows])
-        return np.concatenate(cells)
+        runs = self.runs(window)
+        line = [np.arange(first[run.block] + run.start, first[run.block] + run.stop) for run in runs]
+        return np.concatenate(line)[self.permutation(window)]
+
+
+class RankPlan(Protocol):
+    """What a rank reads and when: it keeps a table of cells, in which windows fill slots and batches empty them.
+
+    A slot is filled again only after the step that took what was in it.
+    """
+
+    n_slots: int
+
+    def loads(self, first_step: int = 0) -> list[Load]:
+        """The windows that the steps from ``first_step`` on need, in the order in which they need them."""
+
+    def slots_of(self, load: Load) -> Ints:
+        """Where the cells of a window go in the table, in their permuted order: int64."""
+
+    def slots(self, step: int) -> Ints:
+        """The slots that a batch takes, in the order of its rows: int64."""
+
+
+class LanesPlan:
+    """As RankPlan, of an order in lanes: each of the rank's lanes owns a ring of slots."""
+
+    def __init__(self, plan: EpochPlan, rank: int, world_size: int) -> None:
+        order = plan.order
+        lanes = slice(rank, order.lanes, world_size)
+        self._windows = plan.windows[lanes]
+        self._starts = plan.lane_starts[:-1][lanes]
+        self._lengths = np.diff(plan.lane_starts)[lanes]
+        self._share = order.global_batch // order.lanes
+        # Of a lane are held: what is left of a batch's share, and the widest window that begins in it.
+        self._ring = self._share + max(int(np.diff(windows).max()) for windows in self._windows)
+        self.n_slots = self._ring * len(self._windows)
+
+    def loads(self, first_step: int = 0) -> list[Load]:
+        """As in RankPlan."""
+        found = []
+        for lane, windows in enumerate(self._windows):
+            positions = windows - self._starts[lane]
+            steps = np.maximum(positions[:-1] // self._share, first_step)
+            last_steps = (positions[1:] - 1) // self._share
+            for number in np.flatnonzero(last_steps >= first_step):
+                window = Window(int(windows[number]), int(windows[number + 1]))
+                found.append(Load(int(steps[number]), int(last_steps[number]), window, lane))
+        return sorted(found, key=lambda load: (load.step, load.lane))
+
+    def slots_of(self, load: Load) -> Ints:
+        """As in RankPlan."""
+        positions = np.arange(load.window.start, load.window.stop) - self._starts[load.lane]
+        return load.lane * self._ring + positions % self._ring
+
+    def slots(self, step: int) -> Ints:
+        """As in RankPlan."""
+        positions = step * self._share + np.arange(self._share)
+        slots = np.arange(len(self._starts))[:, None] * self._ring + positions % self._ring
+        return slots[positions < self._lengths[:, None]]
+
+
+class WholePlan:
+    """As RankPlan, of an order that is one window: each rank keeps all of it."""
+
+    def __init__(self, plan: EpochPlan, rank: int, world_size: int) -> None:
+        self._order, self._rank, self._world_size = plan.order, rank, world_size
+        self.n_slots = plan.order.n_cells
+
+    def loads(self, first_step: int = 0) -> list[Load]:
+        """As in RankPlan."""
+        last_step = self._order.n_steps - 1
+        return [Load(first_step, last_step, Window(0, self.n_slots), 0)] if first_step <= last_step else []
+
+    def slots_of(self, load: Load) -> Ints:
+        """As in RankPlan."""
+        return np.arange(load.window.start, load.window.stop)
+
+    def slots(self, step: int) -> Ints:
+        """As in RankPlan."""
+        start = step * self._order.global_batch
+        size = min(self._order.global_batch, self.n_slots - start)
+        first, last = (start + size * part // self._world_size for part in (self._rank, self._rank + 1))
+        return np.arange(first, last)
 
 
 def default_lanes(global_batch: int) -> int:
     """The divisor of the global batch nearest to 36 by ratio: 36 for 900, 32 for the larger powers of two."""
     divisors = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
     return min(divisors, key=lambda n: max(n / 36, 36 / n))
-
-
-def _cut(bounds: Ints, start: int, stop: int) -> Iterator[Share]:
-    """The stretch ``start`` to ``stop`` of a lane as shares of the windows between ``bounds``."""
-    while start < stop:
-        window = int(np.searchsorted(bounds, start, side="right")) - 1
-        first, last = int(bounds[window]), int(bounds[window + 1])
-        end = min(stop, last)
-        yield Share(Window(first, last), start - first, end - first)
-        start = end
 
 
 def _permutation(size: int, seed: int, *key: int) -> Ints:

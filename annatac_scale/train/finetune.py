@@ -22,7 +22,7 @@ from annatac_scale.model.heads import LossSum, PooledHead
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.batch import Batch
-from annatac_scale.stream.loader import IslandStream
+from annatac_scale.stream.loader import BatchStream
 from annatac_scale.stream.selection import sequential
 from annatac_scale.stream.tokens import TokenLister
 from annatac_scale.stream.vocabulary import count_open
@@ -227,7 +227,7 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
     task = _task(work, ranks)
     if not run.has("last"):
         _initialise(task.module.typer, work, progress)
-    stream = IslandStream(
+    stream = BatchStream(
         work.store,
         cells=labelled.of("train"),
         vocabulary=work.pretrained.vocabulary,

@@ -20,7 +20,7 @@ from annatac_scale.memory import give_back_freed_memory
 from annatac_scale.model.heads import LossSum
 from annatac_scale.progress import Progress
 from annatac_scale.stream.batch import Batch
-from annatac_scale.stream.loader import IslandStream
+from annatac_scale.stream.loader import BatchStream
 from annatac_scale.train.checkpoint import RunFolder
 
 SCHEDULES = ("step", "cosine")
@@ -206,7 +206,7 @@ class _Loop:
     """What a run of the loop works with."""
 
     task: Task
-    stream: IslandStream
+    stream: BatchStream
     options: TrainOptions
     run: RunFolder
     ranks: Ranks
@@ -215,7 +215,7 @@ class _Loop:
 
 
 def train(
-    task: Task, stream: IslandStream, options: TrainOptions, run: RunFolder, ranks: Ranks, progress: Progress
+    task: Task, stream: BatchStream, options: TrainOptions, run: RunFolder, ranks: Ranks, progress: Progress
 ) -> dict[str, float]:
     """Train until the last epoch or until validation stops gaining; leaves the best weights in ``task.module``.
 

@@ -18,7 +18,7 @@ from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.schema import N_LEVELS
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.batch import NOT_COUNTED, Batch
-from annatac_scale.stream.loader import IslandStream
+from annatac_scale.stream.loader import BatchStream
 from annatac_scale.stream.masking import ClosedSampler, mask
 from annatac_scale.stream.selection import sequential
 from annatac_scale.stream.tokens import TokenLister
@@ -99,7 +99,7 @@ class PretrainTask:
         config: PretrainConfig,
         lister: TokenLister,
         sampler: ClosedSampler | None,
-        validation: IslandStream,
+        validation: BatchStream,
     ) -> None:
         self.module = module
         self.loss_weights = dict.fromkeys(config.objective.split("+"), 1.0)
@@ -183,9 +183,9 @@ class PretrainData:
         """Mean open islands of a training cell."""
         return float(self.counts.sum() / len(self.training))
 
-    def stream(self, cells: NDArray[np.int64], options: TrainOptions, ranks: Ranks) -> IslandStream:
+    def stream(self, cells: NDArray[np.int64], options: TrainOptions, ranks: Ranks) -> BatchStream:
         """Batches of the given cells, this rank's share."""
-        return IslandStream(
+        return BatchStream(
             self.store,
             cells=cells,
             vocabulary=self.vocabulary,

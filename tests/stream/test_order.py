@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from annatac_scale.errors import ConfigError
 from annatac_scale.stream.order import EpochOrder, default_lanes
 
-WORLD_SIZES = (1, 2, 3, 4, 8)
+WORLD_SIZES = (1, 2, 3, 4, 8, 16)
 
 
 @st.composite
 def orders(draw):
-    lanes = draw(st.sampled_from([1, 2, 3, 4, 8, 9]))
+    lanes = draw(st.sampled_from([1, 2, 3, 4, 8, 9, 16]))
     return EpochOrder(
         block_sizes=np.array(draw(st.lists(st.integers(0, 7), max_size=60)), np.int64),
         global_batch=lanes * draw(st.integers(1, 3)),
@@ -24,13 +24,29 @@ def orders(draw):
 epochs = st.integers(0, 5)
 
 
+def batches_of(plan, rank=0, world_size=1, first_step=0):
+    """A rank's batches, as a loader makes them: one table, from which nothing is taken twice."""
+    ranks = plan.of_rank(rank, world_size)
+    table = np.full(ranks.n_slots, -1)
+    loads = ranks.loads(first_step)
+    for step in range(first_step, plan.order.n_steps):
+        while loads and loads[0].step == step:
+            load = loads.pop(0)
+            slots, cells = ranks.slots_of(load), plan.cells(load.window)
+            if first_step == 0:
+                assert (table[slots] == -1).all()
+            table[slots] = cells
+        taken = ranks.slots(step)
+        yield table[taken].tolist()
+        table[taken] = -1
+    assert not loads
+
+
 def all_batches(order, epoch, world_size=1):
     """[step][rank] -> cells."""
     plan = order.epoch(epoch)
-    return [
-        [plan.batch(step, rank, world_size).tolist() for rank in range(world_size)]
-        for step in range(order.n_steps)
-    ]
+    ranks = [list(batches_of(plan, rank, world_size)) for rank in range(world_size)]
+    return [list(step) for step in zip(*ranks, strict=True)]
 
 
 def shuffled(items, seed, *key):
@@ -115,14 +131,15 @@ def test_any_step_on_any_rank_is_found_without_the_steps_before_it(order, epoch,
         again = EpochOrder(
             order.block_sizes.copy(), order.global_batch, order.seed, order.lanes, order.window_cells
         )
-        assert again.batch(epoch, step, rank, world_size).tolist() == run[step][rank]
+        rest = list(batches_of(again.epoch(epoch), rank, world_size, step))
+        assert rest == [ranks[rank] for ranks in run[step:]]
 
 
 @settings(deadline=None)
 @given(orders(), epochs)
 def test_windows_bound_what_a_rank_holds_and_blocks_are_read_once_but_at_lane_borders(order, epoch):
     plan = order.epoch(epoch)
-    windows = {share.window for step in range(order.n_steps) for share in plan.shares(step)}
+    windows = [load.window for load in plan.of_rank().loads()]
     reads = np.zeros(len(order.block_sizes), int)
     for window in windows:
         runs = plan.runs(window)
@@ -140,20 +157,40 @@ def test_windows_bound_what_a_rank_holds_and_blocks_are_read_once_but_at_lane_bo
 
 @settings(deadline=None)
 @given(orders(), epochs, st.integers(1, 9))
-def test_a_rank_touches_one_window_of_each_lane_after_another(order, epoch, world_size):
-    # The loader drops what a batch did not touch: nothing may be needed again later.
+def test_loads_say_which_steps_need_a_window_and_come_in_their_order(order, epoch, world_size):
     world_size = min(world_size, order.lanes)
     plan = order.epoch(epoch)
     for rank in range(world_size):
-        touched = [{s.window for s in plan.shares(step, rank, world_size)} for step in range(order.n_steps)]
-        for window in set().union(*touched):
-            steps = [step for step, windows in enumerate(touched) if window in windows]
-            assert steps == list(range(steps[0], steps[-1] + 1))
+        batches = list(batches_of(plan, rank, world_size))
+        loads = plan.of_rank(rank, world_size).loads()
+        assert [load.step for load in loads] == sorted(load.step for load in loads)
+        for load in loads:
+            cells = set(plan.cells(load.window).tolist())
+            needed = [step for step, batch in enumerate(batches) if cells & set(batch)]
+            if plan.is_one_window:  # all ranks hold it, even one that gets none of the last cells
+                assert set(needed) <= set(range(load.step, load.last_step + 1))
+            else:
+                assert needed == list(range(load.step, load.last_step + 1))
+
+
+@settings(deadline=None)
+@given(orders(), epochs, st.integers(1, 9))
+def test_a_table_has_slots_for_one_window_and_a_share_of_each_lane(order, epoch, world_size):
+    world_size = min(world_size, order.lanes)
+    plan = order.epoch(epoch)
+    for rank in range(world_size):
+        n_slots = plan.of_rank(rank, world_size).n_slots
+        if plan.is_one_window:
+            assert n_slots == order.n_cells
+        else:
+            widest = order.window_cells + order.block_sizes.max() - 1
+            share = order.global_batch // order.lanes
+            assert n_slots <= -(-(order.lanes - rank) // world_size) * (widest + share)
 
 
 def test_epochs_and_seeds_differ_in_blocks_and_cells():
     def first(seed, epoch, sizes, window_cells):
-        return EpochOrder(np.array(sizes), 4, seed, 2, window_cells).batch(epoch, 0).tolist()
+        return next(batches_of(EpochOrder(np.array(sizes), 4, seed, 2, window_cells).epoch(epoch)))
 
     for sizes, window_cells in (([50], 100), ([1] * 50, 1), ([5] * 50, 10)):
         batches = [tuple(first(s, e, sizes, window_cells)) for s, e in ((0, 0), (0, 1), (1, 0), (1, 1))]
@@ -163,8 +200,8 @@ def test_epochs_and_seeds_differ_in_blocks_and_cells():
 def test_a_batch_of_a_sorted_store_draws_from_as_many_blocks_as_there_are_lanes():
     order = EpochOrder(np.full(400, 250), 64, 3, 32, 1000)
     for step in (0, 500, 1500):
-        blocks = order.batch(0, step) // 250
-        assert len(set(blocks.tolist())) >= 32
+        blocks = {cell // 250 for cell in next(batches_of(order.epoch(0), first_step=step))}
+        assert len(blocks) >= 32
 
 
 @pytest.mark.parametrize(
@@ -193,7 +230,7 @@ def test_options_that_do_not_fit_are_refused_with_what_to_choose(changes, messag
 def test_ranks_that_do_not_exist_are_refused(rank, world_size, message):
     order = EpochOrder(np.ones(3, int), 12, 0, 4, 5)
     with pytest.raises(ConfigError, match=message):
-        order.batch(0, 0, rank, world_size)
+        order.epoch(0).of_rank(rank, world_size)
 
 
 @pytest.mark.parametrize(

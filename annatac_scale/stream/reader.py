@@ -1,0 +1,128 @@
+"""The cells that a rank holds: windows are read ahead of the batches that need them, and held encoded.
+
+A table has a slot for each cell that is held; windows fill slots and batches empty them (stream/order.py). What fills a
+slot is the address of the cell's bytes, so that no row is copied or decoded before its batch is made.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from annatac_scale.store.encoded_rows import EncodedRows
+from annatac_scale.store.schema import SHARD_BLOCKS
+from annatac_scale.store.store import Sample
+from annatac_scale.stream.order import EpochPlan, Load, RankPlan, Run
+from annatac_scale.stream.selection import Selection
+
+Ints = NDArray[np.int64]
+
+
+class _Piece(NamedTuple):
+    """A run of a window, ``position`` of its runs, and where it lies: block: counted in the sample"""
+
+    position: int
+    run: Run
+    sample: Sample
+    block: int
+    first_cell: int
+
+
+class _Cells(NamedTuple):
+    """The cells of a run and their rows. position: of the window's runs; ids: int64"""
+
+    position: int
+    ids: Ints
+    rows: EncodedRows
+
+
+class RankReader:
+    """Reads what the steps of a rank need, from ``first_step`` on.
+
+    threads: that read and decompress; with object storage behind them they mostly wait
+    ahead: blocks that are read before a step needs them, and at least one window
+    """
+
+    def __init__(
+        self,
+        selection: Selection,
+        plan: EpochPlan,
+        ranks: RankPlan,
+        first_step: int,
+        threads: int,
+        ahead: int,
+    ) -> None:
+        self._selection, self._plan, self._ranks = selection, plan, ranks
+        self._ahead = ahead
+        self._loads = deque(ranks.loads(first_step))
+        self._coming: deque[tuple[Load, list[Future[list[_Cells]]]]] = deque()
+        self._held: list[tuple[int, tuple[object, ...]]] = []
+        self._ids = np.zeros(ranks.n_slots, np.int64)
+        self._addresses = np.zeros(ranks.n_slots, np.int64)
+        self._sizes = np.zeros(ranks.n_slots, np.int64)
+        self._pool = ThreadPoolExecutor(threads, "island-stream-read")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def batch(self, step: int) -> tuple[Ints, EncodedRows]:
+        """Ids (int64) and rows of the cells of a step. The rows are there until the next call, for a later step."""
+        self._held = [(last_step, owners) for last_step, owners in self._held if last_step >= step]
+        self._read_ahead()
+        while self._coming and self._coming[0][0].step <= step:
+            load, tasks = self._coming.popleft()
+            self._fill(load, [part for task in tasks for part in task.result()])
+            self._read_ahead()
+        slots = self._ranks.slots(step)
+        return self._ids[slots], EncodedRows(self._addresses[slots], self._sizes[slots], (self,))
+
+    def _read_ahead(self) -> None:
+        while self._loads and sum(len(tasks) for _, tasks in self._coming) < self._ahead:
+            load = self._loads.popleft()
+            groups = self._adjacent(self._plan.runs(load.window))
+            self._coming.append((load, [self._pool.submit(self._read, group) for group in groups]))
+
+    def _adjacent(self, runs: Sequence[Run]) -> Iterator[list[_Piece]]:
+        """Runs of a window in groups of blocks of one shard, which the store reads in as few requests as it can."""
+        pieces = [_Piece(position, run, *self._selection.block(run.block)) for position, run in enumerate(runs)]
+        pieces.sort(key=lambda piece: (piece.sample.first_cell, piece.block))
+        for _, group in groupby(pieces, lambda piece: (piece.sample.first_cell, piece.block // SHARD_BLOCKS)):
+            yield list(group)
+
+    def _read(self, pieces: Sequence[_Piece]) -> list[_Cells]:
+        """Read pieces of one sample."""
+        rows = pieces[0].sample.read_rows([piece.block for piece in pieces])
+        found = []
+        for piece, whole in zip(pieces, rows, strict=True):
+            run = piece.run
+            ids = self._selection.ids(run.block, run.start, run.stop, self._plan.epoch)
+            found.append(_Cells(piece.position, ids, _chosen(whole, ids - piece.first_cell)))
+        return found
+
+    def _fill(self, load: Load, parts: Sequence[_Cells]) -> None:
+        parts = sorted(parts, key=lambda part: part.position)
+        order = self._plan.permutation(load.window)
+        slots = self._ranks.slots_of(load)
+        rows = EncodedRows.concatenate([part.rows for part in parts])
+        self._ids[slots] = np.concatenate([part.ids for part in parts])[order]
+        self._addresses[slots] = rows.addresses[order]
+        self._sizes[slots] = rows.sizes[order]
+        self._held.append((load.last_step, rows.owners))
+
+
+def _chosen(rows: EncodedRows, chosen: Ints) -> EncodedRows:
+    """The chosen rows of a block. They are copied out of it where they are few: it could go otherwise only with them."""
+    if len(chosen) == len(rows):
+        return rows
+    few = rows.take(chosen)
+    return few if 2 * few.sizes.sum() > rows.sizes.sum() else EncodedRows.of_bytes(*few.packed())
