@@ -97,7 +97,7 @@ def place_of(location: Location) -> Place:
 def open_group(location: Location) -> zarr.Group:
     """A Zarr group, for reading. Raises FileNotFoundError where there is none."""
     if is_url(location):
-        from annatac_scale.store.objects import zarr_store
+        from annatac_scale.store.zarr_prefix import zarr_store
 
         return zarr.open_group(zarr_store(str(location)), mode="r")
     return zarr.open_group(location, mode="r")

@@ -16,14 +16,15 @@ from random_stores import MEASURED, SPACE, random_cells, random_obs, write_sampl
 
 from annatac_scale.errors import InputError, StoreError
 from annatac_scale.store import leases, objects
+from annatac_scale.store.create import remove_empty
 from annatac_scale.store.draft import open_draft
 from annatac_scale.store.info import describe
 from annatac_scale.store.leases import Owner, try_lease, wait_for_lease
-from annatac_scale.store.objects import zarr_store
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.place import place_of
-from annatac_scale.store.store import IslandStore, remove_empty
+from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import SampleWriter, committed_samples, create_store, replace_obs
+from annatac_scale.store.zarr_prefix import zarr_store
 
 
 @pytest.fixture

@@ -164,7 +164,7 @@ def test_a_busy_server_is_asked_again(s3: ObjectStorage) -> None:
 def test_a_server_that_does_not_answer_is_named_with_what_to_do(
     s3: ObjectStorage, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], found: str
 ) -> None:
-    monkeypatch.setattr("annatac_scale.store.objects._RETRIES", {"max_retries": 1})
+    monkeypatch.setattr("annatac_scale.store.clients.RETRIES", {"max_retries": 1})
     for name, value in changes.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(
