@@ -38,11 +38,12 @@ from annatac_scale.ingest.samples import (
 from annatac_scale.ingest.sheet import SampleInput, check_samples, located, name_inputs, read_sheet
 from annatac_scale.ingest.text import RANGE_BYTES
 from annatac_scale.progress import Progress, Silent
+from annatac_scale.store.create import remove_empty
 from annatac_scale.store.draft import Draft, open_draft
 from annatac_scale.store.metadata import committed_samples, read_root
 from annatac_scale.store.place import Location, is_url, place_of
 from annatac_scale.store.schema import COUNTINGS
-from annatac_scale.store.store import IslandStore, remove_empty
+from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import create_store, replace_obs
 
 

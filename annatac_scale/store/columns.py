@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 from numcodecs.vlen import VLenUTF8
 from numcodecs.zstd import Zstd
@@ -22,6 +21,8 @@ from annatac_scale.errors import InputError, StoreError
 from annatac_scale.store.place import Place, open_group, place_of
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from annatac_scale.store.store import IslandStore, Sample
 
 _PARALLEL = 32
@@ -85,8 +86,10 @@ def obs_columns(store: "IslandStore", names: Sequence[str]) -> pa.Table:
     return pa.table(dict(zip(names, arrays, strict=True)))
 
 
-def obs_frame(store: "IslandStore", names: Sequence[str] | None) -> pd.DataFrame:
+def obs_frame(store: "IslandStore", names: Sequence[str] | None) -> "pd.DataFrame":
     """What ``IslandStore.obs`` says."""
+    import pandas as pd
+
     refuse_without_samples(store, names or ())
     wanted = list(dict.fromkeys([*_BESIDE_OBS, *(obs_names(store) if names is None else names)]))
     columns = {name: _read_all(store, name) for name in wanted if name != "sample"}

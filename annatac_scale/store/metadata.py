@@ -5,20 +5,22 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from annatac_scale.errors import StoreError
-from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.store import schema
 from annatac_scale.store.files import write_whole
 from annatac_scale.store.place import Location, is_url, joined, place_of
+
+if TYPE_CHECKING:
+    from annatac_scale.genome.islands import IslandSpace
 
 _INDEX_FILE = f"{schema.SAMPLES}/zarr.json"
 _ATTEMPTS = 60
 _ENTRY_KEYS = {"name", "n_cells", "n_open", "x_sha256", "digest"}
 
 
-def root_attributes(space: IslandSpace, counting: str) -> dict[str, Any]:
+def root_attributes(space: "IslandSpace", counting: str) -> dict[str, Any]:
     """The root group's attributes (docs/store-format.md, "Root")."""
     return {
         "format": schema.FORMAT,

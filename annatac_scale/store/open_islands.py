@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
 
 from annatac_scale.store.compiled import compiled
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,14 +52,16 @@ class OpenIslands:
         )
 
     @classmethod
-    def from_csr(cls, matrix: sparse.csr_matrix) -> "OpenIslands":
+    def from_csr(cls, matrix: "sparse.csr_matrix") -> "OpenIslands":
         """From a canonical CSR matrix cells x islands whose values are levels 1 to 5."""
         return cls(
             matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32), matrix.data.astype(np.uint8)
         )
 
-    def to_csr(self, n_islands: int) -> sparse.csr_matrix:
+    def to_csr(self, n_islands: int) -> "sparse.csr_matrix":
         """As a CSR matrix uint8 [n, n_islands]."""
+        from scipy import sparse
+
         return sparse.csr_matrix((self.levels, self.islands, self.offsets), shape=(len(self), n_islands))
 
     def __getitem__(self, cells: slice) -> "OpenIslands":

@@ -1,6 +1,7 @@
 """Open, check and read an island store.
 
-Rows are read encoded and decoded to open islands, never to dense rows.
+Rows are read encoded and decoded to open islands, never to dense rows. pandas and anndata are imported only where obs or
+the islands are looked at: someone who streams needs neither, and they take 60 MB.
 """
 
 import hashlib
@@ -12,27 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import zarr
 from numpy.typing import NDArray
 
 from annatac_scale.errors import StoreError
-from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.store import schema
 from annatac_scale.store.columns import obs_frame
-from annatac_scale.store.create import remove_empty
 from annatac_scale.store.elements import read_elem
 from annatac_scale.store.encoded_rows import EncodedRows
+from annatac_scale.store.files import INCOMING
 from annatac_scale.store.metadata import read_index, read_root
-from annatac_scale.store.obs import finish_obs
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.place import Location, is_url, joined, open_group, place_of
 from annatac_scale.store.shards import ShardReader
 
 if TYPE_CHECKING:
-    from annatac_scale.store.cache import BlockCache
+    import pandas as pd
 
-__all__ = ["Block", "IslandStore", "Sample", "remove_empty"]
+    from annatac_scale.genome.islands import IslandSpace
+    from annatac_scale.store.cache import BlockCache
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Sample:
         """bool [n_islands]: islands that hold at least one peak of this sample's peak set."""
         return np.asarray(read_elem(self.group["var/measured"]), bool)
 
-    def obs(self) -> pd.DataFrame:
+    def obs(self) -> "pd.DataFrame":
         """One row a cell, indexed by barcode. Raises StoreError where it is gone."""
         if "obs" not in self.group:
             raise StoreError(f"{self.path}: found no obs; open the store again, or convert the sample again")
@@ -154,7 +153,10 @@ class IslandStore:
         """
         path = path if is_url(path) else Path(path)
         attributes = read_root(path)
-        finish_obs(path)
+        if place_of(path).folders(INCOMING):
+            from annatac_scale.store.obs import finish_obs
+
+            finish_obs(path)
         store = cls(path, attributes, read_index(path), cache)
         if not is_url(path):
             for sample in store.samples.values():
@@ -177,8 +179,10 @@ class IslandStore:
         return digest.hexdigest()
 
     @cached_property
-    def space(self) -> IslandSpace:
+    def space(self) -> "IslandSpace":
         """The store's islands. Raises StoreError when they do not fit the recorded sha256."""
+        from annatac_scale.genome.islands import IslandSpace
+
         frame = read_elem(open_group(joined(self.path, schema.ISLANDS)))
         space = IslandSpace(
             assembly=self.attributes["assembly"],
@@ -196,7 +200,7 @@ class IslandStore:
             )
         return space
 
-    def obs(self, columns: list[str] | None = None) -> pd.DataFrame:
+    def obs(self, columns: list[str] | None = None) -> "pd.DataFrame":
         """One row a cell, row i = cell id i: sample, barcode and the given columns (all when None).
 
         A column that a sample lacks is missing there; one that no sample has raises InputError, as does any column

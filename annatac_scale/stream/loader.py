@@ -178,13 +178,19 @@ class BatchStream:
         follows from is not what it was, and for a step beyond the epoch's end.
         """
         if missing := _missing(state):
-            raise ConfigError(f"found no {missing[0]!r} in the state of a stream: give what state_dict() gave")
+            raise ConfigError(
+                f"found no {missing[0]!r} in the state of a stream: give what state_dict() gave"
+            )
         self._seed, n_samples = state["seed"], state["order"]["n_samples"]
         if n_samples < len(self.store.samples):
             self.store = self.store.first(n_samples)
         self._forget()
         now, then = dict(self._pinned), dict(state["order"])
-        changed = [f"{name} {then.get(name)!r}, here {value!r}" for name, value in now.items() if then.get(name) != value]
+        changed = [
+            f"{name} {then.get(name)!r}, here {value!r}"
+            for name, value in now.items()
+            if then.get(name) != value
+        ]
         if changed:
             raise ConfigError(
                 f"{self.store.path}: the state is of a stream of other cells or another order ({'; '.join(changed)}); "
@@ -231,7 +237,9 @@ class BatchStream:
         """The same batches, still encoded: less work here and a quarter of the bytes on the way to a device."""
         return self._each(self._encoded_batch)
 
-    def _each(self, make: Callable[[Ints, EncodedRows], Made], share: int = 0, shares: int = 1) -> Iterator[Made]:
+    def _each(
+        self, make: Callable[[Ints, EncodedRows], Made], share: int = 0, shares: int = 1
+    ) -> Iterator[Made]:
         """What ``make`` makes of the batches from here on; of these, every ``shares``-th from number ``share`` on."""
         steps = range(self._step + share, len(self), shares)
         plan = self._order.epoch(self._epoch)

@@ -193,6 +193,9 @@ class RankPlan(Protocol):
     def slots_of(self, load: Load) -> Ints:
         """Where the cells of a window go in the table, in their permuted order: int64."""
 
+    def steps_of(self, load: Load) -> Ints:
+        """The step that takes each of these cells, int64, never falling; -1 for cells that other ranks take."""
+
     def slots(self, step: int) -> Ints:
         """The slots that a batch takes, in the order of its rows: int64."""
 
@@ -225,8 +228,16 @@ class LanesPlan:
 
     def slots_of(self, load: Load) -> Ints:
         """As in RankPlan."""
-        positions = np.arange(load.window.start, load.window.stop) - self._starts[load.lane]
-        return load.lane * self._ring + positions % self._ring
+        return load.lane * self._ring + self._positions(load) % self._ring
+
+    def steps_of(self, load: Load) -> Ints:
+        """As in RankPlan."""
+        return self._positions(load) // self._share
+
+    def _positions(self, load: Load) -> Ints:
+        """Places of a window's cells in their lane."""
+        positions: Ints = np.arange(load.window.start, load.window.stop) - self._starts[load.lane]
+        return positions
 
     def slots(self, step: int) -> Ints:
         """As in RankPlan."""
@@ -251,12 +262,21 @@ class WholePlan:
         """As in RankPlan."""
         return np.arange(load.window.start, load.window.stop)
 
+    def steps_of(self, load: Load) -> Ints:
+        """As in RankPlan."""
+        steps, place = np.divmod(np.arange(self.n_slots), self._order.global_batch)
+        first, last = self._own(steps)
+        return np.where((place >= first) & (place < last), steps, -1)
+
     def slots(self, step: int) -> Ints:
         """As in RankPlan."""
-        start = step * self._order.global_batch
-        size = min(self._order.global_batch, self.n_slots - start)
-        first, last = (start + size * part // self._world_size for part in (self._rank, self._rank + 1))
-        return np.arange(first, last)
+        first, last = self._own(np.array([step]))
+        return step * self._order.global_batch + np.arange(first[0], last[0])
+
+    def _own(self, steps: Ints) -> tuple[Ints, Ints]:
+        """From where to where global batches are this rank's."""
+        sizes = np.minimum(self._order.global_batch, self.n_slots - steps * self._order.global_batch)
+        return sizes * self._rank // self._world_size, sizes * (self._rank + 1) // self._world_size
 
 
 def default_lanes(global_batch: int) -> int:

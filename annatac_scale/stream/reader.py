@@ -1,13 +1,13 @@
 """The cells that a rank holds: windows are read ahead of the batches that need them, and held encoded.
 
 A table has a slot for each cell that is held; windows fill slots and batches empty them (stream/order.py). What fills a
-slot is the address of the cell's bytes, so that no row is copied or decoded before its batch is made.
+slot is the address of the cell's bytes: rows are decoded when their batch is made.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import groupby
+from itertools import groupby, pairwise
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -21,6 +21,9 @@ from annatac_scale.stream.order import EpochPlan, Load, RankPlan, Run
 from annatac_scale.stream.selection import Selection
 
 Ints = NDArray[np.int64]
+
+_PIECES = 8
+"""In how many pieces the memory of a window goes: with 8, there are 9/16 of it on average."""
 
 
 class _Piece(NamedTuple):
@@ -61,7 +64,7 @@ class RankReader:
         self._ahead = ahead
         self._loads = deque(ranks.loads(first_step))
         self._coming: deque[tuple[Load, list[Future[list[_Cells]]]]] = deque()
-        self._held: list[tuple[int, tuple[object, ...]]] = []
+        self._held: list[tuple[int, EncodedRows]] = []
         self._ids = np.zeros(ranks.n_slots, np.int64)
         self._addresses = np.zeros(ranks.n_slots, np.int64)
         self._sizes = np.zeros(ranks.n_slots, np.int64)
@@ -77,7 +80,7 @@ class RankReader:
 
     def batch(self, step: int) -> tuple[Ints, EncodedRows]:
         """Ids (int64) and rows of the cells of a step. The rows are there until the next call, for a later step."""
-        self._held = [(last_step, owners) for last_step, owners in self._held if last_step >= step]
+        self._held = [(last_step, piece) for last_step, piece in self._held if last_step >= step]
         self._read_ahead()
         while self._coming and self._coming[0][0].step <= step:
             load, tasks = self._coming.popleft()
@@ -94,7 +97,9 @@ class RankReader:
 
     def _adjacent(self, runs: Sequence[Run]) -> Iterator[list[_Piece]]:
         """Runs of a window in groups of blocks of one shard, which the store reads in as few requests as it can."""
-        pieces = [_Piece(position, run, *self._selection.block(run.block)) for position, run in enumerate(runs)]
+        pieces = [
+            _Piece(position, run, *self._selection.block(run.block)) for position, run in enumerate(runs)
+        ]
         pieces.sort(key=lambda piece: (piece.sample.first_cell, piece.block))
         for _, group in groupby(pieces, lambda piece: (piece.sample.first_cell, piece.block // SHARD_BLOCKS)):
             yield list(group)
@@ -106,23 +111,24 @@ class RankReader:
         for piece, whole in zip(pieces, rows, strict=True):
             run = piece.run
             ids = self._selection.ids(run.block, run.start, run.stop, self._plan.epoch)
-            found.append(_Cells(piece.position, ids, _chosen(whole, ids - piece.first_cell)))
+            found.append(_Cells(piece.position, ids, whole.take(ids - piece.first_cell)))
         return found
 
     def _fill(self, load: Load, parts: Sequence[_Cells]) -> None:
+        """Put a window's cells into the table, their rows copied in the order in which they leave it.
+
+        So a window's memory goes piece by piece, as its cells do, and on average little more than half of it is held.
+        """
         parts = sorted(parts, key=lambda part: part.position)
-        order = self._plan.permutation(load.window)
-        slots = self._ranks.slots_of(load)
-        rows = EncodedRows.concatenate([part.rows for part in parts])
+        steps = self._ranks.steps_of(load)
+        taken = steps >= load.step
+        order, slots = self._plan.permutation(load.window)[taken], self._ranks.slots_of(load)[taken]
         self._ids[slots] = np.concatenate([part.ids for part in parts])[order]
-        self._addresses[slots] = rows.addresses[order]
-        self._sizes[slots] = rows.sizes[order]
-        self._held.append((load.last_step, rows.owners))
-
-
-def _chosen(rows: EncodedRows, chosen: Ints) -> EncodedRows:
-    """The chosen rows of a block. They are copied out of it where they are few: it could go otherwise only with them."""
-    if len(chosen) == len(rows):
-        return rows
-    few = rows.take(chosen)
-    return few if 2 * few.sizes.sum() > rows.sizes.sum() else EncodedRows.of_bytes(*few.packed())
+        rows = EncodedRows.concatenate([part.rows for part in parts]).take(order)
+        bounds = np.linspace(0, len(order), _PIECES + 1).astype(np.int64).tolist()
+        for start, stop in pairwise(bounds):
+            if start < stop:
+                piece = EncodedRows.of_bytes(*rows[start:stop].packed())
+                self._addresses[slots[start:stop]] = piece.addresses
+                self._sizes[slots[start:stop]] = piece.sizes
+                self._held.append((int(steps[taken][stop - 1]), piece))

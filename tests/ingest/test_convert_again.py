@@ -10,9 +10,10 @@ from stores import FRAGMENTS, Convert, all_bytes, digests, write_lines, write_pe
 
 from annatac_scale.errors import InputError, StoreError
 from annatac_scale.ingest import graph
+from annatac_scale.store.create import remove_empty
 from annatac_scale.store.info import describe
 from annatac_scale.store.metadata import committed_samples
-from annatac_scale.store.store import IslandStore, remove_empty
+from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import SampleWriter, create_store
 
 

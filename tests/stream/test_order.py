@@ -28,18 +28,21 @@ def batches_of(plan, rank=0, world_size=1, first_step=0):
     """A rank's batches, as a loader makes them: one table, from which nothing is taken twice."""
     ranks = plan.of_rank(rank, world_size)
     table = np.full(ranks.n_slots, -1)
-    loads = ranks.loads(first_step)
+    loads, leaves = ranks.loads(first_step), {}
     for step in range(first_step, plan.order.n_steps):
         while loads and loads[0].step == step:
             load = loads.pop(0)
-            slots, cells = ranks.slots_of(load), plan.cells(load.window)
-            if first_step == 0:
-                assert (table[slots] == -1).all()
-            table[slots] = cells
+            slots, cells, steps = ranks.slots_of(load), plan.cells(load.window), ranks.steps_of(load)
+            own = steps >= first_step
+            assert (table[slots[own]] == -1).all()
+            table[slots[own]] = cells[own]
+            leaves |= dict(zip(cells[own].tolist(), steps[own].tolist(), strict=True))
         taken = ranks.slots(step)
+        assert {leaves.pop(cell) for cell in table[taken].tolist()} <= {step}
         yield table[taken].tolist()
         table[taken] = -1
     assert not loads
+    assert not leaves
 
 
 def all_batches(order, epoch, world_size=1):
