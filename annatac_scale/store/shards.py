@@ -9,7 +9,7 @@ import hashlib
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -17,14 +17,12 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from annatac_scale.errors import StoreError
+from annatac_scale.store.cache import BlockCache
 from annatac_scale.store.codec import LONGEST_ISLAND, encode_block
 from annatac_scale.store.encoded_rows import DamagedRowError, EncodedRows
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.place import Place
 from annatac_scale.store.schema import BLOCK_CELLS, CODEC, SHARD_BLOCKS, SHARD_CELLS, ZSTD_LEVEL
-
-if TYPE_CHECKING:
-    from annatac_scale.store.cache import BlockCache
 
 _ABSENT = 2**64 - 1
 _RESIDUE = 0x48674BC7
@@ -117,7 +115,7 @@ class ShardReader:
         n_islands: int,
         x_sha256: str = "",
         shard_open: Sequence[int] | None = None,
-        cache: "BlockCache | None" = None,
+        cache: BlockCache | None = None,
     ) -> None:
         self.x = x
         self.n_cells = n_cells

@@ -1,7 +1,7 @@
 """Open, check and read an island store.
 
-Rows are read encoded and decoded to open islands, never to dense rows. pandas and anndata are imported only where obs or
-the islands are looked at: someone who streams needs neither, and they take 60 MB.
+Rows are read encoded and decoded to open islands, never to dense rows. pandas, anndata and pyarrow are imported only
+where obs or the islands are looked at: someone who streams needs none of them, and they take 90 MB.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from annatac_scale.errors import StoreError
 from annatac_scale.store import schema
-from annatac_scale.store.columns import obs_frame
+from annatac_scale.store.cache import BlockCache
 from annatac_scale.store.elements import read_elem
 from annatac_scale.store.encoded_rows import EncodedRows
 from annatac_scale.store.files import INCOMING
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from annatac_scale.genome.islands import IslandSpace
-    from annatac_scale.store.cache import BlockCache
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Sample:
         entry: dict[str, Any],
         first_cell: int,
         n_islands: int,
-        cache: "BlockCache | None" = None,
+        cache: BlockCache | None = None,
     ) -> None:
         self.path = path
         self.name: str = entry["name"]
@@ -128,7 +127,7 @@ class IslandStore:
         path: Location,
         attributes: dict[str, Any],
         index: Sequence[dict[str, Any]],
-        cache: "BlockCache | None" = None,
+        cache: BlockCache | None = None,
     ) -> None:
         self.path = path
         self._index, self._cache = index, cache
@@ -144,7 +143,7 @@ class IslandStore:
             self.n_cells += entry["n_cells"]
 
     @classmethod
-    def open(cls, path: Location, cache: "BlockCache | None" = None) -> "IslandStore":
+    def open(cls, path: Location, cache: BlockCache | None = None) -> "IslandStore":
         """Open the store at ``path``, a folder or an URL. cache: where to put down the blocks that are read.
 
         Raises StoreError when there is none, or it is of another major version, or a sample is incomplete, or the obs
@@ -206,6 +205,8 @@ class IslandStore:
         A column that a sample lacks is missing there; one that no sample has raises InputError, as does any column
         of a store without samples.
         """
+        from annatac_scale.store.columns import obs_frame
+
         return obs_frame(self, columns)
 
     def blocks(self) -> list[Block]:

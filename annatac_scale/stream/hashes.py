@@ -3,9 +3,14 @@
 splitmix64 (Steele, Lea, Flood 2014): number i of a key is mix(key + (i + 1) * GOLDEN).
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Hashes = NDArray[np.uint64]
 
@@ -31,8 +36,12 @@ def numbers_of(key: np.uint64, which: NDArray[np.int64]) -> Hashes:
     return mixed(numbers)
 
 
-def text_hashes(texts: pa.StringArray, seed: int) -> Hashes:
+def text_hashes(texts: "pa.StringArray | Sequence[str]", seed: int) -> Hashes:
     """A hash of each text and the seed, uint64 [n]; texts are hashed side by side, byte by byte."""
+    import pyarrow as pa
+
+    if not isinstance(texts, pa.StringArray):
+        texts = pa.array(texts, pa.string())
     _, offsets, data = texts.buffers()
     starts = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
     lengths, starts = np.diff(starts), starts[:-1]

@@ -1,32 +1,27 @@
 """A store and the order of cells together: batches, resumable at any step on any number of ranks."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from annatac_scale.errors import ConfigError, StoreError
-from annatac_scale.store.columns import obs_columns
+from annatac_scale.errors import StoreError
+from annatac_scale.store.cache import BlockCache
 from annatac_scale.store.encoded_rows import DamagedRowError, EncodedRows
 from annatac_scale.store.place import is_url
-from annatac_scale.store.schema import BLOCK_CELLS
 from annatac_scale.store.store import IslandStore
+from annatac_scale.stream.arrangement import Arrangement, OrderOptions, StreamState
 from annatac_scale.stream.batch import Batch, EncodedBatch
-from annatac_scale.stream.order import EpochOrder, default_lanes
+from annatac_scale.stream.order import default_lanes
 from annatac_scale.stream.reader import RankReader
-from annatac_scale.stream.selection import Selection
+from annatac_scale.stream.split import Split
 from annatac_scale.stream.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from annatac_scale.store.cache import BlockCache
-    from annatac_scale.stream.split import Split
+    import pyarrow.compute as pc
 
 Ints = NDArray[np.int64]
 Item = TypeVar("Item")
@@ -34,26 +29,6 @@ Made = TypeVar("Made")
 
 LOCAL_THREADS, REMOTE_THREADS = 2, 32
 DEFAULT_WINDOW = 8
-
-
-class PinnedOrder(TypedDict):
-    """What the order of cells follows from, besides the seed. samples, cells: digests (hex)"""
-
-    global_batch_size: int
-    lanes: int
-    window: int
-    n_samples: int
-    samples: str
-    cells: str
-
-
-class StreamState(TypedDict):
-    """Where a stream is: the next batch is step ``step`` of epoch ``epoch``."""
-
-    seed: int
-    epoch: int
-    step: int
-    order: PinnedOrder
 
 
 class BatchStream:
@@ -77,7 +52,9 @@ class BatchStream:
     threads: that read and decompress; None takes 2, or 32 for a store in object storage
     cache: keeps the blocks that are read on a local disk; for a store that is given by its URL
 
-    A rank holds ``memory_bytes`` at most, see there.
+    A rank holds at most ``lanes / world_size * (window + 1) * 250`` cells, encoded, on average little more than half of
+    them, and reads ``max(window, 2 * threads)`` blocks ahead; a set of up to ``lanes * window`` blocks is held whole.
+    docs/guide.md, "The stream", has it in bytes.
 
     Raises ConfigError for options that do not fit together, InputError for cells, columns or samples that the store
     does not have, ModelError where store and vocabulary are of different islands.
@@ -92,61 +69,36 @@ class BatchStream:
         rank: int = 0,
         world_size: int = 1,
         cells: NDArray[np.integer] | None = None,
-        where: "str | pa.compute.Expression | None" = None,
-        split: "Split | None" = None,
+        where: "str | pc.Expression | None" = None,
+        split: Split | None = None,
         weights: Mapping[str, float] | None = None,
         obs: Sequence[str] = (),
         vocabulary: Vocabulary | None = None,
         lanes: int | None = None,
         window: int = DEFAULT_WINDOW,
         threads: int | None = None,
-        cache: "BlockCache | None" = None,
+        cache: BlockCache | None = None,
     ) -> None:
-        self.store = store if isinstance(store, IslandStore) else IslandStore.open(store, cache)
-        self._cells, self._where, self._split, self._weights = cells, where, split, weights
-        self._global_batch, self._seed, self._window = global_batch_size, seed, window
-        self._lanes = default_lanes(global_batch_size) if lanes is None else lanes
+        if not isinstance(store, IslandStore):
+            store = IslandStore.open(store, cache)
+        lanes = default_lanes(max(global_batch_size, 1)) if lanes is None else lanes
+        options = OrderOptions(global_batch_size, lanes, window, cells, where, split, weights)
+        self._arrangement = Arrangement(store, seed, options)
+        self._arrangement.order.check_ranks(rank, world_size)
         self._rank, self._world_size = rank, world_size
-        self._obs = tuple(obs)
-        self._threads = threads or (REMOTE_THREADS if is_url(self.store.path) else LOCAL_THREADS)
+        self._columns = _Columns(store, obs)
+        self._threads = threads or (REMOTE_THREADS if is_url(store.path) else LOCAL_THREADS)
+        self._ahead = max(window, 2 * self._threads)
         self._new_of_old: NDArray[np.int32] | None = None
         if vocabulary is not None:
-            vocabulary.check_space(self.store)
+            vocabulary.check_space(store)
             self._new_of_old = vocabulary.new_of_old()
         self._epoch = self._step = 0
-        self._order.check_ranks(rank, world_size)
 
-    @cached_property
-    def _chosen(self) -> Ints | None:
-        """Ids of the cells that take part, increasing; None for all."""
-        cells = None if self._cells is None else np.sort(np.asarray(self._cells, np.int64))
-        if self._where is not None:
-            from annatac_scale.stream.where import cells_where
-
-            cells = _both(cells, cells_where(self.store, self._where))
-        if self._split is not None:
-            from annatac_scale.stream.split import split_cells
-
-            cells = split_cells(self.store, self._split, cells)
-        return cells
-
-    @cached_property
-    def _selection(self) -> Selection:
-        return Selection(self.store, self._chosen, self._weights, self._seed)
-
-    @cached_property
-    def _order(self) -> EpochOrder:
-        return EpochOrder(
-            self._selection.block_sizes,
-            self._global_batch,
-            self._seed,
-            self._lanes,
-            self._window * BLOCK_CELLS,
-        )
-
-    @cached_property
-    def _columns(self) -> "_Columns":
-        return _Columns(obs_columns(self.store, self._obs) if self._obs else None)
+    @property
+    def store(self) -> IslandStore:
+        """The store, without samples that a resumed stream leaves out."""
+        return self._arrangement.store
 
     @property
     def categories(self) -> dict[str, list[str]]:
@@ -156,11 +108,11 @@ class BatchStream:
     @property
     def n_cells(self) -> int:
         """Cells of an epoch over all ranks; with weights, a cell counts as often as it comes."""
-        return self._order.n_cells
+        return self._arrangement.order.n_cells
 
     def __len__(self) -> int:
         """Batches of a whole epoch, the same on every rank."""
-        return self._order.n_steps
+        return self._arrangement.order.n_steps
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; nothing happens where the stream is in that epoch already."""
@@ -169,7 +121,13 @@ class BatchStream:
 
     def state_dict(self) -> StreamState:
         """Where the stream is: after the batches handed out, not those read ahead."""
-        return {"seed": self._seed, "epoch": self._epoch, "step": self._step, "order": self._pinned}
+        arrangement = self._arrangement
+        return {
+            "seed": arrangement.seed,
+            "epoch": self._epoch,
+            "step": self._step,
+            "order": arrangement.pinned,
+        }
 
     def load_state_dict(self, state: StreamState) -> None:
         """Go to where a stream of the same cells, global batch, lanes and window was, at any world size.
@@ -177,58 +135,8 @@ class BatchStream:
         Samples that were added to the store since then stay out. Raises ConfigError where anything else that the order
         follows from is not what it was, and for a step beyond the epoch's end.
         """
-        if missing := _missing(state):
-            raise ConfigError(
-                f"found no {missing[0]!r} in the state of a stream: give what state_dict() gave"
-            )
-        self._seed, n_samples = state["seed"], state["order"]["n_samples"]
-        if n_samples < len(self.store.samples):
-            self.store = self.store.first(n_samples)
-        self._forget()
-        now, then = dict(self._pinned), dict(state["order"])
-        changed = [
-            f"{name} {then.get(name)!r}, here {value!r}"
-            for name, value in now.items()
-            if then.get(name) != value
-        ]
-        if changed:
-            raise ConfigError(
-                f"{self.store.path}: the state is of a stream of other cells or another order ({'; '.join(changed)}); "
-                "use the same store, cells and options again, or start anew"
-            )
-        if not 0 <= state["step"] <= len(self):
-            raise ConfigError(
-                f"step {state['step']} of an epoch of {len(self)} steps: the state is damaged; start the epoch anew"
-            )
+        self._arrangement = self._arrangement.of_state(state)
         self._epoch, self._step = state["epoch"], state["step"]
-
-    def _forget(self) -> None:
-        """Forget what follows from the store and the seed."""
-        for name in ("_chosen", "_selection", "_order", "_columns", "_pinned"):
-            self.__dict__.pop(name, None)
-
-    @cached_property
-    def _pinned(self) -> PinnedOrder:
-        samples = hashlib.sha256()
-        for name, sample in self.store.samples.items():
-            samples.update(f"{name} {sample.n_cells} {sample.x_sha256}\n".encode())
-        return {
-            "global_batch_size": self._global_batch,
-            "lanes": self._lanes,
-            "window": self._window,
-            "n_samples": len(self.store.samples),
-            "samples": samples.hexdigest(),
-            "cells": self._cells_sha256(),
-        }
-
-    def _cells_sha256(self) -> str:
-        """Digest of which cells come and how often."""
-        weights = sorted((self._weights or {}).items())
-        digest = hashlib.sha256(json.dumps(weights).encode())
-        digest.update(self._selection.block_sizes)
-        if self._chosen is not None:
-            digest.update(self._chosen)
-        return digest.hexdigest()
 
     def __iter__(self) -> Iterator[Batch]:
         return self._each(self._batch)
@@ -242,10 +150,10 @@ class BatchStream:
     ) -> Iterator[Made]:
         """What ``make`` makes of the batches from here on; of these, every ``shares``-th from number ``share`` on."""
         steps = range(self._step + share, len(self), shares)
-        plan = self._order.epoch(self._epoch)
+        plan = self._arrangement.order.epoch(self._epoch)
         ranks = plan.of_rank(self._rank, self._world_size)
-        ahead = max(self._window, 2 * self._threads)
-        with RankReader(self._selection, plan, ranks, steps.start, self._threads, ahead) as reader:
+        selection = self._arrangement.selection
+        with RankReader(selection, plan, ranks, steps.start, self._threads, self._ahead) as reader:
             made = _one_ahead(lambda step: make(*reader.batch(step)), steps)
             for step, batch in zip(steps, made, strict=True):
                 self._step = step + 1
@@ -271,10 +179,17 @@ class BatchStream:
 class _Columns:
     """Columns of obs as arrays with a value a cell of the store."""
 
-    def __init__(self, table: pa.Table | None) -> None:
+    def __init__(self, store: IslandStore, names: Sequence[str]) -> None:
         self.categories: dict[str, list[str]] = {}
         self._values: dict[str, NDArray[Any]] = {}
-        for name in table.column_names if table is not None else ():
+        if not names:
+            return
+        import pyarrow as pa
+
+        from annatac_scale.store.columns import obs_columns
+
+        table = obs_columns(store, names)
+        for name in names:
             column = table[name].combine_chunks()
             if pa.types.is_dictionary(column.type):
                 self.categories[name] = column.dictionary.to_pylist()
@@ -283,17 +198,6 @@ class _Columns:
 
     def of(self, cell_ids: Ints) -> dict[str, NDArray[Any]]:
         return {name: values[cell_ids] for name, values in self._values.items()}
-
-
-def _missing(state: Mapping[str, Any]) -> list[str]:
-    order = state.get("order", {})
-    wanted = [(state, name) for name in StreamState.__annotations__]
-    wanted += [(order, name) for name in PinnedOrder.__annotations__]
-    return [name for values, name in wanted if name not in values]
-
-
-def _both(cells: Ints | None, others: Ints) -> Ints:
-    return others if cells is None else np.intersect1d(cells, others)
 
 
 def _one_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from numbers import Real
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from annatac_scale.errors import ConfigError, InputError
@@ -133,7 +132,7 @@ class Selection:
             raise InputError(
                 f"{store.path}: the weights leave none of {sizes.sum():,} cells a turn; give a sample a larger weight"
             )
-        return _Turns(block, size, is_part, text_hashes(pa.array(list(store.samples), pa.string()), seed))
+        return _Turns(block, size, is_part, text_hashes(list(store.samples), seed))
 
     def _part(self, turns: _Turns, entry: int, epoch: int) -> Ints:
         """Which of the selected cells of a block an entry takes, increasing: the next ones of a fixed random order."""

@@ -2,17 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from annatac_scale.errors import ConfigError, InputError
-from annatac_scale.store.columns import obs_columns, texts_of
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.hashes import Hashes, numbers_of, text_hashes
 from annatac_scale.stream.selection import sorted_ids
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -78,7 +79,7 @@ def _below(hashes: Hashes, share: float) -> Bools:
 
 def _cells_that_validate(store: IslandStore, split: Split, ids: Ints | None) -> Bools:
     validates = np.empty(store.n_cells if ids is None else len(ids), np.bool_)
-    keys = text_hashes(pa.array(list(store.samples), pa.string()), split.seed)
+    keys = text_hashes(list(store.samples), split.seed)
     for sample, places, rows in _rows_of_samples(store, ids):
         validates[places] = _below(numbers_of(keys[sample], rows), split.validation)
     return validates
@@ -96,8 +97,12 @@ def _rows_of_samples(store: IslandStore, ids: Ints | None) -> Iterator[tuple[int
             yield number, places, found - sample.first_cell
 
 
-def _groups(store: IslandStore, by: str, ids: Ints | None) -> tuple[NDArray[np.int32], pa.StringArray]:
+def _groups(store: IslandStore, by: str, ids: Ints | None) -> tuple[NDArray[np.int32], "pa.StringArray"]:
     """The code of each cell's value, int32, -1 where it has none, and the values as text."""
+    import pyarrow as pa
+
+    from annatac_scale.store.columns import obs_columns, texts_of
+
     column = obs_columns(store, [by])[by].combine_chunks()
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()

@@ -1,13 +1,21 @@
 import shutil
 import threading
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from known_stores import write_store
 
 from annatac_scale.errors import AnnatacError, ConfigError, InputError, ModelError
+from annatac_scale.store.obs import replace_obs
+from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.store import IslandStore
+from annatac_scale.store.writer import SampleWriter
 from annatac_scale.stream.loader import BatchStream
 from annatac_scale.stream.reader import RankReader
+from annatac_scale.stream.split import Split
 from annatac_scale.stream.vocabulary import Vocabulary
 
 # 2,065 cells in 4 lanes of at most 250 (lanes), or together (one_window).
@@ -157,10 +165,12 @@ def test_a_stream_of_no_cells_has_no_steps(tiny_store):
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_rank_holds_no_more_than_a_window_of_each_of_its_lanes(unequal_store, world_size):
     (stream,) = streams(unequal_store, LANES, 1)
-    plan = stream._order.epoch(0)
+    plan = stream._arrangement.order.epoch(0)
     most_bytes = 40  # of a row: islands side by side take a byte each
     share, window = 48 // 4, 250 + 250
-    with RankReader(stream._selection, plan, plan.of_rank(0, world_size), 0, threads=2, ahead=1) as reader:
+    with RankReader(
+        stream._arrangement.selection, plan, plan.of_rank(0, world_size), 0, threads=2, ahead=1
+    ) as reader:
         for step in range(len(stream)):
             reader.batch(step)
             held = sum(int(piece.sizes.sum()) for _, piece in reader._held)
@@ -218,3 +228,136 @@ def test_options_and_stores_that_do_not_fit_are_refused(tiny_store):
         stream.load_state_dict({**stream.state_dict(), "step": 5})
     with pytest.raises(ConfigError, match="no 'order' in the state"):
         stream.load_state_dict({"seed": 0, "epoch": 0, "step": 5})
+
+
+def test_batches_carry_the_obs_columns_that_were_asked_for(tmp_path):
+    known = write_store(tmp_path / "labelled.zarr", [9, 4])
+    labels = pd.Categorical.from_codes([0, 1, -1] * 3, ["B cell", "T cell"])
+    barcodes = pd.Index([f"s0-{i}" for i in range(9)], name="barcode")
+    replace_obs(known.store.path, "s0", pd.DataFrame({"type": labels, "depth": np.arange(9) * 1.5}, barcodes))
+    stream = BatchStream(known.store.path, global_batch_size=5, seed=0, obs=["type", "depth", "sample"])
+    assert stream.categories == {"type": ["B cell", "T cell"], "sample": ["s0", "s1"]}
+    for batch in [*stream, *stream.encoded()]:
+        for row, cell in enumerate(batch.cell_ids.tolist()):
+            found = {name: values[row] for name, values in batch.obs.items()}
+            assert found["sample"] == (cell >= 9)
+            assert found["type"] == ([0, 1, -1][cell % 3] if cell < 9 else -1)
+            if cell < 9:
+                assert found["depth"] == cell * 1.5
+            else:
+                assert np.isnan(found["depth"])
+        assert batch.obs["type"].dtype == np.int32
+
+
+def test_conditions_splits_and_cells_are_taken_together(unequal_store):
+    cells = np.arange(0, 2065, 2)
+    options = {"where": "sample in ['s0', 's4']", "cells": cells, **LANES}
+    sides = [
+        {cell for batch in BatchStream(unequal_store.store, split=Split(part, 0.3), **options)
+         for cell in batch.cell_ids.tolist()}
+        for part in ("train", "validation")
+    ]  # fmt: skip
+    assert not sides[0] & sides[1]
+    assert sides[0] | sides[1] == {cell for cell in cells.tolist() if cell < 700 or cell >= 964}
+    assert 0.2 < len(sides[1]) / len(sides[0] | sides[1]) < 0.4
+
+
+def test_weights_say_how_often_a_cell_comes_in_an_epoch(unequal_store):
+    for rank_count in (1, 3):
+        turns = Counter()
+        for stream in streams(unequal_store, LANES, rank_count, weights={"s0": 2, "s1": 0, "s4": 0.5}):
+            assert len(stream) == -(-stream.n_cells // 48)
+            for batch in stream:
+                turns.update(batch.cell_ids.tolist())
+        assert [turns[cell] for cell in range(703)] == [2] * 700 + [0] * 3
+        assert [turns[cell] for cell in range(703, 964)] == [1] * 261
+        assert sum(turns[cell] for cell in range(964, 2065)) in (550, 551)
+        assert max(turns[cell] for cell in range(964, 2065)) == 1
+
+
+def test_samples_that_were_added_since_stay_out_of_a_resumed_stream(tmp_path):
+    known = write_store(tmp_path / "growing.zarr", [300, 40])
+    stream = BatchStream(known.store.path, global_batch_size=16, seed=3)
+    whole = ids(stream)
+    stream.set_epoch(0)
+    begun = [batch.cell_ids.tolist() for _, batch in zip(range(5), stream, strict=False)]
+    with SampleWriter(known.store.path, "late", 50) as writer:
+        writer.write_shard(0, OpenIslands.empty(50))
+        obs = pd.DataFrame(index=pd.Index([f"late-{i}" for i in range(50)], name="barcode"))
+        writer.commit(obs, np.ones(40, bool), {})
+    again = BatchStream(known.store.path, global_batch_size=16, seed=0)
+    assert again.n_cells == 390
+    again.load_state_dict(stream.state_dict())
+    assert again.n_cells == 340
+    assert begun + ids(again) == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"global_batch_size": 24}, "global_batch_size 48, here 24"),
+        ({"lanes": 8}, "lanes 4, here 8"),
+        ({"window": 2}, "window 1, here 2"),
+        ({"cells": np.arange(7)}, "cells "),
+        ({"where": "sample == 's0'"}, "cells "),
+        ({"weights": {"s0": 2}}, "cells "),
+    ],
+)
+def test_a_state_of_another_order_is_refused_with_what_differs(unequal_store, changes, what):
+    state = BatchStream(unequal_store.store, **LANES).state_dict()
+    other = BatchStream(unequal_store.store, **(LANES | changes))
+    with pytest.raises(ConfigError, match=what):
+        other.load_state_dict(state)
+
+
+def test_a_state_of_another_store_is_refused(unequal_store, tmp_path):
+    state = BatchStream(unequal_store.store, **LANES).state_dict()
+    other = write_store(tmp_path / "other.zarr", [700, 3, 260, 1, 1101], seed=9)
+    with pytest.raises(ConfigError, match="samples "):
+        BatchStream(other.store, **LANES).load_state_dict(state)
+    fewer = write_store(tmp_path / "fewer.zarr", [700, 3])
+    with pytest.raises(ConfigError, match="n_samples 5, here 2"):
+        BatchStream(fewer.store, **LANES).load_state_dict(state)
+
+
+def test_a_refused_state_leaves_the_stream_as_it_was(unequal_store):
+    stream = BatchStream(unequal_store.store, **LANES)
+    before = stream.state_dict()
+    state = {**BatchStream(unequal_store.store, **(LANES | {"lanes": 8})).state_dict(), "seed": 99, "step": 3}
+    with pytest.raises(ConfigError):
+        stream.load_state_dict(state)
+    assert stream.state_dict() == before
+
+
+def test_encoded_batches_are_the_same_batches(unequal_store):
+    stream = BatchStream(unequal_store.store, **LANES)
+    encoded = list(stream.encoded())
+    stream.set_epoch(0)
+    for batch, still in zip(stream, encoded, strict=True):
+        assert rows_of(still.decode()) == rows_of(batch)
+        assert still.decode().cell_ids.tolist() == batch.cell_ids.tolist()
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_few_chosen_cells_of_each_block_are_held_without_the_others(unequal_store, options):
+    (stream,) = streams(unequal_store, options, 1, cells=np.arange(0, 2065, 50))
+    plan = stream._arrangement.order.epoch(0)
+    with RankReader(stream._arrangement.selection, plan, plan.of_rank(), 0, threads=1, ahead=1) as reader:
+        reader.batch(0)
+        assert sum(int(piece.sizes.sum()) for _, piece in reader._held) <= 42 * 40
+
+
+def test_a_store_in_object_storage_streams_like_one_on_disk(unequal_store, s3):
+    from annatac_scale.store.place import place_of
+
+    bucket = s3.bucket()
+    for path in Path(unequal_store.store.path).rglob("*"):
+        if path.is_file():
+            place_of(f"{bucket}/atlas.zarr").write(
+                str(path.relative_to(unequal_store.store.path)), path.read_bytes()
+            )
+    (local,) = streams(unequal_store, LANES, 1)
+    remote = BatchStream(f"{bucket}/atlas.zarr", **LANES)
+    for batch, again in zip(local, remote, strict=True):
+        assert batch.cell_ids.tolist() == again.cell_ids.tolist()
+        assert rows_of(batch) == rows_of(again)
