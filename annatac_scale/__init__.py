@@ -8,6 +8,6 @@ if not (os.access(Path(__file__).parent, os.W_OK) or os.access(Path.home(), os.W
     # numba refuses to import a cached kernel where it can write its cache nowhere: give it a place for this process.
     os.environ.setdefault("NUMBA_CACHE_DIR", tempfile.mkdtemp(prefix="annatac-numba-"))
 
-from annatac_scale.api import convert, demo, evaluate, finetune, info, islands, predict, pretrain
+from annatac_scale.api import convert, demo, evaluate, export, finetune, info, islands, predict, pretrain
 
-__all__ = ["convert", "demo", "evaluate", "finetune", "info", "islands", "predict", "pretrain"]
+__all__ = ["convert", "demo", "evaluate", "export", "finetune", "info", "islands", "predict", "pretrain"]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from annatac_scale.ingest.convert import ConvertReport
     from annatac_scale.ingest.dry_run import ConversionPlan
     from annatac_scale.report.quality import QualityTable
+    from annatac_scale.store.csr import ExportReport
+    from annatac_scale.store.findings import VerifyReport
     from annatac_scale.store.info import StoreInfo
     from annatac_scale.train.finetune import FinetuneReport
     from annatac_scale.train.pretrain import PretrainReport
@@ -122,29 +124,44 @@ def _join(
 
 
 @overload
-def info(
-    store: AnyPath, *, qc: Literal[False] = False, plot: None = None, digest: Literal[False] = False
-) -> "StoreInfo": ...
+def info(store: AnyPath) -> "StoreInfo": ...
+@overload
+def info(store: AnyPath, *, qc: Literal[True], plot: AnyPath | None = None) -> "QualityTable": ...
+@overload
+def info(store: AnyPath, *, digest: Literal[True]) -> str: ...
 @overload
 def info(
-    store: AnyPath, *, qc: Literal[True], plot: AnyPath | None = None, digest: Literal[False] = False
-) -> "QualityTable": ...
-@overload
-def info(store: AnyPath, *, qc: Literal[False] = False, plot: None = None, digest: Literal[True]) -> str: ...
+    store: AnyPath, *, verify: Literal[True], workers: int | None = None, progress: Progress | None = None
+) -> "VerifyReport": ...
 def info(
-    store: AnyPath, *, qc: bool = False, plot: AnyPath | None = None, digest: bool = False
-) -> "StoreInfo | QualityTable | str":
+    store: AnyPath,
+    *,
+    qc: bool = False,
+    plot: AnyPath | None = None,
+    digest: bool = False,
+    verify: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> "StoreInfo | QualityTable | str | VerifyReport":
     """What a store holds and where it came from.
 
     qc: the quality of its cells instead, a line a sample; plot: drawn into this PNG, SVG or PDF file as well
     digest: the digest of the store alone, equal for stores of the same samples
+    verify: read all of the store and report whatever is not as the store says; workers: threads for that
     """
     from annatac_scale.store.store import IslandStore
 
+    asked = [name for name, given in {"digest": digest, "qc": qc, "verify": verify}.items() if given]
     if plot is not None and not qc:
         raise InputError(f"--plot {plot}: found without --qc, whose picture it is; expected both; add --qc")
-    if digest and qc:
-        raise InputError("found both --digest and --qc; expected one of both; leave one out")
+    if workers is not None and not verify:
+        raise InputError(f"--workers {workers}: found without --verify, whose threads they are; add --verify")
+    if len(asked) > 1:
+        raise InputError(f"found both --{asked[0]} and --{asked[1]}; expected one of both; leave one out")
+    if verify:
+        from annatac_scale.store.verify import verify as run
+
+        return run(store, workers, progress)
     if digest:
         return IslandStore.open(store).digest
     if qc:
@@ -270,6 +287,26 @@ def evaluate(labels: AnyPath, *, store: AnyPath, truth: str, cells: str = "test"
     return run(labels, store, truth, cells=cells)
 
 
+def export(
+    store: AnyPath,
+    *,
+    out: AnyPath,
+    samples: Sequence[str] | str = (),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> "ExportReport":
+    """Write the cells of a store as AnnData with CSR levels: ``out`` is an .h5ad file or a .zarr folder.
+
+    samples: names of those to write, one or several (commas may stand between them); all if there are none
+    overwrite: replace an AnnData that is there
+    """
+    from annatac_scale.store.csr import export as run
+    from annatac_scale.store.store import IslandStore
+
+    names = [name for some in _listed(samples) for name in some.split(",")]
+    return run(IslandStore.open(store), out, names, overwrite, progress)
+
+
 def demo(
     out: AnyPath = "demo", *, full: bool = False, progress: Progress | None = None
 ) -> list[dict[str, Any]]:
@@ -279,6 +316,6 @@ def demo(
     return run_demo(Path(out), full, progress or Silent())
 
 
-def _listed(settings: Sequence[str] | str) -> Sequence[str]:
-    """One ``key=value`` may come alone."""
-    return [settings] if isinstance(settings, str) else settings
+def _listed(texts: Sequence[str] | str) -> Sequence[str]:
+    """One text may come alone."""
+    return [texts] if isinstance(texts, str) else texts

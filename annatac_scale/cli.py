@@ -15,6 +15,7 @@ from annatac_scale import api
 from annatac_scale.errors import AnnatacError
 from annatac_scale.terminal import TerminalProgress
 
+NOT_SOUND = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -230,14 +231,25 @@ def convert(context: click.Context, inputs: Sequence[str], as_json: bool, **opti
 @click.option("--qc", is_flag=True, help="Show the quality of the cells instead, one line a sample.")
 @_file("--plot", help="With --qc: draw it as well; the ending says which of png, svg and pdf.")
 @click.option("--digest", is_flag=True, help="Print the store's digest alone.")
+@click.option(
+    "--verify", is_flag=True,
+    help="Read all of it instead, and tell what is not as the store says; exit code 1 where something is.",
+)  # fmt: skip
+@click.option(
+    "--workers", metavar="N", type=click.IntRange(min=1),
+    help="With --verify: threads; default: one a core, at most 8, and 32 for s3://.",
+)  # fmt: skip
 @_json
-def info(store: str, as_json: bool, **options: Any) -> None:
-    """Show what a store holds and where it came from."""
-    found = api.info(store, **options)
+@click.pass_context
+def info(context: click.Context, store: str, as_json: bool, **options: Any) -> None:
+    """Show what a store holds and where it came from, or verify it."""
+    found = api.info(store, progress=TerminalProgress(), **options)
     if isinstance(found, str):
         click.echo(_dumped({"digest": found}) if as_json else found)
     else:
         click.echo(_dumped(found.to_dict()) if as_json else found.text())
+    if not getattr(found, "is_sound", True):
+        context.exit(NOT_SOUND)
 
 
 @main.command()
@@ -328,6 +340,18 @@ def evaluate(labels: Path, as_json: bool, **options: Any) -> None:
     """Compare the labels of predict with the truth, on held-out cells."""
     report = api.evaluate(labels, **options)
     click.echo(_dumped(report.to_dict()) if as_json else "\n".join(report.text()))
+
+
+@main.command()
+@click.argument("store")
+@click.option(
+    "--out", required=True, metavar="FILE.h5ad|FOLDER.zarr", help="Where to; the ending says what it is."
+)
+@click.option("--samples", multiple=True, metavar="NAME", help="Only these, NAME or NAME,NAME; repeatable.")
+@click.option("--overwrite", is_flag=True, help="Replace an AnnData that is there.")
+def export(store: str, **options: Any) -> None:
+    """Write the cells of a store as a standard AnnData, levels as CSR."""
+    click.echo(api.export(store, progress=TerminalProgress(), **options).text())
 
 
 @main.command()

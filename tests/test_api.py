@@ -21,7 +21,7 @@ from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.ingest.convert import ConvertOptions
 from annatac_scale.store.store import IslandStore
 
-COMMANDS = ["islands", "convert", "info", "pretrain", "finetune", "predict", "evaluate", "demo"]
+COMMANDS = ["islands", "convert", "info", "pretrain", "finetune", "predict", "evaluate", "export", "demo"]
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ cannot ask for memory.
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import zarr
 from numcodecs.vlen import VLenUTF8
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
+from zarr.core.group import GroupMetadata
+from zarr.core.metadata.v3 import ArrayV3Metadata
 
 from annatac_scale.errors import StoreError
 from annatac_scale.store.findings import SAMPLE_AGAIN, DamageError, Finding
@@ -32,6 +35,7 @@ STRING = ("string",)
 _ZSTD, _TEXT = Zstd(), VLenUTF8()
 _ZSTD_MAGIC = 0xFD2FB528
 _MOST_IDLE_CATEGORIES = 1 << 20
+_METADATA: dict[str, Any] = {"group": GroupMetadata, "array": ArrayV3Metadata}
 
 
 class Nodes:
@@ -69,6 +73,10 @@ class Nodes:
             raise self.damage(file, "no object with attributes", "the metadata of a Zarr node")
         for key, expected in {"zarr_format": 3, "node_type": node_type}.items():
             self.compare(file, key, found.get(key), expected)
+        with self.readable(file, "the metadata of a Zarr node"):
+            _METADATA[node_type].from_dict(
+                deepcopy(found)
+            )  # zarr refuses more than is held against anything here
         return found
 
     def attributes(self, name: str, encoding: Encoding | None = None) -> dict[str, Any]:

@@ -19,9 +19,7 @@ largest sample (a barcode and its text in the digest, the widest thing in most o
 import hashlib
 import os
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from threading import Event
 from typing import Any
@@ -37,6 +35,7 @@ from annatac_scale.store.findings import CONVERT_AGAIN, Finding, Found, VerifyRe
 from annatac_scale.store.nodes import Nodes
 from annatac_scale.store.obs import finish_obs
 from annatac_scale.store.place import Location, is_url
+from annatac_scale.store.threads import in_order
 from annatac_scale.store.verify_frames import (
     Islands,
     SampleSays,
@@ -97,12 +96,12 @@ def _store_digest(root: Mapping[str, Any], index: Iterable[Mapping[str, Any]]) -
 
 def _root(nodes: Nodes, findings: list[Finding]) -> dict[str, Any] | None:
     """The attributes of the root; None where something is wrong that all else hangs on."""
-    has_index = nodes.place.size(_INDEX_FILE) is not None
-    if nodes.place.size("zarr.json") is None and not has_index:
+    was_one = any(nodes.place.size(name) is not None for name in (_INDEX_FILE, f"{schema.ISLANDS}/zarr.json"))
+    if nodes.place.size("zarr.json") is None and not was_one:
         raise StoreError(f"{nodes.path}: no island store here; make one with `annatac convert`")
     with collected(findings):
         root = nodes.attributes("")
-        if root.get("format") != schema.FORMAT and not has_index:
+        if root.get("format") != schema.FORMAT and not was_one:
             raise StoreError(f"{nodes.path}: a Zarr group, but not an island store; give another path")
         wrong = [key for key, (fits, _) in _ROOT.items() if not fits(root.get(key))]
         for key in wrong:
@@ -246,21 +245,6 @@ class _Run:
                     self.n_shards += shard.n_open is not None
                     self.n_open += 0 if shard.n_open is None else int(shard.n_open.sum(dtype=np.int64))
                 self.found.add(*sample.take(shard))
-
-
-def in_order(works: Iterable[Callable[[], Any]], workers: int) -> Iterator[Any]:
-    """The results of ``works``, done by threads, in their order; at most 4 a thread are begun and not taken."""
-    waiting: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(workers) as threads:
-        try:
-            for work in works:
-                waiting.append(threads.submit(work))
-                if len(waiting) >= 4 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            threads.shutdown(cancel_futures=True)
 
 
 class _SampleRun:

@@ -140,7 +140,7 @@ def test_settings_stand_over_the_file_and_the_file_over_the_preset(atlas: Atlas)
 
 
 def test_commands_stand_in_the_order_of_the_work() -> None:
-    names = ["islands", "convert", "info", "pretrain", "finetune", "predict", "evaluate", "demo"]
+    names = ["islands", "convert", "info", "pretrain", "finetune", "predict", "evaluate", "export", "demo"]
     assert list(main.commands) == names
     text = done("--help").stdout
     assert sorted(names, key=lambda name: text.index(f"\n  {name} ")) == names
