@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from annatac_scale.store.store import IslandStore, Sample
 
-_PARALLEL = 32
+_PARALLEL = 64
 """Samples whose columns are read at a time: in object storage what counts is the requests in flight."""
 
 _BESIDE_OBS = ("sample", "barcode")
