@@ -89,11 +89,16 @@ def test_the_lines_for_fragments_run_on_the_shipped_blood_cells(tmp_path: Path) 
     with as_file(files("annatac_scale") / "data" / "archr_PBSmall.tsv.gz") as shipped:
         (tmp_path / "fragments.tsv.gz").write_bytes(shipped.read_bytes())
     (commands,) = blocks("sh")
-    planned, converted, shown = (run(line, tmp_path) for line in commands.strip().splitlines())
+    planned, converted, shown, verified, exported = (
+        run(line, tmp_path) for line in commands.strip().splitlines()
+    )
     assert "1 of 1 samples to convert" in planned.stdout
     assert "29,399 lines" in converted.stderr
     assert "150" in shown.stdout
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+    assert "everything is as it should be" in verified.stdout
+    assert "150 cells" in exported.stdout
+    assert anndata.read_h5ad(tmp_path / "blood.h5ad").n_obs == 150
 
 
 def test_the_python_lines_run(folder: Path) -> None:

@@ -46,6 +46,8 @@ class Values:
         """Add values; whole pieces are written."""
         if self._n_put + self._n_waiting + len(values) > self.n:
             raise _other_number(self.n)
+        if not len(values):
+            return
         self._waiting.append(values)
         self._n_waiting += len(values)
         while self._n_waiting >= self._piece:

@@ -104,6 +104,18 @@ def test_labels_are_joined_to_a_store_without_inputs(atlas: Atlas, tmp_path: Pat
     done("convert", "--obs", atlas.cells, "--out", path, "--assembly", "toy")
 
 
+def test_cells_are_exported_as_anndata(atlas: Atlas, tmp_path: Path) -> None:
+    store = IslandStore.open(atlas.store)
+    expected = store.read(np.arange(N_CELLS)).to_csr(store.n_islands)
+    for out, read in ((tmp_path / "x.h5ad", anndata.read_h5ad), (tmp_path / "x.zarr", anndata.io.read_zarr)):
+        result = done("export", atlas.store, "--out", out, "--samples", "cells")
+        assert result.stdout.startswith(f"{out}: 120 cells of 1 samples x 90 islands, ")
+        assert result.stderr == ""
+        written = read(out)
+        assert (expected != written.X).nnz == 0
+        assert written.obs["cell_type"].tolist() == atlas.obs["cell_type"].loc[written.obs_names].tolist()
+
+
 def test_islands_shows_the_first_ones_or_writes_all(atlas: Atlas) -> None:
     lines = done("islands", *atlas.toy).stdout.splitlines()
     assert lines[0].startswith("90 islands of toy, selection all, sha256 ")

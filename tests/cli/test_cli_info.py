@@ -1,11 +1,12 @@
 """`annatac info`: the quality of cells as text, JSON and a picture, and the digest alone."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from command_line import done, refusal, strict_json
+from command_line import done, refusal, run, strict_json
 
 import annatac_scale as ats
 from annatac_scale.genome.assembly import Assembly
@@ -75,11 +76,43 @@ def test_the_digest_is_printed_alone(store: Path) -> None:
     [
         (["--plot", "x.png"], "--plot x.png: found without --qc"),
         (["--digest", "--qc"], "found both --digest and --qc"),
+        (["--verify", "--qc"], "found both --qc and --verify"),
+        (["--workers", 3], "--workers 3: found without --verify"),
         (["--qc", "--plot", "x.jpg"], "x.jpg: found the ending '.jpg'; expected .png, .svg, .pdf"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(words: list[str], message: str, store: Path) -> None:
     assert refusal("info", store, *words).startswith(message)
+
+
+def test_a_sound_store_is_verified_with_exit_code_0(store: Path) -> None:
+    result = done("info", store, "--verify", "--workers", 2)
+    assert result.stdout.splitlines()[0] == str(store)
+    assert result.stdout.splitlines()[-1] == "  result    everything is as it should be"
+    assert result.stderr == ""
+    values = strict_json(done("info", store, "--verify", "--json").stdout)
+    assert (values["sound"], values["findings"], values["n_cells"]) == (True, [], 3)
+    assert ats.info(store, verify=True).digest == ats.info(store, digest=True)
+
+
+def test_a_damaged_store_is_told_with_exit_code_1(store: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(store, tmp_path / "atlas.zarr")
+    (damaged / "samples/kidney/obs/n_fragments/c.0").write_bytes(b"damaged")
+    (damaged / "samples/kidney/uns/zarr.json").unlink()
+    result = run("info", damaged, "--verify")
+    assert result.exit_code == 1
+    wrong = [line for line in result.stdout.splitlines() if line.startswith("  wrong     ")]
+    assert len(wrong) == 2
+    assert all("found" in line and "expected" in line and "restore" in line for line in wrong)
+    assert result.stdout.splitlines()[-1] == "  result    2 findings"
+    result = run("info", damaged, "--verify", "--json")
+    assert result.exit_code == 1
+    findings = strict_json(result.stdout)["findings"]
+    assert {finding["place"] for finding in findings} == {
+        f"{damaged}/samples/kidney/obs/n_fragments",
+        f"{damaged}/samples/kidney/uns/zarr.json",
+    }
+    assert all(set(finding) == {"place", "found", "expected", "advice"} for finding in findings)
 
 
 def test_an_ending_is_refused_before_anything_is_read() -> None:

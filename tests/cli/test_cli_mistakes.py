@@ -123,6 +123,15 @@ MISTAKES = {
         f"{EVALUATE} --store {{other}}", "labels: found 24 of 24 cells that", "give the store that was predicted",
     ),
     "truth that is no column": (f"{EVALUATE} --truth celltype", "no obs column 'celltype'", "cell_type, donor"),
+    # export
+    "export of no store": ("export nosuch --out {new}.h5ad", *NO_STORE),
+    "export into what is no ending": ("export {store} --out {new}", "found the ending ''", "expected .h5ad or .zarr"),
+    "export over a file": ("export {store} --out {h5ad}", "cells.h5ad: found it there", "--overwrite"),
+    "export over the store": ("export {store} --out {store} --overwrite", "atlas.zarr: found within the store"),
+    "export of no sample": (
+        "export {store} --out {new}.h5ad --samples cells,heart", "found no sample 'heart'", "expected some of cells",
+    ),
+    "export into object storage": ("export {store} --out s3://b/x.zarr", "expected a path on a disk", "then copy it"),
     # islands
     "islands of two tables": ("islands {toy} --tss {sizes} --gtf {sizes}", "expected one", "leave out --tss or --gtf"),
     "islands into a folder": ("islands {toy} --out {full}", "full"),

@@ -451,7 +451,7 @@ def do_damage(store: Path, files: list[str], which: int, how: str, where: int, b
         file.write_bytes(data)
 
 
-@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=CHANGES)
 @pytest.mark.filterwarnings("ignore")
 def test_whatever_is_changed_is_found_or_changes_nothing(
