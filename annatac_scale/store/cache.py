@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,20 +24,23 @@ from annatac_scale.errors import InputError
 
 _KEY = re.compile(r"[0-9A-Za-z_-]+/[0-9A-Za-z_-]+")
 _LOCK, _ASIDE = ".lock", ".aside"
-_END = struct.Struct("<8sQII")  # of an entry: what it is, bytes of data, their crc32c, that of the key
 _MAGIC = b"annatac1"
-_RECORD = struct.Struct(
-    "<QQ200s"
-)  # bytes of all other entries, when they were counted, name of the last entry
+_END = struct.Struct("<8sQII")
+"""Of an entry: what it is, bytes of its data, their crc32c, that of its key."""
+_RECORD = struct.Struct("<QQ200s")
+"""Bytes of all other entries, when they were counted, name of the last entry; its crc32c follows."""
 _COUNT_AGAIN_S = 3600
 _WAIT_S = 0.2
 _USER_ERRORS = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
+_turn = threading.Lock()  # of the threads of this process: they need not poll
 _open_locks: set[int] = set()
 
 
 def _forked() -> None:
     """In a child: a lock is held as long as any process has its file open."""
+    global _turn
+    _turn = threading.Lock()
     while _open_locks:
         os.close(_open_locks.pop())
 
@@ -130,14 +134,20 @@ class BlockCache:
     def _locked(self) -> Iterator[int | None]:
         """The file of the lock and the record, open, while no other thread or process has it; None: it is not free."""
         os.makedirs(self.folder, exist_ok=True)
-        file = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        _open_locks.add(file)
+        if not _turn.acquire(timeout=_WAIT_S):
+            yield None
+            return
         try:
-            yield file if _lock(file) else None
+            file = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            _open_locks.add(file)
+            try:
+                yield file if _lock(file) else None
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)  # though a process that is being forked has it open
+                _open_locks.discard(file)
+                os.close(file)
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # though a process that is being forked has it open
-            _open_locks.discard(file)
-            os.close(file)
+            _turn.release()
 
     def _used(self, file: int) -> int:
         """Bytes of all entries, by the record; counted where there is no good one, and each hour."""
@@ -198,7 +208,7 @@ def _size(path: str) -> int:
 
 
 def _lock(file: int) -> bool:
-    """Whether the lock was had within a second; it is not waited for longer: a cache must not stop who reads."""
+    """Whether the lock was had in time; it is not waited for longer, for a cache must not stop who reads."""
     until = time.monotonic() + _WAIT_S
     wait_s = 0.0002
     while True:

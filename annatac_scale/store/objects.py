@@ -62,8 +62,8 @@ class Prefix:
 
     def find(self, name: str) -> Found:
         """An object with its ETag. Raises FileNotFoundError where it is not there."""
-        data, meta = _get(self._url(name), {})
-        return Found(data, str(meta["e_tag"]), meta["last_modified"])
+        data, answer = _get(self._url(name), {})
+        return Found(data, str(answer.meta["e_tag"]), answer.meta["last_modified"])
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """As in Place."""
@@ -200,8 +200,8 @@ def object_blob(url: str) -> ObjectBlob:
     return ObjectBlob(url, int(meta["size"]), str(meta["e_tag"]))
 
 
-def _get(url: str, options: dict[str, Any]) -> tuple[bytes, Mapping[str, Any]]:
-    """An object or a range of it, whole, and what the server said of it.
+def _get(url: str, options: dict[str, Any]) -> tuple[bytes, Any]:
+    """An object or a range of it, whole, and obstore's answer, which has its ``meta``.
 
     obstore asks again after 429, 5xx, resets, and bodies that end early; an answer that looks in order, but holds less
     than it is an answer for, is asked for again here.
@@ -220,7 +220,7 @@ def _get(url: str, options: dict[str, Any]) -> tuple[bytes, Mapping[str, Any]]:
             else:
                 first, stop = got.range
                 if len(data) == stop - first:
-                    return data, got.meta
+                    return data, got
                 found = f"{len(data):,} of {stop - first:,} bytes"
         if wait_s is not None:
             time.sleep(random.uniform(0.5, 1.0) * wait_s)

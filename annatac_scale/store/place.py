@@ -14,6 +14,7 @@ from typing import Protocol
 
 import zarr
 
+import annatac_scale.store.clients  # noqa: F401 (it has to know of forks, though object storage be read only later)
 from annatac_scale.errors import InputError
 from annatac_scale.store.files import as_store_error, in_parallel, sync
 
@@ -50,6 +51,8 @@ class Place(Protocol):
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """``length`` bytes of a file from ``start``, less at its end; ``start`` below 0 counts from its end.
+
+        As many are read at once as there are threads that ask.
 
         Raises FileNotFoundError where it is not there.
         """

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from object_storage import ObjectStorage
 from random_stores import SPACE, random_cells, write_sample
 
 from annatac_scale.errors import StoreError
@@ -140,3 +143,25 @@ def test_a_forked_process_that_cannot_read_is_told_how_to_start_another(location
     with pytest.raises(StoreError, match=r"in this forked process .*not permitted.*forkserver.*DataLoader"):
         run("fork", read_without_a_copy, store)
     assert read_all(store)
+
+
+FORK_AFTER_OTHERS = """
+import os, signal, obstore
+from obstore.store import from_url
+from annatac_scale.store.place import place_of
+storage = from_url({bucket!r}, client_options={{"allow_http": True}})
+assert obstore.get(storage, "file").bytes() == b"1"
+child = os.fork()
+if not child:
+    signal.alarm(30)
+    os._exit(place_of({bucket!r}).read("file") != b"1")
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_process_is_forked_after_other_code_had_used_obstore(s3: ObjectStorage) -> None:
+    bucket = s3.bucket()
+    s3.put(f"{bucket}/file", b"1")
+    script = FORK_AFTER_OTHERS.format(bucket=bucket)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
