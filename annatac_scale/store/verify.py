@@ -68,7 +68,10 @@ def verify(path: Location, workers: int | None = None, progress: Progress | None
     _settle(nodes, findings)
     index = _index(nodes, root, findings) if root is not None else []
     digest = None if findings or root is None else _store_digest(root, index)
-    found.add(findings, _left_over(nodes, index))
+    notes: list[str] = []
+    with collected(findings), nodes.readable("", "a folder that can be listed"):
+        notes = _left_over(nodes, index)
+    found.add(findings, notes)
     run = _Run(nodes, root or {}, found)
     if root is not None:
         run.look(index, workers or default_workers(path), progress or Silent())

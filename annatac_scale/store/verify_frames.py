@@ -272,7 +272,9 @@ def _barcodes(nodes: Nodes, name: str, n: int, says: SampleSays) -> tuple[str, b
 
 
 def _column(nodes: Nodes, name: str, n: int, says: SampleSays) -> tuple[str, bytes]:
-    if nodes.place.size(f"{name}/codes/zarr.json") is not None:
+    with nodes.readable(name, "a column"):
+        is_text = nodes.place.size(f"{name}/codes/zarr.json") is not None
+    if is_text:
         codes, categories = nodes.categorical(name, n)
         texts = [*(json.dumps(category) for category in categories), "null"]
         return "str", _texts(texts[code] for code in codes.tolist())

@@ -95,7 +95,10 @@ class _Shard:
 
     def pairs(self) -> list[tuple[int, int]] | None:
         """Where each block lies, its size; None where there is no file and need not be one."""
-        size = self.sample.x.size(self.name)
+        try:
+            size = self.sample.x.size(self.name)
+        except (OSError, StoreError) as error:
+            raise self.damage("", f"what cannot be looked at ({error})", "a file, or none") from error
         said = None if self.sample.shard_open is None else self.sample.shard_open[self.shard]
         if size is None:
             if said:

@@ -1,5 +1,6 @@
 """A verification finds whatever was changed in a store, says where, and breaks down at nothing."""
 
+import errno
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from annatac_scale.store import obs as obs_module
 from annatac_scale.store.codec import encode_block
 from annatac_scale.store.nodes import content_size
 from annatac_scale.store.open_islands import OpenIslands
+from annatac_scale.store.place import Folder
 from annatac_scale.store.store import IslandStore
 from annatac_scale.store.verify import VerifyReport, verify
 from annatac_scale.store.writer import SampleWriter, create_store, replace_obs
@@ -365,6 +367,25 @@ def test_a_replacement_of_obs_that_was_stopped_is_settled_first(
             replace_obs(store, "lung", changed)
     assert verify(store).is_sound
     assert "donor" in IslandStore.open(store).samples["lung"].obs()
+
+
+def test_what_may_not_be_looked_at_is_a_finding(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = Folder.size
+
+    def denied(folder: Folder, name: str) -> int | None:
+        if name.endswith(("c/1/0", "score/codes/zarr.json")):
+            raise PermissionError(errno.EACCES, "Permission denied", name)
+        return size(folder, name)
+
+    monkeypatch.setattr(Folder, "size", denied)
+    monkeypatch.setattr(Folder, "folders", denied_folders)
+    places = [finding.place.removeprefix(f"{store}/") for finding in verify(store).findings]
+    scores = [f"samples/{name}/obs/score" for name in N_CELLS]
+    assert places == [".incoming", str(store), scores[0], SHARD, *scores[1:]]
+
+
+def denied_folders(folder: Folder, name: str = "") -> list[str]:
+    raise PermissionError(errno.EACCES, "Permission denied", name)
 
 
 def test_entries_of_format_1_0_are_verified(store: Path) -> None:
