@@ -17,9 +17,10 @@ from random_stores import MEASURED, SPACE, random_cells, random_obs, write_sampl
 
 from annatac_scale.errors import StoreError
 from annatac_scale.store import draft as drafts
+from annatac_scale.store.create import remove_empty
 from annatac_scale.store.draft import open_draft
 from annatac_scale.store.info import describe
-from annatac_scale.store.store import IslandStore, remove_empty
+from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import committed_samples, create_store
 
 MOMENTS = [
