@@ -331,6 +331,20 @@ def test_a_writer_that_is_killed_at_any_step_leaves_the_record_right(
     assert cache.put("x/0", bytes(2000 - used - END))
 
 
+def put_when_free(cache: BlockCache, key: str) -> None:
+    while not cache.put(key, content(key)):
+        time.sleep(0.01)
+
+
+def test_a_process_that_is_forked_while_an_entry_is_written_may_write(cache: BlockCache) -> None:
+    with cache._locked() as record:
+        assert record is not None
+        child = started("fork", put_when_free, cache, KEYS[0])
+    child.join(30)
+    child.kill()
+    assert cache.get(KEYS[0]) == content(KEYS[0])
+
+
 def test_a_lock_does_not_live_on_in_forked_processes(cache: BlockCache) -> None:
     with cache._locked() as record:
         assert record is not None

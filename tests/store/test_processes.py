@@ -76,7 +76,8 @@ def read_all(store: IslandStore) -> list[Any]:
 
 
 def read_in_a_grandchild(store: IslandStore, depth: int) -> list[Any]:
-    return run("fork", read_in_a_grandchild, store, depth - 1) if depth else read_all(store)
+    found = read_all(store)
+    return run("fork", read_in_a_grandchild, store, depth - 1) if depth else found
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -151,15 +152,22 @@ from obstore.store import from_url
 from annatac_scale.store.place import place_of
 storage = from_url({bucket!r}, client_options={{"allow_http": True}})
 assert obstore.get(storage, "file").bytes() == b"1"
-child = os.fork()
-if not child:
-    signal.alarm(30)
-    os._exit(place_of({bucket!r}).read("file") != b"1")
-assert os.waitpid(child, 0)[1] == 0
+
+def read_and_fork(depth):
+    child = os.fork()
+    if not child:
+        signal.alarm(30)
+        wrong = place_of({bucket!r}).read("file") != b"1"
+        if depth:
+            read_and_fork(depth - 1)
+        os._exit(wrong)
+    assert os.waitpid(child, 0)[1] == 0
+
+read_and_fork(2)
 """
 
 
-def test_a_process_is_forked_after_other_code_had_used_obstore(s3: ObjectStorage) -> None:
+def test_processes_are_forked_after_other_code_had_used_obstore(s3: ObjectStorage) -> None:
     bucket = s3.bucket()
     s3.put(f"{bucket}/file", b"1")
     script = FORK_AFTER_OTHERS.format(bucket=bucket)
