@@ -49,11 +49,19 @@ def convert(inputs: Any, sizes: Path, out: Any, **options: Any) -> Any:
 
 
 def test_there_is_one_function_a_command() -> None:
-    assert sorted(ats.__all__) == sorted(COMMANDS)
+    assert sorted(name for name in ats.__all__ if hasattr(api, name)) == sorted(COMMANDS)
     assert list(main.commands) == COMMANDS
     for name in COMMANDS:
         assert getattr(ats, name) is getattr(api, name)
         assert getattr(ats, name).__doc__
+
+
+def test_the_parts_for_programs_of_ones_own_are_there() -> None:
+    for name in set(ats.__all__) - set(COMMANDS):
+        assert getattr(ats, name).__name__ == name
+        assert getattr(ats, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ats.nothing
 
 
 def defaults_of(name: str) -> dict[str, Any]:

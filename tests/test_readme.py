@@ -111,6 +111,17 @@ def test_the_python_lines_run(folder: Path) -> None:
     assert "macro F1" in done.stdout
 
 
+def test_the_lines_of_the_guide_stream_the_store_of_the_readme(folder: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.S)
+    own = folder / "stream"
+    own.mkdir()
+    (own / "cells.h5ad").symlink_to(folder / "cells.h5ad")
+    run("annatac convert cells.h5ad --assembly mm9 --select all --out atlas.zarr", own)
+    done = subprocess.run([sys.executable, "-c", code], cwd=own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "3 steps an epoch; ['" in done.stdout
+
+
 def test_every_file_that_the_readme_links_to_is_there() -> None:
     for name in ("README.md", "docs/guide.md", "jobs/README.md", "benchmarks/README.md"):
         text = (ROOT / name).read_text()
