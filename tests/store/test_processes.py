@@ -16,6 +16,7 @@ from object_storage import ObjectStorage
 from random_stores import SPACE, random_cells, write_sample
 
 from annatac_scale.errors import StoreError
+from annatac_scale.store import clients
 from annatac_scale.store.place import Location, place_of
 from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import create_store
@@ -173,3 +174,14 @@ def test_processes_are_forked_after_other_code_had_used_obstore(s3: ObjectStorag
     script = FORK_AFTER_OTHERS.format(bucket=bucket)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_each_fork_has_a_path_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths: list[str] = []
+    monkeypatch.setattr(clients, "_load", paths.append)
+    for forks in (1, 2, 3):
+        clients._own_copy(forks)
+    assert (
+        len(set(paths)) == 3
+    )  # whichever number the file has: a library that is loaded already is found by it
+    assert all(path.startswith("/proc/self/") for path in paths)
