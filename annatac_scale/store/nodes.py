@@ -21,6 +21,7 @@ from zarr.core.metadata.v3 import ArrayV3Metadata
 from annatac_scale.errors import StoreError
 from annatac_scale.store.findings import SAMPLE_AGAIN, DamageError, Finding
 from annatac_scale.store.place import Location, joined, open_group, place_of
+from annatac_scale.store.zstd import content_size
 
 Encoding = tuple[str, str]
 
@@ -33,7 +34,6 @@ CODES = ("int8", "int16", "int32")
 STRING = ("string",)
 
 _ZSTD, _TEXT = Zstd(), VLenUTF8()
-_ZSTD_MAGIC = 0xFD2FB528
 _MOST_IDLE_CATEGORIES = 1 << 20
 _METADATA: dict[str, Any] = {"group": GroupMetadata, "array": ArrayV3Metadata}
 
@@ -196,16 +196,3 @@ def same(found: Any, expected: Any) -> bool:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-def content_size(frame: bytes) -> int | None:
-    """What the head of a zstd frame says of the size of its content; None where it does not (RFC 8878, 3.1.1)."""
-    if len(frame) < 6 or int.from_bytes(frame[:4], "little") != _ZSTD_MAGIC:
-        return None
-    descriptor = frame[4]
-    single = descriptor >> 5 & 1
-    start = 5 + (1 - single) + (0, 1, 2, 4)[descriptor & 3]
-    width = (single, 2, 4, 8)[descriptor >> 6]
-    if not width or len(frame) < start + width:
-        return None
-    return int.from_bytes(frame[start : start + width], "little") + 256 * (width == 2)

@@ -74,7 +74,7 @@ def _plain_numbers(column: pd.Series) -> NDArray[Any] | None:
     if values.dtype.kind not in _NUMBERS:
         return None
     became_float = values.dtype.kind == "f" and column.dtype.kind != "f"
-    if became_float and np.nanmax(np.abs(values), initial=0) > _EXACT_IN_FLOAT64:
+    if became_float and np.nanmax(np.abs(values), initial=0) >= _EXACT_IN_FLOAT64:
         return None
     dtype = values.dtype if values.dtype.itemsize <= 8 else np.dtype(np.float64)
     return values.astype(dtype.newbyteorder("<"))

@@ -23,6 +23,7 @@ from annatac_scale.store.encoded_rows import DamagedRowError, EncodedRows
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.place import Place
 from annatac_scale.store.schema import BLOCK_CELLS, CODEC, SHARD_BLOCKS, SHARD_CELLS, ZSTD_LEVEL
+from annatac_scale.store.zstd import content_size
 
 _ABSENT = 2**64 - 1
 _RESIDUE = 0x48674BC7
@@ -264,11 +265,10 @@ def _damaged(place: str) -> StoreError:
 
 def _decompressed(frame: memoryview, most: int) -> bytes:
     """The content of a zstd frame. Raises StoreError where it says that it has more than ``most`` bytes."""
-    size = _content_size(frame)
-    if size is not None and size > most:
-        raise StoreError(
-            f"its zstd frame says {size:,} bytes, which is more than the {most:,} of a full block"
-        )
+    size = content_size(frame)
+    if size is None or size > most:
+        said = "no size" if size is None else f"{size:,} bytes"
+        raise StoreError(f"its zstd frame says {said}, expected at most the {most:,} bytes of a full block")
     try:
         content: bytes = _ZSTD.decode(frame)
     except RuntimeError as error:
@@ -279,13 +279,3 @@ def _decompressed(frame: memoryview, most: int) -> bytes:
 def _most_compressed(size: int) -> int:
     """Bytes of a chunk of ``size`` bytes of content that zstd cannot compress, checksum included."""
     return size + size // 128 + 1024
-
-
-def _content_size(frame: memoryview) -> int | None:
-    """Bytes of content that the head of a zstd frame states (RFC 8878, 3.1.1.1); None where it states none."""
-    descriptor = frame[4] if len(frame) > 4 else 0
-    is_one_segment = descriptor >> 5 & 1
-    size_bytes = (is_one_segment, 2, 4, 8)[descriptor >> 6]
-    start = 5 + (1 - is_one_segment) + (0, 1, 2, 4)[descriptor & 3]
-    size = int.from_bytes(frame[start : start + size_bytes], "little")
-    return None if not size_bytes else size + 256 if size_bytes == 2 else size

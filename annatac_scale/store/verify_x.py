@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from annatac_scale.errors import StoreError
 from annatac_scale.store.codec import decode_block, encode_block
 from annatac_scale.store.findings import SAMPLE_AGAIN, DamageError, Finding
-from annatac_scale.store.nodes import content_size
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.place import Place
 from annatac_scale.store.schema import BLOCK_CELLS, SHARD_BLOCKS, SHARD_CELLS
 from annatac_scale.store.shards import shard_name
+from annatac_scale.store.zstd import content_size
 
 _ABSENT = 2**64 - 1
 _INDEX_BYTES = SHARD_BLOCKS * 16 + 4

@@ -27,12 +27,12 @@ from scipy import sparse
 from annatac_scale.errors import StoreError
 from annatac_scale.store import obs as obs_module
 from annatac_scale.store.codec import encode_block
-from annatac_scale.store.nodes import content_size
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.place import Folder
 from annatac_scale.store.store import IslandStore
 from annatac_scale.store.verify import VerifyReport, verify
 from annatac_scale.store.writer import SampleWriter, create_store, replace_obs
+from annatac_scale.store.zstd import content_size
 
 N_CELLS = {"kidney": 4300, "lung": 7, "nobody": 0}
 SHARD = "samples/kidney/X/c/1/0"
