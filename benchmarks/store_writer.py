@@ -2,7 +2,7 @@
 
     python benchmarks/store_writer.py --out FOLDER [--cells 200000] [--islands 16657] [--open 1501] [--h5ad] ...
 
-Writes ``atlas.zarr`` and, with ``--h5ad``, ``cells.h5ad`` (CSR, values uint8, indices in the smallest type) into FOLDER.
+Writes ``atlas.zarr`` and, with ``--h5ad``, ``cells.h5ad`` (CSR, values uint8, indices uint16) into FOLDER.
 The same options give the same cells, whatever the number of samples; what a cell holds follows from its number, its
 type and the seed alone. What is modelled:
 

@@ -1,0 +1,136 @@
+"""Processes that take turns, and what their rounds say together: medians, spreads and ratios of each round."""
+
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import commands
+from measure import measured
+from peers import Peer
+
+HERE = Path(__file__).parent
+LIMIT_S = 3_600
+
+
+@dataclass(frozen=True)
+class Run:
+    """A process of a case. space_kb: its ``ulimit -v``, None for none"""
+
+    name: str
+    task: Mapping[str, Any]
+    peer: Peer | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    space_kb: int | None = None
+
+    def measured(self, scratch: Path) -> dict[str, Any]:
+        """Figures of the process, and those that it printed."""
+        task = scratch / f"{self.name}.json"
+        task.write_text(json.dumps(self.task))
+        script = HERE / ("peer_stream.py" if self.peer else "stream_work.py")
+        command = [str(self.peer.python if self.peer else sys.executable), str(script), str(task)]
+        if self.space_kb is not None:
+            command = ["bash", "-c", 'ulimit -v "$0" && exec "$@"', str(self.space_kb), *command]
+        path = self.peer.path if self.peer else str(commands.ROOT)
+        env = {**commands.ENVIRONMENT, "PYTHONPATH": path, **self.env}
+        figures = measured(command, commands.ROOT, env, LIMIT_S)
+        printed = figures.pop("printed")
+        if "failed" not in figures:
+            figures.update(_per_cell(json.loads(printed)))
+        print(_line(self.name, figures), flush=True)
+        return figures
+
+
+def _per_cell(printed: dict[str, Any]) -> dict[str, Any]:
+    """What was printed, with figures by cell where an epoch was measured."""
+    if not printed.get("epoch_cpu_s"):
+        return printed
+    cells = printed["cells"]
+    found = {
+        "cpu_us_per_cell": round(printed["epoch_cpu_s"] / cells * 1e6, 3),
+        "cells_per_cpu_s": round(cells / printed["epoch_cpu_s"]),
+        "cells_per_s": round(cells / printed["epoch_wall_s"]),
+    }
+    if "x_bytes" in printed:
+        found["x_bytes_per_cell"] = round(printed["x_bytes"] / cells, 1)
+    return {**printed, **found}
+
+
+def _line(name: str, figures: Mapping[str, Any]) -> str:
+    if "failed" in figures:
+        return f"{name:28} {figures['failed']}"
+    text = f"{name:28} peak {figures['rss_mb']:6.0f} MB   load {figures['load']:4.1f}"
+    if "cpu_us_per_cell" in figures:
+        text += f"   CPU {figures['cpu_us_per_cell']:6.2f} us a cell   {figures['cells_per_s']:9,} cells/s"
+    return text
+
+
+Rounds = dict[str, list[dict[str, Any]]]
+"""Figures of each round of each run."""
+
+
+def take_turns(runs: Sequence[Run], rounds: int, scratch: Path) -> Rounds:
+    """One run after the other, round after round; one that failed does not run again."""
+    found: Rounds = {run.name: [] for run in runs}
+    for _ in range(rounds):
+        for run in runs:
+            if not any("failed" in figures for figures in found[run.name]):
+                found[run.name].append(run.measured(scratch))
+    return found
+
+
+def warm(path: Path) -> None:
+    """Read all files, so that they are in the page cache."""
+    for name in [path] if path.is_file() else sorted(path.rglob("*")):
+        if name.is_file():
+            with name.open("rb", buffering=0) as file:
+                while file.read(1 << 24):
+                    pass
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    values = list(values)
+    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+SPREAD = (
+    "cpu_us_per_cell",
+    "cells_per_cpu_s",
+    "cells_per_s",
+    "first_batch_s",
+    "first_batch_cpu_s",
+    "link_share",
+)
+LARGEST = ("rss_mb", "vm_peak_mb", "load")
+LAST = ("x_bytes_per_cell", "open_s", "ids")
+
+
+def summary(rounds_of: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Median and spread over the rounds, or why there are none."""
+    last = rounds_of[-1]
+    if "failed" in last:
+        return {"failed": last["failed"]}
+    found: dict[str, Any] = {"rounds": len(rounds_of)}
+    found.update({name: spread(one[name] for one in rounds_of) for name in SPREAD if name in last})
+    found.update({name: max(one[name] for one in rounds_of) for name in LARGEST if last.get(name)})
+    found.update({name: last[name] for name in LAST if name in last})
+    return found
+
+
+def summaries(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    return {name: summary(rounds_of) for name, rounds_of in found.items()}
+
+
+def ratio(
+    found: Mapping[str, Sequence[Mapping[str, Any]]], over: str, under: str, what: str = "cells_per_cpu_s"
+) -> dict[str, float] | None:
+    """``over`` / ``under`` of a figure, round by round; None where one of both did not run."""
+    both = [found.get(name, []) for name in (over, under)]
+    if not all(both) or any("failed" in figures for rounds_of in both for figures in rounds_of):
+        return None
+    return spread(one[what] / other[what] for one, other in zip(*both, strict=False))
