@@ -27,7 +27,7 @@ Ints = NDArray[np.int64]
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
-LOCAL_THREADS, REMOTE_THREADS = 2, 32
+LOCAL_THREADS, REMOTE_THREADS = 2, 64
 DEFAULT_WINDOW = 8
 
 
@@ -49,11 +49,11 @@ class BatchStream:
     lanes: runs of cells read side by side, a divisor of the global batch and at least the world size; None
         takes the divisor nearest to 36. More lanes mix better
     window: blocks of 250 cells' worth that a lane shuffles among each other
-    threads: that read and decompress; None takes 2, or 32 for a store in object storage
+    threads: that read and decompress; None takes 2, or 64 for a store in object storage
     cache: keeps the blocks that are read on a local disk; for a store that is given by its URL
 
     A rank holds at most ``lanes / world_size * (window + 1) * 250`` cells, encoded, on average little more than half of
-    them, and reads ``max(window, 2 * threads)`` blocks ahead; a set of up to ``lanes * window`` blocks is held whole.
+    them, and reads ``window + 2 * threads`` blocks ahead; a set of up to ``lanes * window`` blocks is held whole.
     docs/guide.md, "The stream", has it in bytes.
 
     Raises ConfigError for options that do not fit together, InputError for cells, columns or samples that the store
@@ -88,7 +88,7 @@ class BatchStream:
         self._rank, self._world_size = rank, world_size
         self._columns = _Columns(store, obs)
         self._threads = threads or (REMOTE_THREADS if is_url(store.path) else LOCAL_THREADS)
-        self._ahead = max(window, 2 * self._threads)
+        self._ahead = window + 2 * self._threads
         self._new_of_old: NDArray[np.int32] | None = None
         if vocabulary is not None:
             vocabulary.check_space(store)
