@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from annatac_scale.memory import keep_freed_memory
 from annatac_scale.store.encoded_rows import EncodedRows
 from annatac_scale.store.schema import SHARD_BLOCKS
 from annatac_scale.store.store import Sample
@@ -64,11 +65,13 @@ class RankReader:
         self._ahead = ahead
         self._loads = deque(ranks.loads(first_step))
         self._coming: deque[tuple[Load, list[Future[list[_Cells]]]]] = deque()
-        self._held: list[tuple[int, EncodedRows]] = []
+        self._held: dict[int, list[EncodedRows]] = {}
+        self._step = first_step
         self._ids = np.zeros(ranks.n_slots, np.int64)
         self._addresses = np.zeros(ranks.n_slots, np.int64)
         self._sizes = np.zeros(ranks.n_slots, np.int64)
         self._pool = ThreadPoolExecutor(threads, "island-stream-read")
+        keep_freed_memory()
 
     def __enter__(self) -> Self:
         return self
@@ -80,7 +83,9 @@ class RankReader:
 
     def batch(self, step: int) -> tuple[Ints, EncodedRows]:
         """Ids (int64) and rows of the cells of a step. The rows are there until the next call, for a later step."""
-        self._held = [(last_step, piece) for last_step, piece in self._held if last_step >= step]
+        for done in range(self._step, step):
+            self._held.pop(done, None)
+        self._step = step
         self._read_ahead()
         while self._coming and self._coming[0][0].step <= step:
             load, tasks = self._coming.popleft()
@@ -122,7 +127,8 @@ class RankReader:
         parts = sorted(parts, key=lambda part: part.position)
         steps = self._ranks.steps_of(load)
         taken = steps >= load.step
-        order, slots = self._plan.permutation(load.window)[taken], self._ranks.slots_of(load)[taken]
+        steps, slots = steps[taken], self._ranks.slots_of(load)[taken]
+        order = self._plan.permutation(load.window)[taken]
         self._ids[slots] = np.concatenate([part.ids for part in parts])[order]
         rows = EncodedRows.concatenate([part.rows for part in parts]).take(order)
         bounds = np.linspace(0, len(order), _PIECES + 1).astype(np.int64).tolist()
@@ -131,4 +137,4 @@ class RankReader:
                 piece = EncodedRows.of_bytes(*rows[start:stop].packed())
                 self._addresses[slots[start:stop]] = piece.addresses
                 self._sizes[slots[start:stop]] = piece.sizes
-                self._held.append((int(steps[taken][stop - 1]), piece))
+                self._held.setdefault(int(steps[stop - 1]), []).append(piece)
