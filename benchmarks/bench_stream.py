@@ -2,8 +2,8 @@
 
     python benchmarks/bench_stream.py [--quick] [--data FOLDER] [--peers FOLDER] [--cases store,peers,...]
 
-Every run is a whole process; the runs of a case take turns, ``--rounds`` times. CPU and wall seconds are of a whole
-epoch within the process, after some batches of another one, with the page cache warm; peak memory is of the process.
+Every run is a whole process; the runs of a case take turns, ``--rounds`` times. CPU and wall seconds are of whole
+epochs within the process, after some batches of another one, with the page cache warm; peak memory is of the process.
 Cases: store (bytes on disk), peers (annbatch, scDataset), big (a million cells, and less address space than the store
 has bytes), mixing (cell types of a batch), latency (object storage over a slow link), resume, ranks. ``--peers`` makes
 the peers' environments in FOLDER where they are not there yet; without it they are skipped. Ends with one line of JSON.
@@ -11,6 +11,7 @@ the peers' environments in FOLDER where they are not there yet; without it they 
 
 import argparse
 import json
+import platform
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -104,6 +105,16 @@ def versions_of(name: str, peer: peers_of.Peer, scratch: Path) -> dict[str, str]
     return {library: found for library, found in figures.items() if isinstance(found, str)}
 
 
+def cpu_model() -> str:
+    """As Linux names it; else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
 def main() -> None:
     options = arguments()
     with tempfile.TemporaryDirectory() as temporary:
@@ -129,6 +140,7 @@ def main() -> None:
         "bars": {} if options.quick else bars(cases),
         "peers": versions,
         "failed": failures(cases),
+        "cpu": cpu_model(),
         **commands.conditions(),
     }
     if options.save:

@@ -5,17 +5,27 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import peers as peers_of
 import slow_s3
 from store_writer import Spec, make_h5ad, make_store
-from turns import Rounds, Run, ratio, spread, summaries, take_turns, warm
+from turns import Rounds, Run, largest, ratio, spread, summaries, take_turns, warm
 
 BATCH = 256
 WARM_UP = 100
+EPOCHS = 3
+TIMES = 5
+"""As many cells as in the base case has the big store, and as many epochs are measured of the base case beside it."""
+
 MIXED = (64, 256)
+LABELS = ["cell_type"]
+COMPARED = [
+    *product(("ragged", "encoded"), ("annbatch_zarrs", "annbatch", "scdataset")),
+    *product(("ragged_labels", "encoded_labels"), ("annbatch_zarrs_labels",)),
+]
 PARTS = (0.05, 0.35, 0.65, 0.95)
 SPACE_OF_STORE = 0.75
 """Address space that the run on the big store may have, as a share of the store's bytes."""
@@ -107,19 +117,18 @@ def _by_open(figures: Mapping[str, Any]) -> dict[str, Any]:
 def case_peers(bench: Bench) -> dict[str, Any]:
     """Ours, annbatch by both pipelines and scDataset over the same cells."""
     store = bench.store(bench.spec)
-    runs = [bench.ours("ours_ragged", store), bench.ours("ours_encoded", store, encoded=True)]
+    runs = [
+        bench.ours(f"ours_{'encoded' if encoded else 'ragged'}{end}", store, encoded, epochs=EPOCHS, **more)
+        for end, more in (("", {}), ("_labels", {"obs": LABELS}))
+        for encoded in (False, True)
+    ]
     found = bench.turns([*runs, *_peer_runs(bench)])
-    over = {
-        f"{kind}_over_{peer}": ratio(found, f"ours_{kind}", peer)
-        for kind in ("ragged", "encoded")
-        for peer in ("annbatch_zarrs", "annbatch", "scdataset")
-    }
+    over = {f"{one}_over_{peer}": ratio(found, f"ours_{one}", peer) for one, peer in COMPARED}
     bars = {
         f"{kind}_over_annbatch_zarrs": (over[f"{kind}_over_annbatch_zarrs"] or {}).get("median")
         for kind in ("ragged", "encoded")
     }
-    peaks = [one.get("rss_mb") for name in ("ours_ragged", "ours_encoded") for one in found[name]]
-    bars["rss_mb"] = max(peaks) if all(peaks) else None
+    bars["rss_mb"] = largest(found, "rss_mb", ("ours_ragged", "ours_encoded"))
     return {
         "runs": summaries(found),
         "ratios": {name: value for name, value in over.items() if value},
@@ -141,12 +150,17 @@ def _peer_runs(bench: Bench) -> list[Run]:
         return []
     folder = bench.folder(bench.spec)
     files = {"h5ad": str(make_h5ad(folder, bench.spec)), "collection": str(folder / "annbatch.zarr")}
-    shared = {**files, "batch": BATCH, "seed": 7, "warm_up": bench.options["warm_up"]}
+    shared = {**files, "batch": BATCH, "seed": 7, "warm_up": bench.options["warm_up"], "epochs": EPOCHS}
     runs = []
-    if "annbatch" in bench.peers and _make_collection(bench, files):
+    if "annbatch" in bench.peers:
+        _make_collection(bench, files)
         task = {**shared, "peer": "annbatch", "chunk": 512, "chunks": 32}
-        for name, zarrs in (("annbatch_zarrs", True), ("annbatch", False)):
-            runs.append(Run(name, {**task, "zarrs": zarrs}, bench.peers["annbatch"]))
+        for name, more in (
+            ("annbatch_zarrs", {"zarrs": True}),
+            ("annbatch_zarrs_labels", {"zarrs": True, "obs": LABELS}),
+            ("annbatch", {"zarrs": False}),
+        ):
+            runs.append(Run(name, {**task, **more}, bench.peers["annbatch"]))
         warm(Path(files["collection"]))
     if "scdataset" in bench.peers:
         task = {**shared, "peer": "scdataset", "block": 256, "fetch": 64}
@@ -155,28 +169,33 @@ def _peer_runs(bench: Bench) -> list[Run]:
     return runs
 
 
-def _make_collection(bench: Bench, files: Mapping[str, str]) -> bool:
-    """Whether annbatch made its collection, now or in an earlier run that ended well."""
-    made = Path(files["collection"]).with_suffix(".made")
-    if not made.exists():
-        shutil.rmtree(files["collection"], ignore_errors=True)
-        figures = Run("collection", {**files, "peer": "collection"}, bench.peers["annbatch"]).measured(
-            bench.scratch
-        )
-        if "failed" in figures:
-            return False
+def _make_collection(bench: Bench, files: Mapping[str, str]) -> None:
+    """annbatch's collection, kept once it is whole; where it cannot be made, the runs that want it will fail."""
+    collection = Path(files["collection"])
+    made = collection.with_suffix(".made")
+    if made.exists():
+        return
+    shutil.rmtree(collection, ignore_errors=True)
+    run = Run("collection", {**files, "peer": "collection"}, bench.peers["annbatch"])
+    if "failed" in run.measured(bench.scratch):
+        shutil.rmtree(collection, ignore_errors=True)
+    else:
         made.touch()
-    return True
 
 
 def case_big(bench: Bench) -> dict[str, Any]:
     """Five times the cells: the same cost by cell, also in an address space smaller than the store."""
-    big = replace(bench.spec, cells=5 * bench.spec.cells)
+    big = replace(bench.spec, cells=TIMES * bench.spec.cells)
     stores = {"base": bench.store(bench.spec), "big": bench.store(big)}
     n_bytes = sum(path.stat().st_size for path in Path(stores["big"]).rglob("*") if path.is_file())
     limit = None if bench.quick else int(SPACE_OF_STORE * n_bytes / 1024)
     runs = [
-        bench.ours(f"{name}_{'encoded' if encoded else 'ragged'}", store, encoded)
+        bench.ours(
+            f"{name}_{'encoded' if encoded else 'ragged'}",
+            store,
+            encoded,
+            epochs=TIMES if name == "base" else 1,
+        )
         for encoded in (False, True)
         for name, store in stores.items()
     ]
@@ -212,7 +231,7 @@ def case_latency(bench: Bench) -> dict[str, Any]:
     store = bench.store(bench.spec)
     url = f"s3://{Path(store).parent.name}/{Path(store).name}"
     links = LINKS_MB_PER_S[-1:] if bench.quick else LINKS_MB_PER_S
-    more = {"digest": True, "warm_up": 0}
+    more: dict[str, Any] = {"digest": True, "warm_up": 0}
     local = bench.ours("disk", store, **more)
     found = {"disk": [local.measured(bench.scratch)]}
     with slow_s3.running(bench.data, 0, None) as env:
@@ -245,7 +264,7 @@ def _add_share(rounds_of: Sequence[dict[str, Any]], disk: Mapping[str, Any], rat
     """Bytes of blocks a second over an epoch, its first batch included, as a share of the link's rate."""
     for figures in rounds_of:
         if "failed" not in figures and "failed" not in disk:
-            figures["link_share"] = round(disk["x_bytes"] / figures["epoch_wall_s"] / (rate * 1e6), 4)
+            figures["link_share"] = round(disk["x_bytes"] / figures["epochs_wall_s"] / (rate * 1e6), 4)
 
 
 def case_resume(bench: Bench) -> dict[str, Any]:
@@ -256,8 +275,7 @@ def case_resume(bench: Bench) -> dict[str, Any]:
         return {"runs": {"states": states}, "bars": {}}
     runs = [bench.work(f"step_{one['step']}", "resume", store, state=one) for one in states["states"]]
     found = bench.turns(runs)
-    times = [one.get("first_batch_s") for rounds_of in found.values() for one in rounds_of]
-    return {"runs": summaries(found), "bars": {"first_batch_s": max(times) if all(times) else None}}
+    return {"runs": summaries(found), "bars": {"first_batch_s": largest(found, "first_batch_s", found)}}
 
 
 def case_ranks(bench: Bench) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from annatac_scale.store.schema import BLOCK_CELLS
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.loader import BatchStream
 
-_OPTIONS = ("seed", "rank", "world_size", "lanes", "window", "threads")
+_OPTIONS = ("seed", "rank", "world_size", "lanes", "window", "threads", "obs")
 _SHUFFLES = 5
 
 
@@ -34,7 +34,7 @@ def stream_of(task: dict[str, Any]) -> BatchStream:
 
 
 def stream(task: dict[str, Any]) -> dict[str, Any]:
-    """A whole epoch, ragged or encoded; ``digest``: of the ids of its cells in order; ``meet``: see there."""
+    """Whole epochs, ragged or encoded; ``digest``: of the ids of its cells in order; ``meet``: see there."""
     opened = time.perf_counter()
     source = stream_of(task)
     opened = time.perf_counter() - opened
@@ -44,12 +44,13 @@ def stream(task: dict[str, Any]) -> dict[str, Any]:
         source.set_epoch(number)
         for batch in source.encoded() if task["encoded"] else source:
             if task.get("digest"):
-                ids.update(batch.cell_ids)
+                ids.update(batch.cell_ids.tobytes())
             yield len(batch), 0 if task["encoded"] else int(batch.offsets[-1])
 
     if "meet" in task:
         meet(Path(task["meet"]), source)
-    found = {**steady(epoch, task.get("warm_up", 0)), "open_s": round(opened, 4), "vm_peak_mb": vm_peak_mb()}
+    figures = steady(epoch, task["warm_up"], task.get("epochs", 1))
+    found = {**figures, "open_s": round(opened, 4), "vm_peak_mb": vm_peak_mb()}
     if "://" not in task["store"]:
         found["x_bytes"] = x_bytes(task["store"])
     return {**found, "ids": ids.hexdigest()} if task.get("digest") else found

@@ -45,17 +45,17 @@ class Run:
 
 
 def _per_cell(printed: dict[str, Any]) -> dict[str, Any]:
-    """What was printed, with figures by cell where an epoch was measured."""
-    if not printed.get("epoch_cpu_s"):
+    """What was printed, with figures by cell where epochs were measured."""
+    if not printed.get("epochs_cpu_s"):
         return printed
     cells = printed["cells"]
     found = {
-        "cpu_us_per_cell": round(printed["epoch_cpu_s"] / cells * 1e6, 3),
-        "cells_per_cpu_s": round(cells / printed["epoch_cpu_s"]),
-        "cells_per_s": round(cells / printed["epoch_wall_s"]),
+        "cpu_us_per_cell": round(printed["epochs_cpu_s"] / cells * 1e6, 3),
+        "cells_per_cpu_s": round(cells / printed["epochs_cpu_s"]),
+        "cells_per_s": round(cells / printed["epochs_wall_s"]),
     }
     if "x_bytes" in printed:
-        found["x_bytes_per_cell"] = round(printed["x_bytes"] / cells, 1)
+        found["x_bytes_per_cell"] = round(printed["x_bytes"] / cells * printed["epochs"], 1)
     return {**printed, **found}
 
 
@@ -124,6 +124,16 @@ def summary(rounds_of: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def summaries(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     return {name: summary(rounds_of) for name, rounds_of in found.items()}
+
+
+def largest(
+    found: Mapping[str, Sequence[Mapping[str, Any]]], what: str, names: Iterable[str]
+) -> float | None:
+    """The largest figure of all rounds of some runs; None where one of them failed."""
+    rounds_of = [one for name in names for one in found[name]]
+    if any("failed" in figures for figures in rounds_of):
+        return None
+    return max(figures[what] for figures in rounds_of)
 
 
 def ratio(

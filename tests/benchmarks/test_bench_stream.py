@@ -58,7 +58,7 @@ def test_every_command_of_the_stream_explains_itself(name: str) -> None:
     assert "usage:" in run(name, "--help")[0]
 
 
-def test_an_epoch_is_measured_whole_and_by_itself() -> None:
+def test_epochs_are_measured_whole_and_by_themselves() -> None:
     begun: list[int] = []
     closed: list[int] = []
 
@@ -70,13 +70,10 @@ def test_an_epoch_is_measured_whole_and_by_itself() -> None:
         finally:
             closed.append(number)
 
-    figures = peer_stream.steady(epoch, warm_up=2)
-    assert (begun, closed) == ([0, 1], [0, 1])
-    assert {name: figures[name] for name in ("cells", "n_open", "batches")} == {
-        "cells": 11,
-        "n_open": 110,
-        "batches": 3,
-    }
+    figures = peer_stream.steady(epoch, warm_up=2, n_epochs=2)
+    assert (begun, closed) == ([0, 1, 2], [0, 1, 2])
+    counts = {name: figures[name] for name in ("epochs", "cells", "n_open", "batches")}
+    assert counts == {"epochs": 2, "cells": 22, "n_open": 220, "batches": 6}
 
 
 def test_ratios_are_taken_round_by_round() -> None:
