@@ -36,7 +36,7 @@ from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.store.create import create_store
 from annatac_scale.store.draft import open_draft
 from annatac_scale.store.open_islands import OpenIslands
-from annatac_scale.store.schema import SHARD_CELLS
+from annatac_scale.store.schema import FORMAT_VERSION, SHARD_CELLS
 
 ORDERS = ("type", "shuffled")
 SPEC_FILE = "spec.json"
@@ -238,6 +238,7 @@ def make_store(folder: Path, spec: Spec, threads: int = 2) -> Path:
     cells = Cells(spec)
     _check_room(folder, spec, cells, STORE)
     shutil.rmtree(path, ignore_errors=True)
+    (folder / f"{STORE}.{SPEC_FILE}").unlink(missing_ok=True)
     space = cells.space()
     create_store(path, space, "insertion")
     bounds = np.linspace(0, spec.cells, spec.samples + 1).astype(int).tolist()
@@ -302,13 +303,18 @@ def pieces(cells: Cells) -> Iterator[tuple[int, OpenIslands]]:
 
 def _is_made(folder: Path, name: str, spec: Spec) -> bool:
     try:
-        return json.loads((folder / f"{name}.{SPEC_FILE}").read_text()) == [GENERATOR_VERSION, asdict(spec)]
+        return json.loads((folder / f"{name}.{SPEC_FILE}").read_text()) == _note_of(name, spec)
     except (FileNotFoundError, ValueError):
         return False
 
 
 def _note(folder: Path, name: str, spec: Spec) -> None:
-    (folder / f"{name}.{SPEC_FILE}").write_text(json.dumps([GENERATOR_VERSION, asdict(spec)]))
+    (folder / f"{name}.{SPEC_FILE}").write_text(json.dumps(_note_of(name, spec)))
+
+
+def _note_of(name: str, spec: Spec) -> list[Any]:
+    """What a set was made by: a store of another format is made anew."""
+    return [GENERATOR_VERSION, FORMAT_VERSION if name == STORE else "", asdict(spec)]
 
 
 def _check_room(folder: Path, spec: Spec, cells: Cells, name: str) -> None:

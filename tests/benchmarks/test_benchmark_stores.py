@@ -97,12 +97,18 @@ def test_alias_tables_give_each_island_its_weight(weights: list[float]) -> None:
     assert (share <= 1 + 1e-9).all()
 
 
-def test_a_store_that_is_there_is_not_made_again_unless_the_options_differ(tmp_path: Path) -> None:
+def test_a_store_that_is_there_is_not_made_again_unless_options_or_format_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = replace(SPEC, cells=300, samples=1)
     path = stores.make_store(tmp_path, small)
     (path / "touched").touch()
     assert (stores.make_store(tmp_path, small) / "touched").exists()
-    assert not (stores.make_store(tmp_path, replace(small, seed=5)) / "touched").exists()
+    other = replace(small, seed=5)
+    assert not (stores.make_store(tmp_path, other) / "touched").exists()
+    (path / "touched").touch()
+    monkeypatch.setattr(stores, "FORMAT_VERSION", "0.1")
+    assert not (stores.make_store(tmp_path, other) / "touched").exists()
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(
