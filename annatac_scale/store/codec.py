@@ -6,8 +6,8 @@ Encoded block (specification: docs/store-format.md, "The island codec"):
     bytes                               the rows, one after the other
 
 A row lists its open islands in order. With ``gap`` the number of closed islands since the previous open one (or
-since the row's start) and ``level`` in 1..5, an island is the single byte ``gap * 5 + level - 1`` when gap <= 50,
-else byte 255, then gap as canonical unsigned LEB128, then one byte level.
+since the row's start) and ``level`` in 1..5, an island is the number ``gap * 5 + level - 1``: a single byte below 255,
+else byte 255 and then the number less 255 as canonical unsigned LEB128.
 
 Neither torch, ray nor dask is imported here: reading a store with plain Zarr needs this module alone.
 """
@@ -29,7 +29,7 @@ from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.schema import CODEC, N_LEVELS
 
 _MAX_LEB128_BYTES = 5
-LONGEST_ISLAND = 1 + _MAX_LEB128_BYTES + 1
+LONGEST_ISLAND = 1 + _MAX_LEB128_BYTES
 """Bytes of an island at most."""
 
 
@@ -40,24 +40,22 @@ def _encode(offsets, islands, levels, ends, out):  # type: ignore[no-untyped-def
     for row in range(len(offsets) - 1):
         previous = -1
         for i in range(offsets[row], offsets[row + 1]):
-            gap = islands[i] - previous - 1
-            level = levels[i]
+            gap = np.int64(islands[i]) - previous - 1
+            level = np.int64(levels[i])
             if gap < 0 or level < 1 or level > 5:
                 return -1 - row
-            previous = islands[i]
-            if gap <= 50:
-                out[position] = gap * 5 + level - 1
+            previous = np.int64(islands[i])
+            number = gap * 5 + level - 1
+            if number >= 255:
+                out[position] = 255
                 position += 1
-                continue
-            out[position] = 255
+                number -= 255
+                while number >= 128:
+                    out[position] = (number & 127) | 128
+                    number >>= 7
+                    position += 1
+            out[position] = number
             position += 1
-            while gap >= 128:
-                out[position] = (gap & 127) | 128
-                gap >>= 7
-                position += 1
-            out[position] = gap
-            out[position + 1] = level
-            position += 2
         ends[row + 1] = position
     return position
 

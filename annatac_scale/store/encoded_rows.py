@@ -17,11 +17,10 @@ from annatac_scale.store.open_islands import OpenIslands
 
 Ints = NDArray[np.int64]
 
-_OK, _BAD_LEVEL, _TRUNCATED, _BAD_GAP, _PAST_END = 0, 1, 2, 3, 4
+_OK, _TRUNCATED, _BAD_NUMBER, _PAST_END = 0, 1, 2, 3
 _WHAT = {
-    _BAD_LEVEL: "a level outside 1..5",
     _TRUNCATED: "a row that ends within an island",
-    _BAD_GAP: "a gap that is not canonical LEB128 or should have been a single byte",
+    _BAD_NUMBER: "a number that is not canonical LEB128 of at most five bytes",
     _PAST_END: "an island beyond the last one of the island space",
 }
 
@@ -153,28 +152,23 @@ def _decode(addresses, sizes, new_of_old, n_islands, offsets, islands, levels, s
             level = level_of[byte]
             island += step_of[byte]
             if byte == 255:
-                gap, shift, more = np.int64(0), 0, True
+                number, shift, more = np.int64(255), 0, True
                 while more:
                     if position >= end:
-                        return 2, row
+                        return 1, row
                     part = np.int64(data[position])
                     position += 1
-                    gap |= (part & 127) << shift
-                    more = part >= 128
-                    if shift == 28 and (more or part > 15):
-                        return 3, row
+                    number += (part & 127) << shift
                     shift += 7
-                if gap <= 50 or (part == 0 and shift > 7):
-                    return 3, row
-                if position >= end:
+                    more = part >= 128
+                    if more and shift == 35:
+                        return 2, row
+                if part == 0 and shift > 7:
                     return 2, row
-                level = data[position]
-                position += 1
-                if level < 1 or level > 5:
-                    return 1, row
-                island += gap + 1
+                level = np.uint8(number % 5 + 1)
+                island += number // 5 + 1
             if island >= n_islands:
-                return 4, row
+                return 3, row
             levels[n] = level
             if new_of_old is None:
                 islands[n] = island

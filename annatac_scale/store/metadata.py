@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _INDEX_FILE = f"{schema.SAMPLES}/zarr.json"
 _ATTEMPTS = 60
-_ENTRY_KEYS = {"name", "n_cells", "n_open", "x_sha256", "digest"}
+_ENTRY_KEYS = {"name", "n_cells", "n_open", "shard_open", "x_sha256", "digest"}
 
 
 def root_attributes(space: "IslandSpace", counting: str) -> dict[str, Any]:
@@ -74,10 +74,7 @@ def committed_samples(path: Location) -> list[str]:
 
 
 def read_index(path: Location) -> list[dict[str, Any]]:
-    """The committed samples in order of commit: ``{name, n_cells, n_open, shard_open, x_sha256, digest}`` each.
-
-    ``shard_open`` is missing in entries that were written by format 1.0.
-    """
+    """The committed samples in order of commit: ``{name, n_cells, n_open, shard_open, x_sha256, digest}`` each."""
     try:
         return _index_of(path, place_of(path).read(_INDEX_FILE))
     except FileNotFoundError as error:

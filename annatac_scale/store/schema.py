@@ -10,7 +10,7 @@ atlas.zarr/                     root group, attributes ROOT_KEYS
 """
 
 FORMAT = "annatac_scale.island_store"
-FORMAT_VERSION = "1.2"
+FORMAT_VERSION = "2.0"
 
 N_LEVELS = 5
 """Levels of an open island, 1 to 5; level 0 is closed and never stored."""
@@ -46,6 +46,6 @@ COUNTINGS = ("insertion", "fragment", "paired-insertion")
 SAMPLE_NAME = "(?!zarr[.]json$)[A-Za-z0-9][A-Za-z0-9_.-]{0,199}"
 """A sample's name becomes a folder name: no separators, never hidden, never relative, not Zarr's own file."""
 
-CODEC = "annatac_scale.islands"
+CODEC = "annatac_scale.open_islands"
 ZSTD_LEVEL = 1
 """The island codec leaves little but order-0 entropy: higher zstd levels were measured to gain nothing."""

@@ -105,7 +105,7 @@ class ShardReader:
 
     x: the folder of the array
     x_sha256: of the sample's X, by which a cache knows its blocks
-    shard_open: open islands of each shard, by which a lost file is told from an all-closed shard; None: not known
+    shard_open: open islands of each shard, by which a lost file is told from an all-closed shard
     cache: where blocks are put down once read, None: nowhere
     """
 
@@ -114,8 +114,8 @@ class ShardReader:
         x: Place,
         n_cells: int,
         n_islands: int,
-        x_sha256: str = "",
-        shard_open: Sequence[int] | None = None,
+        x_sha256: str,
+        shard_open: Sequence[int],
         cache: BlockCache | None = None,
     ) -> None:
         self.x = x
@@ -210,8 +210,7 @@ class ShardReader:
 
     def _most_bytes(self, shard: int) -> int:
         """What no block of a shard takes more of, encoded."""
-        cells = BLOCK_CELLS * self.n_islands
-        n_open = cells if self.shard_open is None else min(self.shard_open[shard], cells)
+        n_open = min(self.shard_open[shard], BLOCK_CELLS * self.n_islands)
         return 4 * (BLOCK_CELLS + 1) + LONGEST_ISLAND * n_open
 
     def _place(self, block: int) -> str:
@@ -221,15 +220,15 @@ class ShardReader:
         return f"{self.x.location}/{shard_name(shard)}"
 
     def _lost(self, shard: int) -> StoreError:
-        n_open = f"{self.shard_open[shard]:,}" if self.shard_open is not None else "some"
         return StoreError(
-            f"{self._location(shard)}: the file is lost; its cells have {n_open} open islands; convert the sample again"
+            f"{self._location(shard)}: the file is lost; its cells have {self.shard_open[shard]:,} open islands; "
+            "convert the sample again"
         )
 
     def _shard_index(self, shard: int) -> NDArray[np.uint64] | None:
         if shard not in self._index:
             index = self._read_index(shard)
-            if index is None and self.shard_open is not None and self.shard_open[shard]:
+            if index is None and self.shard_open[shard]:
                 raise self._lost(shard)
             self._index[shard] = index
         return self._index[shard]

@@ -65,7 +65,7 @@ class Sample:
         self.x_sha256: str = entry["x_sha256"]
         self.first_cell = first_cell
         x = place_of(path).below("X")
-        self._reader = ShardReader(x, self.n_cells, n_islands, self.x_sha256, entry.get("shard_open"), cache)
+        self._reader = ShardReader(x, self.n_cells, n_islands, self.x_sha256, entry["shard_open"], cache)
 
     @cached_property
     def conversion(self) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def _index(nodes: Nodes, root: Mapping[str, Any], findings: list[Finding]) -> li
             raise nodes.damage(_INDEX_FILE, "no index of samples", "a list", CONVERT_AGAIN)
         for number, entry in enumerate(entries):
             with collected(findings):
-                _check_entry(nodes, f"{_INDEX_FILE}, entry {number} of the index", entry, root["n_islands"])
+                _check_entry(nodes, f"{_INDEX_FILE}, entry {number} of the index", entry)
                 if entry["name"] in usable:
                     raise nodes.damage(
                         _INDEX_FILE, f"sample {entry['name']!r} twice", "each once", CONVERT_AGAIN
@@ -166,23 +166,16 @@ def _index(nodes: Nodes, root: Mapping[str, Any], findings: list[Finding]) -> li
     return list(usable.values())
 
 
-def _check_entry(nodes: Nodes, place: str, entry: Any, n_islands: int) -> None:
+def _check_entry(nodes: Nodes, place: str, entry: Any) -> None:
     if not isinstance(entry, dict):
         raise nodes.damage(place, repr(entry)[:100], "an object", CONVERT_AGAIN)
     for key, (fits, expected) in _ENTRY.items():
         if not fits(entry.get(key)):
             raise nodes.damage(place, f"{key} {entry.get(key)!r}"[:100], expected, CONVERT_AGAIN)
     n_shards, shard_open = -(-entry["n_cells"] // schema.SHARD_CELLS), entry.get("shard_open")
-    if (
-        "shard_open" not in entry
-    ):  # of format 1.0; else nothing here says that the number of cells is not absurd
-        x = f"{schema.SAMPLES}/{entry['name']}/X"
-        nodes.compare(
-            f"{x}/zarr.json", "shape", nodes.metadata(x, "array").get("shape"), [entry["n_cells"], n_islands]
-        )
-    elif not isinstance(shard_open, list) or not all(map(_is_count, shard_open)):
+    if not isinstance(shard_open, list) or not all(map(_is_count, shard_open)):
         raise nodes.damage(place, "a shard_open that is no list of counts", "one", CONVERT_AGAIN)
-    elif (len(shard_open), sum(shard_open)) != (n_shards, entry["n_open"]):
+    if (len(shard_open), sum(shard_open)) != (n_shards, entry["n_open"]):
         found = f"shard_open of {len(shard_open):,} shards and {sum(shard_open):,} open islands"
         raise nodes.damage(place, found, f"{n_shards:,} and n_open, {entry['n_open']:,}", CONVERT_AGAIN)
 
@@ -280,8 +273,9 @@ class _SampleRun:
     def _shard(self, shard: int) -> "tuple[_SampleRun, ShardFound]":
         self._measured.wait()
         x = self.nodes.place.below(f"{schema.SAMPLES}/{self.entry['name']}/X")
-        says = self.entry.get("shard_open")
-        sample = SampleX(x, self.entry["n_cells"], self.root["n_islands"], says, self.says.measured)
+        sample = SampleX(
+            x, self.entry["n_cells"], self.root["n_islands"], self.entry["shard_open"], self.says.measured
+        )
         return self, check_shard(sample, shard)
 
     def take(self, shard: ShardFound | None) -> tuple[list[Finding], list[str]]:

@@ -30,14 +30,14 @@ _CLOSED = encode_block(OpenIslands.empty(), BLOCK_CELLS)
 class SampleX:
     """The X of a sample, and what its shards are held against.
 
-    x: its folder; shard_open: open islands of each shard, None where the index does not say
+    x: its folder; shard_open: open islands of each shard, as the index says
     measured: bool [n_islands], None where it cannot be read
     """
 
     x: Place
     n_cells: int
     n_islands: int
-    shard_open: Sequence[int] | None
+    shard_open: Sequence[int]
     measured: NDArray[np.bool_] | None
 
     @property
@@ -99,7 +99,7 @@ class _Shard:
             size = self.sample.x.size(self.name)
         except (OSError, StoreError) as error:
             raise self.damage("", f"what cannot be looked at ({error})", "a file, or none") from error
-        said = None if self.sample.shard_open is None else self.sample.shard_open[self.shard]
+        said = self.sample.shard_open[self.shard]
         if size is None:
             if said:
                 raise self.damage("", "no such file", f"one: its cells have {said:,} open islands")
@@ -183,7 +183,7 @@ def check_shard(sample: SampleX, shard: int) -> ShardFound:
         return ShardFound(looked.n_cells, None, None, findings, notes)
     counts = np.concatenate(n_open)
     total = int(counts.sum(dtype=np.int64))
-    if sample.shard_open is not None and total != sample.shard_open[shard]:
+    if total != sample.shard_open[shard]:
         expected = f"{sample.shard_open[shard]:,}, the index's shard_open"
         findings.append(Finding(looked.place, f"{total:,} open islands", expected))
     return ShardFound(looked.n_cells, counts, digest.hexdigest(), findings, notes)

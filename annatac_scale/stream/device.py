@@ -63,8 +63,8 @@ def decode(data: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Three more bytes, so that what follows the last escape is never looked for outside.
     padded = torch.cat([data, data.new_zeros(3)]).long()
     is_escape = (padded == 255) & (place < n)
-    last_gap_byte = _next_small(padded, place)[(place + 1).clamp(max=n + 2)]
-    jump = torch.where(is_escape, last_gap_byte + 2, place + 1).clamp(max=n)
+    last_byte = _next_small(padded, place)[(place + 1).clamp(max=n + 2)]
+    jump = torch.where(is_escape, last_byte + 1, place + 1).clamp(max=n)
     begins = torch.zeros(n + 3, dtype=torch.bool, device=data.device)
     begins[offsets] = True
     longest = int(offsets.diff().max()) if len(offsets) > 1 else 0
@@ -72,11 +72,8 @@ def decode(data: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         begins[jump[begins]] = True
         jump = jump[jump.clamp(max=n)]
     at = begins[:n].nonzero().flatten()
-    gap, level = padded[at] // 5, padded[at] % 5 + 1
-    far = is_escape[at]
-    end = last_gap_byte[at]
-    gap = torch.where(far, _long_gap(padded, at, end), gap)
-    level = torch.where(far, padded[(end + 1).clamp(max=n + 2)], level)
+    number = torch.where(is_escape[at], 255 + _leb128(padded, at, last_byte[at]), padded[at])
+    gap, level = number // 5, number % 5 + 1
     before = torch.cat([begins.new_zeros(1, dtype=torch.long), begins[:n].long().cumsum(0)])
     rows = before[offsets]
     reached = torch.cat([gap.new_zeros(1), (gap + 1).cumsum(0)])
@@ -91,13 +88,13 @@ def _next_small(padded: Tensor, place: Tensor) -> Tensor:
     return ends.flip(0).cummin(0).values.flip(0)
 
 
-def _long_gap(padded: Tensor, at: Tensor, end: Tensor) -> Tensor:
+def _leb128(padded: Tensor, at: Tensor, end: Tensor) -> Tensor:
     """The LEB128 numbers between the bytes ``at`` and, included, ``end``; of at most five bytes."""
-    gap = torch.zeros_like(at)
+    number = torch.zeros_like(at)
     for k in range(5):
         byte = (at + 1 + k).clamp(max=len(padded) - 1)
-        gap += torch.where(at + 1 + k <= end, (padded[byte] & 127) << (7 * k), 0)
-    return gap
+        number += torch.where(at + 1 + k <= end, (padded[byte] & 127) << (7 * k), 0)
+    return number
 
 
 def _renumbered(

@@ -149,20 +149,18 @@ def plain_block(encoded: bytes, n_rows: int, n_islands: int) -> list[Row]:
 def plain_row(data: bytes, n_islands: int) -> Row:
     row, island, left = [], -1, iter(data)
     for byte in left:
-        gap, level = divmod(byte, 5)
-        level += 1
+        number = byte
         if byte == 255:
             groups = [next(left)]
             while groups[-1] & 128:
                 groups.append(next(left))
-            gap = sum((group & 127) << 7 * i for i, group in enumerate(groups))
-            level = next(left)
-            assert gap > 50
-            assert len(groups) == max(1, -(-gap.bit_length() // 7))
+            more = sum((group & 127) << 7 * i for i, group in enumerate(groups))
+            assert len(groups) == max(1, -(-more.bit_length() // 7)) <= 5
+            number += more
+        gap, level = divmod(number, 5)
         island += gap + 1
-        assert 1 <= level <= 5
         assert island < n_islands
-        row.append((island, level))
+        row.append((island, level + 1))
     return row
 
 

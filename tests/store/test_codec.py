@@ -22,20 +22,14 @@ def plain_decode(encoded: bytes, n_rows: int) -> list[list[tuple[int, int]]]:
     for start, end in itertools.pairwise(ends):
         row, island, data = [], -1, iter(body[start:end])
         for byte in data:
-            if byte == 255:
-                gap, shift = 0, 0
-                while True:
-                    more = next(data)
-                    gap += (more % 128) << shift
-                    shift += 7
-                    if more < 128:
-                        break
-                level = next(data)
-            else:
-                gap, level = divmod(byte, 5)
-                level += 1
-            island += gap + 1
-            row.append((island, level))
+            number, shift, more = byte, 0, byte == 255
+            while more:
+                part = next(data)
+                number += (part % 128) << shift
+                shift += 7
+                more = part >= 128
+            island += number // 5 + 1
+            row.append((island, number % 5 + 1))
         rows.append(row)
     return rows
 
@@ -83,9 +77,17 @@ def test_a_full_row_takes_one_byte_an_island() -> None:
     assert len(encode_block(full, 1)) == 8 + n
 
 
-def test_the_widest_gap_in_one_byte_is_fifty() -> None:
-    for gap, size in ((50, 1), (51, 3), (127, 3), (128, 4), (600_000, 5)):
-        row = open_islands([{gap: 3}])
+def test_an_island_takes_the_bytes_of_its_number() -> None:
+    for number, size in (
+        (254, 1),
+        (255, 2),
+        (255 + 127, 2),
+        (255 + 128, 3),
+        (255 + 2**14, 4),
+        (255 + 2**21, 5),
+    ):
+        gap, level = divmod(number, 5)
+        row = open_islands([{gap: level + 1}])
         assert len(encode_block(row, 1)) - 8 == size
 
 
@@ -112,13 +114,12 @@ def test_damaged_bytes_give_an_error_or_valid_rows_never_a_crash(
     ("body", "what"),
     [
         pytest.param(b"\xff", "ends within an island", id="escape alone"),
-        pytest.param(b"\xff\x80\x01", "ends within an island", id="no level"),
-        pytest.param(b"\xff\x80\x01\x06", "level outside", id="level six"),
-        pytest.param(b"\xff\x80\x01\x00", "level outside", id="level zero"),
-        pytest.param(b"\xff\x32\x01", "canonical", id="short gap written long"),
-        pytest.param(b"\xff\xb3\x00\x01", "canonical", id="padded LEB128"),
-        pytest.param(b"\xff\xff\xff\xff\xff\x1f\x01", "canonical", id="gap over 32 bits"),
-        pytest.param(b"\xff\xff\xff\xff\xff\x07\x01", "beyond the last", id="gap past the space"),
+        pytest.param(b"\xff\x80", "ends within an island", id="number without an end"),
+        pytest.param(b"\xff\xb3\x00", "canonical", id="padded LEB128"),
+        pytest.param(b"\xff\xff\xff\xff\xff\xff\x00", "canonical", id="six bytes"),
+        pytest.param(b"\xff\xff\xff\xff\xff\x7f", "beyond the last", id="the largest number"),
+        pytest.param(b"\xff\x89\x25", "beyond the last", id="island 1,000 of 1,000"),
+        pytest.param(b"\x00" * 1000 + b"\x00", "beyond the last", id="one island too many"),
     ],
 )
 def test_what_no_encoder_writes_is_refused(body: bytes, what: str) -> None:

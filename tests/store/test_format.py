@@ -184,7 +184,7 @@ def test_no_other_files_lie_in_the_store(store: Path) -> None:
 def test_the_root_has_the_documented_attributes(store: Path) -> None:
     root = attributes(store)
     assert list(root) == list(schema.ROOT_KEYS) == keys("Root")
-    assert (root["format"], root["version"]) == ("annatac_scale.island_store", "1.2")
+    assert (root["format"], root["version"]) == ("annatac_scale.island_store", "2.0")
     assert root["assembly"] == "toy"
     assert root["chromosomes"] == ["chr1", "chr2", "chrM"]
     assert (root["width_bp"], root["selection"], root["n_islands"], root["n_levels"]) == (5000, "all", 262, 5)
@@ -348,7 +348,7 @@ def add_column(frame: Path) -> None:
 
 
 ADDITIONS = {
-    "minor version": lambda path: edit(path, version="1.7"),
+    "minor version": lambda path: edit(path, version="2.7"),
     "root attribute": lambda path: edit(path, licence="CC0"),
     "root group": lambda path: add_group(path / "motifs"),
     "attribute of samples": lambda path: edit(path / "samples", origin="here"),

@@ -104,14 +104,14 @@ def test_json_holds_all_and_conversions_as_stored(path: Path) -> None:
     assert read == info.to_dict()
     assert [sample["conversion"] for sample in read["samples"]] == [CONVERSION, {}]
     assert (read["assembly"], read["selection"], read["width_bp"]) == ("toy", "all", 5000)
-    assert (read["counting"], read["version"], read["n_islands"]) == ("insertion", "1.2", len(SPACE))
+    assert (read["counting"], read["version"], read["n_islands"]) == ("insertion", "2.0", len(SPACE))
     assert read["samples"][0]["open_per_cell"] == {"mean": 3.0, "median": 3.5, "least": 0, "most": 5}
 
 
 def test_the_text_says_what_where_and_from(path: Path) -> None:
     text = info_of(path).text()
     assert text.startswith(
-        f"{path}\n  format        annatac_scale.island_store 1.2\n  digest        {info_of(path).digest}\n"
+        f"{path}\n  format        annatac_scale.island_store 2.0\n  digest        {info_of(path).digest}\n"
         "  assembly      toy\n"
     )
     assert "  islands       81 (all, bins of 5,000 bp)\n" in text

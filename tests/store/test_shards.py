@@ -53,7 +53,7 @@ def x(tmp_path):
 
 
 def reader_of(x, **options):
-    return ShardReader(x, N_BLOCKS * BLOCK_CELLS, N_ISLANDS, "digest", **options)
+    return ShardReader(x, N_BLOCKS * BLOCK_CELLS, N_ISLANDS, "digest", [10**9] * 2, **options)
 
 
 def assert_cells(rows, block):
@@ -154,4 +154,4 @@ def encoded_block():
 def test_blocks_that_fit_their_checksum_and_are_none_are_refused(tmp_path, frame, size, message):
     x = with_block(tmp_path / "X", frame, size)
     with pytest.raises(StoreError, match=rf"c/0/0, block 0.*{message}"):
-        ShardReader(x, BLOCK_CELLS, N_ISLANDS).read_rows([0])
+        ShardReader(x, BLOCK_CELLS, N_ISLANDS, "digest", [10**9]).read_rows([0])

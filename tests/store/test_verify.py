@@ -388,15 +388,6 @@ def denied_folders(folder: Folder, name: str = "") -> list[str]:
     raise PermissionError(errno.EACCES, "Permission denied", name)
 
 
-def test_entries_of_format_1_0_are_verified(store: Path) -> None:
-    edit(store / "samples/zarr.json", lambda a: [entry.pop("shard_open") for entry in a["index"]])
-    assert verify(store).is_sound
-    (store / SHARD).unlink()
-    found = " ".join(map(str, verify(store).findings))
-    assert "the index's n_open" in found
-    assert "x_sha256" in found
-
-
 def content(path: Path) -> list[Any]:
     """All that a reader takes from a store."""
     store = IslandStore.open(path)

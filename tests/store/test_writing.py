@@ -105,9 +105,9 @@ def test_nothing_is_written_into_a_store_of_another_major_version(
 ) -> None:
     write_sample(path, "s", random_cells(3, 1))
     root = path / "zarr.json"
-    root.write_text(root.read_text().replace('"version": "1.2"', '"version": "2.0"'))
+    root.write_text(root.read_text().replace('"version": "2.0"', '"version": "3.0"'))
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
-    with pytest.raises(StoreError, match=r"store format 2\.0"):
+    with pytest.raises(StoreError, match=r"store format 3\.0"):
         write(path)
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
 

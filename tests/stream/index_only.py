@@ -10,7 +10,8 @@ ROOT = {"counting": "insertion", "islands_sha256": "0" * 64, "n_islands": 40}
 def store_of(sizes: Mapping[str, int]) -> IslandStore:
     """A store of samples with so many cells each; nothing is on disk."""
     entries = [
-        {"name": name, "n_cells": n, "n_open": 0, "x_sha256": "", "digest": ""} for name, n in sizes.items()
+        {"name": name, "n_cells": n, "n_open": 0, "shard_open": [], "x_sha256": "", "digest": ""}
+        for name, n in sizes.items()
     ]
     return IslandStore("nowhere.zarr", ROOT, entries)
 
