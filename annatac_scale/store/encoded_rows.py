@@ -99,11 +99,16 @@ class EncodedRows:
         """The given rows (positions, int64 [m]), in the given order."""
         return EncodedRows(self.addresses[rows], self.sizes[rows], self.owners)
 
-    def packed(self) -> tuple[NDArray[np.uint8], Ints]:
-        """The rows one after the other: their bytes, uint8, and where each ends, int64 [n + 1]."""
+    def packed(self, buffer: NDArray[np.uint8] | None = None) -> tuple[NDArray[np.uint8], Ints]:
+        """The rows one after the other: their bytes, uint8, and where each ends, int64 [n + 1].
+
+        buffer: for the bytes, contiguous; None makes one. Raises ValueError where they do not go into it
+        """
         offsets = np.zeros(len(self) + 1, np.int64)
         np.cumsum(self.sizes, out=offsets[1:])
-        data = np.empty(offsets[-1], np.uint8)
+        data = np.empty(offsets[-1], np.uint8) if buffer is None else buffer
+        if len(data) < offsets[-1] or not data.flags.c_contiguous:
+            raise ValueError(f"{offsets[-1]} bytes do not go into a buffer of {len(data)}")
         _pack(self.addresses, self.sizes, data.ctypes.data)
         return data, offsets
 

@@ -15,6 +15,7 @@ from annatac_scale.store.place import is_url
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.arrangement import Arrangement, OrderOptions, StreamState
 from annatac_scale.stream.batch import Batch, EncodedBatch
+from annatac_scale.stream.buffers import BufferPool
 from annatac_scale.stream.order import default_lanes
 from annatac_scale.stream.reader import RankReader
 from annatac_scale.stream.split import Split
@@ -93,6 +94,7 @@ class BatchStream:
         if vocabulary is not None:
             vocabulary.check_space(store)
             self._new_of_old = vocabulary.new_of_old()
+        self._buffers = BufferPool()
         self._epoch = self._step = 0
 
     @property
@@ -153,7 +155,9 @@ class BatchStream:
         plan = self._arrangement.order.epoch(self._epoch)
         ranks = plan.of_rank(self._rank, self._world_size)
         selection = self._arrangement.selection
-        with RankReader(selection, plan, ranks, steps.start, self._threads, self._ahead) as reader:
+        with RankReader(
+            selection, plan, ranks, steps.start, self._threads, self._ahead, self._buffers
+        ) as reader:
             made = _one_ahead(lambda step: make(*reader.batch(step)), steps)
             for step, batch in zip(steps, made, strict=True):
                 self._step = step + 1

@@ -13,6 +13,7 @@ from annatac_scale.store.obs import replace_obs
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import SampleWriter
+from annatac_scale.stream.buffers import BufferPool
 from annatac_scale.stream.loader import BatchStream
 from annatac_scale.stream.reader import RankReader
 from annatac_scale.stream.split import Split
@@ -168,13 +169,12 @@ def test_a_rank_holds_no_more_than_a_window_of_each_of_its_lanes(unequal_store, 
     plan = stream._arrangement.order.epoch(0)
     most_bytes = 40  # of a row: islands side by side take a byte each
     share, window = 48 // 4, 250 + 250
-    with RankReader(
-        stream._arrangement.selection, plan, plan.of_rank(0, world_size), 0, threads=2, ahead=1
-    ) as reader:
+    options = {"threads": 2, "ahead": 1, "buffers": BufferPool()}
+    with RankReader(stream._arrangement.selection, plan, plan.of_rank(0, world_size), 0, **options) as reader:
         for step in range(len(stream)):
             reader.batch(step)
-            held = sum(int(piece.sizes.sum()) for pieces in reader._held.values() for piece in pieces)
-            assert held <= 4 // world_size * (window + share) * most_bytes
+            held = sum(len(buffer) for buffers in reader._held.values() for buffer in buffers)
+            assert held <= 4 // world_size * (window + share) * most_bytes * 33 / 32
             assert len(reader._coming) <= 1
 
 
@@ -342,10 +342,12 @@ def test_encoded_batches_are_the_same_batches(unequal_store):
 def test_few_chosen_cells_of_each_block_are_held_without_the_others(unequal_store, options):
     (stream,) = streams(unequal_store, options, 1, cells=np.arange(0, 2065, 50))
     plan = stream._arrangement.order.epoch(0)
-    with RankReader(stream._arrangement.selection, plan, plan.of_rank(), 0, threads=1, ahead=1) as reader:
+    with RankReader(
+        stream._arrangement.selection, plan, plan.of_rank(), 0, threads=1, ahead=1, buffers=BufferPool()
+    ) as reader:
         reader.batch(0)
-        held = [piece for pieces in reader._held.values() for piece in pieces]
-        assert sum(int(piece.sizes.sum()) for piece in held) <= 42 * 40
+        held = [buffer for buffers in reader._held.values() for buffer in buffers]
+        assert sum(map(len, held)) <= 42 * 40 * 33 / 32
 
 
 def test_a_store_in_object_storage_streams_like_one_on_disk(unequal_store, s3):
