@@ -14,7 +14,7 @@ from annatac_scale.errors import ConfigError
 from annatac_scale.store.schema import BLOCK_CELLS
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.order import EpochOrder
-from annatac_scale.stream.selection import Selection
+from annatac_scale.stream.selection import Selection, sorted_ids
 from annatac_scale.stream.split import Split, split_cells
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Arrangement:
 
     def _cells_sha256(self) -> str:
         """Digest of which cells come, and how often."""
-        weights = sorted((self._options.weights or {}).items())
+        weights = sorted((name, float(weight)) for name, weight in (self._options.weights or {}).items())
         digest = hashlib.sha256(json.dumps(weights).encode())
         digest.update(self.selection.block_sizes.tobytes())
         if self._cells is not None:
@@ -129,7 +129,7 @@ class Arrangement:
 
 def _chosen(store: IslandStore, options: OrderOptions) -> Ints | None:
     """Ids of the cells that take part, increasing; None for all."""
-    cells = None if options.cells is None else np.sort(np.asarray(options.cells, np.int64))
+    cells = None if options.cells is None else sorted_ids(store, options.cells)
     if options.where is not None:
         from annatac_scale.stream.where import cells_where  # needs pyarrow's compute, which takes 30 MB
 
