@@ -27,6 +27,7 @@ from annatac_scale.store.zstd import content_size
 
 _ABSENT = 2**64 - 1
 _RESIDUE = 0x48674BC7
+_LAST_BYTE = 2**63 - 1
 _INDEX_BYTES = SHARD_BLOCKS * 16 + 4
 _ZSTD = Zstd(level=ZSTD_LEVEL)
 
@@ -181,6 +182,8 @@ class ShardReader:
                 raise StoreError(
                     f"{self._place(block)}: {size:,} bytes are more than a full block; the file is damaged"
                 )
+            if start > _LAST_BYTE - size:
+                raise StoreError(f"{self._place(block)}: no file has a byte {start:,}; the file is damaged")
             yield _Chunk(block, shard, start, size)
 
     def _read(self, run: Sequence[_Chunk]) -> dict[int, bytes]:

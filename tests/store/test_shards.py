@@ -121,11 +121,11 @@ def test_a_full_cache_leaves_reading_as_it_was(x, tmp_path):
             assert_cells(rows, block)
 
 
-def with_block(folder: Path, frame: bytes, size: int | None = None) -> Counting:
-    """An X whose only block is a frame with the right checksums; size: that the index says."""
+def with_block(folder: Path, frame: bytes, size: int | None = None, start: int = 0) -> Counting:
+    """An X whose only block is a frame with the right checksums; size, start: that the index says."""
     chunk = frame + struct.pack("<I", google_crc32c.value(frame))
     index = np.full((SHARD_BLOCKS, 2), 2**64 - 1, np.uint64)
-    index[0] = 0, len(chunk) if size is None else size
+    index[0] = start, len(chunk) if size is None else size
     end = index.astype("<u8").tobytes()
     Folder(str(folder)).write(shard_name(0), chunk + end + struct.pack("<I", google_crc32c.value(end)))
     return Counting(str(folder))
@@ -154,4 +154,11 @@ def encoded_block():
 def test_blocks_that_fit_their_checksum_and_are_none_are_refused(tmp_path, frame, size, message):
     x = with_block(tmp_path / "X", frame, size)
     with pytest.raises(StoreError, match=rf"c/0/0, block 0.*{message}"):
+        ShardReader(x, BLOCK_CELLS, N_ISLANDS, "digest", [10**9]).read_rows([0])
+
+
+@pytest.mark.parametrize("start", [2**62, 2**63 - 9, 2**63, 2**64 - 2])
+def test_a_block_that_begins_after_the_file_is_refused(tmp_path, start):
+    x = with_block(tmp_path / "X", Zstd().encode(encoded_block()), start=start)
+    with pytest.raises(StoreError, match=r"c/0/0, block 0.*damaged"):
         ShardReader(x, BLOCK_CELLS, N_ISLANDS, "digest", [10**9]).read_rows([0])
