@@ -129,7 +129,7 @@ class Arrangement:
 
 def _chosen(store: IslandStore, options: OrderOptions) -> Ints | None:
     """Ids of the cells that take part, increasing; None for all."""
-    cells = None if options.cells is None else sorted_ids(store, options.cells)
+    cells = None if options.cells is None else sorted_ids(store, np.array(options.cells))
     if options.where is not None:
         from annatac_scale.stream.where import cells_where  # needs pyarrow's compute, which takes 30 MB
 

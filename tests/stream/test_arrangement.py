@@ -24,8 +24,9 @@ def test_ids_that_are_not_there_or_come_twice_are_refused_with_a_condition_too(u
             BatchStream(unequal_store.store, **OPTIONS, cells=np.array(cells), **options)
 
 
-def test_the_ids_that_were_given_are_left_as_they_were(unequal_store):
-    cells = np.array([7, 3, 5])
+@pytest.mark.parametrize("given", [[7, 3, 5], [3, 5, 7]])
+def test_what_becomes_of_the_ids_that_were_given_does_not_matter(unequal_store, given):
+    cells = np.array(given)
     stream = BatchStream(unequal_store.store, **OPTIONS, cells=cells)
     cells[:] = 0
     assert sorted(i for batch in stream for i in batch.cell_ids.tolist()) == [3, 5, 7]
