@@ -11,11 +11,14 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
-from known_stores import write_store
+from known_stores import open_islands, small_space, write_store
 from torch.utils.data import DataLoader
 
+from annatac_scale.store.writer import SampleWriter, create_store
 from annatac_scale.stream.dataset import IslandStream
 
 SCRIPT = Path(__file__).with_name("stream_process.py")
@@ -212,3 +215,46 @@ def test_ray_actors_stream_their_ranks(known):
     alone = ids_of(IslandStream(known.store, **OPTIONS))
     for step, parts in zip(alone, zip(*found, strict=True), strict=True):
         assert sorted(step) == sorted(cell for part in parts for cell in part)
+
+
+RSS = """
+import resource, sys
+from annatac_scale.stream.loader import BatchStream
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+few, many = (
+    BatchStream(path, global_batch_size=64, seed=1, lanes=4, window=2) for path in sys.argv[1:]
+)
+for _ in range(2):
+    for _ in few:
+        pass
+before = peak()
+for _ in range(3):
+    n_cells = sum(len(batch) for batch in many)
+assert n_cells == 60_000
+print(peak() - before)
+"""
+
+
+def write_many(path, n_shards):
+    """Cells with 1,000 open islands each: a million bytes a thousand of them, encoded, and five times that decoded."""
+    space = small_space(2000)
+    create_store(path, space, "insertion")
+    rows = open_islands(np.random.default_rng(0).integers(1, 6, (4000, 2000)) * (np.arange(2000) % 2))
+    with SampleWriter(path, "many", 4000 * n_shards) as writer:
+        for shard in range(n_shards):
+            writer.write_shard(shard, rows)
+        barcodes = pd.Index([str(i) for i in range(4000 * n_shards)], name="barcode")
+        writer.commit(pd.DataFrame(index=barcodes), np.ones(2000, bool), {})
+
+
+def test_memory_does_not_grow_with_the_cells_of_a_store_nor_with_epochs(tmp_path):
+    write_many(tmp_path / "few.zarr", 1)
+    write_many(tmp_path / "many.zarr", 15)
+    paths = [str(tmp_path / "few.zarr"), str(tmp_path / "many.zarr")]
+    done = subprocess.run([sys.executable, "-c", RSS, *paths], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    encoded_window = 4 * 3 * 250 * 1000
+    assert int(done.stdout) < 2 * encoded_window  # all cells are ten times that, encoded
