@@ -33,7 +33,8 @@ class Batch:
     tokens: uint8 [T], 0 closed, 1 to 5 a level, 6 MASK
     level_targets: int16 [T] or None, 0 to 4 = level - 1, -100 does not count
     open_targets: int16 [T] or None, 1 open, 0 closed, -100 does not count
-    obs: columns of obs that the stream was asked for, each [B]: numbers, or int32 codes of texts, -1 where missing
+    obs: columns of obs that the stream was asked for, each [B]: numbers, or int32 codes of texts, -1 where missing;
+        truth values, as int8 and -1 where any cell of the store has none
     """
 
     cell_ids: NDArray[np.int64]

@@ -1,7 +1,8 @@
 """A store and the order of cells together: batches, resumable at any step on any number of ranks."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -87,7 +88,7 @@ class BatchStream:
         self._arrangement = Arrangement(store, seed, options)
         self._arrangement.order.check_ranks(rank, world_size)
         self._rank, self._world_size = rank, world_size
-        self._columns = _Columns(store, obs)
+        self._obs, self._columns = tuple(obs), _Columns(store, obs)
         self._threads = threads or (REMOTE_THREADS if is_url(store.path) else LOCAL_THREADS)
         self._ahead = window + 2 * self._threads
         self._new_of_old: NDArray[np.int32] | None = None
@@ -137,7 +138,11 @@ class BatchStream:
         Samples that were added to the store since then stay out. Raises ConfigError where anything else that the order
         follows from is not what it was, and for a step beyond the epoch's end.
         """
-        self._arrangement = self._arrangement.of_state(state)
+        arrangement = self._arrangement.of_state(state)
+        if arrangement.store is not self.store:
+            # A sample that came later may have changed what a column holds.
+            self._columns = _Columns(arrangement.store, self._obs)
+        self._arrangement = arrangement
         self._epoch, self._step = state["epoch"], state["step"]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -155,10 +160,13 @@ class BatchStream:
         plan = self._arrangement.order.epoch(self._epoch)
         ranks = plan.of_rank(self._rank, self._world_size)
         selection = self._arrangement.selection
-        with RankReader(
-            selection, plan, ranks, steps.start, self._threads, self._ahead, self._buffers
-        ) as reader:
-            made = _one_ahead(lambda step: make(*reader.batch(step)), steps)
+        # ``made`` is closed before the reader gives away the memory that the batch ahead is made from.
+        with (
+            RankReader(
+                selection, plan, ranks, steps.start, self._threads, self._ahead, self._buffers
+            ) as reader,
+            closing(_one_ahead(lambda step: make(*reader.batch(step)), steps)) as made,
+        ):
             for step, batch in zip(steps, made, strict=True):
                 self._step = step + 1
                 yield batch
@@ -198,13 +206,15 @@ class _Columns:
             if pa.types.is_dictionary(column.type):
                 self.categories[name] = column.dictionary.to_pylist()
                 column = column.indices.fill_null(-1)
+            elif pa.types.is_boolean(column.type) and column.null_count:
+                column = column.cast(pa.int8()).fill_null(-1)
             self._values[name] = column.to_numpy(zero_copy_only=False)
 
     def of(self, cell_ids: Ints) -> dict[str, NDArray[Any]]:
         return {name: values[cell_ids] for name, values in self._values.items()}
 
 
-def _one_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+def _one_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Generator[Made, None, None]:
     """Make something of each item, in order, one ahead of the consumer in a thread.
 
     Dropping the iterator leaves the ``with`` block, which ends the thread.

@@ -1,5 +1,6 @@
 import shutil
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from known_stores import write_store
+from obs_stores import obs_store
 
 from annatac_scale.errors import AnnatacError, ConfigError, InputError, ModelError
 from annatac_scale.store.obs import replace_obs
@@ -193,6 +195,21 @@ def test_dropping_the_iterator_ends_its_thread(unequal_store):
     assert stream_threads() == []
 
 
+def test_memory_is_not_given_away_while_the_batch_ahead_is_made_from_it(unequal_store):
+    stream = BatchStream(unequal_store.store, **LANES)
+    free = []
+
+    def make(ids, rows):
+        time.sleep(0.1)
+        free.append(len(stream._buffers._free))
+
+    batches = stream._each(make)
+    next(batches)
+    batches.close()
+    assert free == [0, 0]
+    assert stream._buffers._free
+
+
 def test_a_damaged_block_is_an_error_of_the_batch_and_leaves_no_thread(unequal_store, tmp_path):
     copy = tmp_path / "damaged.zarr"
     shutil.copytree(unequal_store.store.path, copy)
@@ -247,6 +264,31 @@ def test_batches_carry_the_obs_columns_that_were_asked_for(tmp_path):
             else:
                 assert np.isnan(found["depth"])
         assert batch.obs["type"].dtype == np.int32
+
+
+def test_truth_values_that_a_sample_lacks_are_numbers_too(tmp_path):
+    some, none = pd.DataFrame({"doublet": [True, False, True]}), pd.DataFrame({"other": [1, 2]})
+    stream = BatchStream(
+        obs_store(tmp_path / "s", a=some, b=none), global_batch_size=5, seed=0, obs=["doublet"]
+    )
+    (batch,) = stream
+    assert batch.obs["doublet"].dtype == np.int8
+    assert dict(zip(batch.cell_ids, batch.obs["doublet"], strict=True)) == {0: 1, 1: 0, 2: 1, 3: -1, 4: -1}
+
+
+def test_a_resumed_stream_has_columns_as_the_samples_of_its_state_have_them(tmp_path):
+    store = obs_store(tmp_path / "growing.zarr", a=pd.DataFrame({"age": [31.0, 47.0]}))
+    options = {"global_batch_size": 2, "seed": 0, "obs": ["age"]}
+    state = BatchStream(store, **options).state_dict()
+    with SampleWriter(store.path, "late", 1) as writer:
+        writer.write_shard(0, OpenIslands.empty(1))
+        writer.commit(pd.DataFrame({"age": ["old"]}, ["late0"]), np.ones(store.n_islands, bool), {})
+    again = BatchStream(store.path, **options)
+    assert again.categories["age"] == ["31", "47", "old"]
+    again.load_state_dict(state)
+    (batch,) = again
+    assert not again.categories
+    assert sorted(batch.obs["age"]) == [31.0, 47.0]
 
 
 def test_conditions_splits_and_cells_are_taken_together(unequal_store):
