@@ -118,8 +118,11 @@ class EncodedRows:
         new_of_old: int32 [n_islands], increasing where it is not -1: island ``i`` becomes ``new_of_old[i]``, and those
             that become -1 are dropped
 
-        Any bytes are safe to decode: raises DamagedRowError for what no encoder writes.
+        Any bytes are safe to decode: raises DamagedRowError for what no encoder writes, ValueError where numbers are
+        missing.
         """
+        if new_of_old is not None and len(new_of_old) < n_islands:
+            raise ValueError(f"new numbers of {len(new_of_old)} islands do not do for {n_islands}")
         offsets = np.zeros(len(self) + 1, np.int64)
         # An island takes a byte at least. What is not written is never touched, so it takes no memory.
         most = int(self.sizes.sum())

@@ -101,3 +101,9 @@ def test_a_head_that_does_not_fit_its_block_is_refused(ends):
         EncodedRows.of_block(block, 2)
     with pytest.raises(StoreError, match="its head alone takes 12"):
         decode_block(block[:11], 2, 100)
+
+
+def test_numbers_for_fewer_islands_than_there_are_are_refused():
+    rows = EncodedRows.of_bytes(np.array([254], np.uint8), np.array([0, 1]))
+    with pytest.raises(ValueError, match="of 10 islands do not do for 51"):
+        rows.decode(51, np.arange(10, dtype=np.int32))
