@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -160,13 +160,12 @@ class BatchStream:
         plan = self._arrangement.order.epoch(self._epoch)
         ranks = plan.of_rank(self._rank, self._world_size)
         selection = self._arrangement.selection
-        # ``made`` is closed before the reader gives away the memory that the batch ahead is made from.
-        with (
-            RankReader(
-                selection, plan, ranks, steps.start, self._threads, self._ahead, self._buffers
-            ) as reader,
-            closing(_one_ahead(lambda step: make(*reader.batch(step)), steps)) as made,
-        ):
+        reader = RankReader(selection, plan, ranks, steps.start, self._threads, self._ahead, self._buffers)
+        # Left from below: reads are waited for no longer, the batch ahead ends, and then its memory is given away.
+        with ExitStack() as stack:
+            stack.enter_context(reader)
+            made = stack.enter_context(closing(_one_ahead(lambda step: make(*reader.batch(step)), steps)))
+            stack.callback(reader.stop)
             for step, batch in zip(steps, made, strict=True):
                 self._step = step + 1
                 yield batch
