@@ -55,6 +55,11 @@ class OrderOptions:
     split: Split | None
     weights: Mapping[str, float] | None
 
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "lanes", "window"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}: expected at least 1")
+
 
 class Arrangement:
     """The cells of a stream and their order. Made anew, never changed: a state is looked at before it is taken over.
@@ -62,8 +67,11 @@ class Arrangement:
     Raises ConfigError and InputError as BatchStream does.
     """
 
-    def __init__(self, store: IslandStore, seed: int, options: OrderOptions) -> None:
+    def __init__(
+        self, store: IslandStore, seed: int, options: OrderOptions, whole_store: IslandStore | None = None
+    ) -> None:
         self.store, self.seed, self._options = store, seed, options
+        self._whole_store = whole_store or store
         self._cells = _chosen(store, options)
         self.selection = Selection(store, self._cells, options.weights, seed)
         self.order = EpochOrder(
@@ -103,15 +111,11 @@ class Arrangement:
 
         Raises ConfigError where the state is of other cells or another order, or of a step beyond the epoch's end.
         """
-        if missing := _missing(state):
-            raise ConfigError(
-                f"found no {missing[0]!r} in the state of a stream: give what state_dict() gave"
-            )
-        pinned = state["order"]
-        store = self.store
+        _check_state(state)
+        pinned, store = state["order"], self._whole_store
         if pinned["n_samples"] < len(store.samples):
             store = store.first(pinned["n_samples"])
-        found = Arrangement(store, state["seed"], self._options)
+        found = Arrangement(store, state["seed"], self._options, self._whole_store)
         now, then = dict(found.pinned), dict(pinned)
         changed = [f"{name} {then[name]!r}, here {now[name]!r}" for name in now if then[name] != now[name]]
         if changed:
@@ -119,10 +123,10 @@ class Arrangement:
                 f"{store.path}: the state is of a stream of other cells or another order ({'; '.join(changed)}); use "
                 "the same store, cells and options again, or start anew"
             )
-        if not 0 <= state["step"] <= found.order.n_steps:
+        if state["epoch"] < 0 or not 0 <= state["step"] <= found.order.n_steps:
             raise ConfigError(
-                f"step {state['step']} of an epoch of {found.order.n_steps} steps: the state is damaged; start the "
-                "epoch anew"
+                f"step {state['step']} of {found.order.n_steps} in epoch {state['epoch']}: the state is damaged; start "
+                "the epoch anew"
             )
         return found
 
@@ -138,8 +142,14 @@ def _chosen(store: IslandStore, options: OrderOptions) -> Ints | None:
     return cells if options.split is None else split_cells(store, options.split, cells)
 
 
-def _missing(state: Mapping[str, Any]) -> list[str]:
-    order = state.get("order", {})
-    wanted = [(state, name) for name in StreamState.__annotations__]
-    wanted += [(order, name) for name in PinnedOrder.__annotations__]
-    return [name for values, name in wanted if name not in values]
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what no ``state_dict`` gave."""
+    order = state.get("order")
+    wrong = [name for name in ("seed", "epoch", "step") if not isinstance(state.get(name), int)]
+    if not isinstance(order, Mapping):
+        wrong.append("order")
+    else:
+        wrong += [name for name in PinnedOrder.__annotations__ if name not in order]
+    if wrong:
+        found = state.get(wrong[0])
+        raise ConfigError(f"{wrong[0]} = {found!r} in the state of a stream: give what state_dict() gave")

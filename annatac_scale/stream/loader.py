@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from annatac_scale.errors import StoreError
+from annatac_scale.errors import ConfigError, StoreError
 from annatac_scale.store.cache import BlockCache
 from annatac_scale.store.encoded_rows import DamagedRowError, EncodedRows
 from annatac_scale.store.place import is_url
@@ -81,11 +81,13 @@ class BatchStream:
         threads: int | None = None,
         cache: BlockCache | None = None,
     ) -> None:
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads = {threads}: expected at least 1")
         if not isinstance(store, IslandStore):
             store = IslandStore.open(store, cache)
         lanes = default_lanes(max(global_batch_size, 1)) if lanes is None else lanes
         options = OrderOptions(global_batch_size, lanes, window, cells, where, split, weights)
-        self._arrangement = Arrangement(store, seed, options)
+        self._arrangement = Arrangement(store, int(seed), options)
         self._arrangement.order.check_ranks(rank, world_size)
         self._rank, self._world_size = rank, world_size
         self._obs, self._columns = tuple(obs), _Columns(store, obs)
@@ -118,7 +120,9 @@ class BatchStream:
         return self._arrangement.order.n_steps
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch; nothing happens where the stream is in that epoch already."""
+        """Go to the start of an epoch, from 0 on; nothing happens where the stream is in that epoch already."""
+        if epoch < 0:
+            raise ConfigError(f"epoch = {epoch}: expected at least 0")
         if epoch != self._epoch:
             self._epoch, self._step = epoch, 0
 

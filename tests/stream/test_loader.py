@@ -13,6 +13,7 @@ from obs_stores import obs_store
 from annatac_scale.errors import AnnatacError, ConfigError, InputError, ModelError
 from annatac_scale.store.obs import replace_obs
 from annatac_scale.store.open_islands import OpenIslands
+from annatac_scale.store.place import Folder
 from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import SampleWriter
 from annatac_scale.stream.buffers import BufferPool
@@ -241,10 +242,20 @@ def test_options_and_stores_that_do_not_fit_are_refused(tiny_store):
     with pytest.raises(ModelError, match="sha256"):
         BatchStream(tiny_store.store, vocabulary=other, global_batch_size=4, seed=0)
     stream = BatchStream(tiny_store.store, global_batch_size=4, seed=0)
-    with pytest.raises(ConfigError, match="step 5 of an epoch of 4 steps"):
+    with pytest.raises(ConfigError, match="step 5 of 4 in epoch 0"):
         stream.load_state_dict({**stream.state_dict(), "step": 5})
-    with pytest.raises(ConfigError, match="no 'order' in the state"):
-        stream.load_state_dict({"seed": 0, "epoch": 0, "step": 5})
+    state = stream.state_dict()
+    for wrong, what in (
+        ({"step": "5"}, "step = '5'"), ({"epoch": -1}, "in epoch -1"), ({"seed": 1.5}, "seed = 1.5"),
+        ({"order": None}, "order = None"), ({"order": {}}, "global_batch_size = None"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=what):
+            stream.load_state_dict({**state, **wrong})
+    for option in ("threads", "window", "lanes", "global_batch_size"):
+        with pytest.raises(ConfigError, match=f"{option} = 0: expected at least 1"):
+            BatchStream(tiny_store.store, **{"global_batch_size": 4, "seed": 0, option: 0})
+    with pytest.raises(ConfigError, match="epoch = -1"):
+        stream.set_epoch(-1)
 
 
 def test_batches_carry_the_obs_columns_that_were_asked_for(tmp_path):
@@ -378,6 +389,75 @@ def test_encoded_batches_are_the_same_batches(unequal_store):
     for batch, still in zip(stream, encoded, strict=True):
         assert rows_of(still.decode()) == rows_of(batch)
         assert still.decode().cell_ids.tolist() == batch.cell_ids.tolist()
+
+
+def test_a_stream_gives_the_cells_of_its_plan_in_their_order(unequal_store):
+    chosen = np.sort(np.random.default_rng(3).permutation(2065)[:1300])
+    for options in (LANES, ONE_WINDOW, LANES | {"cells": chosen}):
+        (stream,) = streams(unequal_store, options, 1)
+        plan = stream._arrangement.order.epoch(0)
+        ids_of_plan = options.get("cells", np.arange(2065))
+        steps = {}
+        for load in plan.of_rank().loads():
+            of_window = ids_of_plan[plan.cells(load.window)].tolist()
+            for step, cell in zip(plan.of_rank().steps_of(load).tolist(), of_window, strict=True):
+                steps.setdefault(step, []).append(cell)
+        assert [sorted(batch.cell_ids.tolist()) for batch in stream] == [
+            sorted(steps[step]) for step in range(len(stream))
+        ]
+
+
+def test_a_newer_state_is_taken_after_an_older_one(tmp_path):
+    known = write_store(tmp_path / "growing.zarr", [300])
+    old = BatchStream(known.store.path, global_batch_size=16, seed=3).state_dict()
+    with SampleWriter(known.store.path, "late", 50) as writer:
+        writer.write_shard(0, OpenIslands.empty(50))
+        obs = pd.DataFrame(index=pd.Index([f"late-{i}" for i in range(50)], name="barcode"))
+        writer.commit(obs, np.ones(40, bool), {})
+    stream = BatchStream(known.store.path, global_batch_size=16, seed=3)
+    new = stream.state_dict()
+    stream.load_state_dict(old)
+    assert stream.n_cells == 300
+    stream.load_state_dict(new)
+    assert stream.n_cells == 350
+
+
+def test_blocks_of_a_window_that_lie_side_by_side_are_read_together(tmp_path, monkeypatch):
+    known = write_store(tmp_path / "side.zarr", [4000])
+    asked = []
+    read_range = Folder.read_range
+
+    def counted(self, name, start, length):
+        asked.append(name)
+        return read_range(self, name, start, length)
+
+    monkeypatch.setattr(Folder, "read_range", counted)
+    stream = BatchStream(known.store, global_batch_size=64, seed=0, window=16, threads=1)
+    assert sum(len(batch) for batch in stream) == 4000
+    assert asked.count("c/0/0") == 2  # the index, and all 16 blocks
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_what_is_read_keeps_no_memory_for_cells_that_are_not_needed(unequal_store, options):
+    (stream,) = streams(unequal_store, options, 1, cells=np.arange(0, 2065, 50))
+    plan = stream._arrangement.order.epoch(0)
+    options = {"threads": 1, "ahead": 1, "buffers": BufferPool()}
+    with RankReader(stream._arrangement.selection, plan, plan.of_rank(), 0, **options) as reader:
+        for load in plan.of_rank().loads():
+            for task in reader._begun(load).tasks:
+                for cells in task.result():
+                    assert sum(len(owner) for owner in cells.rows.owners) == cells.rows.sizes.sum()
+
+
+def test_a_rank_holds_no_rows_of_the_other_ranks(unequal_store):
+    for rank, stream in enumerate(streams(unequal_store, ONE_WINDOW, 4)):
+        plan = stream._arrangement.order.epoch(0)
+        options = {"threads": 1, "ahead": 1, "buffers": BufferPool()}
+        ranks = plan.of_rank(rank, 4)
+        with RankReader(stream._arrangement.selection, plan, ranks, 0, **options) as reader:
+            (load,) = ranks.loads()
+            held = sum(len(cells.ids) for task in reader._begun(load).tasks for cells in task.result())
+        assert held == sum(len(batch) for batch in stream)
 
 
 @pytest.mark.parametrize("options", OPTIONS)

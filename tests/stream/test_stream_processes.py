@@ -164,6 +164,18 @@ def test_workers_that_stay_go_on_to_the_next_epoch(known):
     assert [ids_of(loader), ids_of(loader)] == two
 
 
+def test_workers_that_stay_go_on_to_the_next_epoch_after_a_pass_that_was_broken_off(known):
+    stream = IslandStream(known.store, **OPTIONS)
+    stream.set_epoch(1)
+    next_epoch = ids_of(stream)
+    stream.set_epoch(0)
+    loader = DataLoader(stream, batch_size=None, num_workers=2, persistent_workers=True)
+    for n_seen, _ in enumerate(loader):
+        if n_seen == 4:
+            break
+    assert ids_of(loader) == next_epoch
+
+
 def test_a_stream_is_a_torch_dataset(known):
     assert isinstance(IslandStream(known.store, **OPTIONS), torch.utils.data.IterableDataset)
 

@@ -1,0 +1,63 @@
+"""Reads that fail, or do not end, under a stream that goes on, or is dropped."""
+
+import threading
+
+import pytest
+
+from annatac_scale.errors import StoreError
+from annatac_scale.store.store import Sample
+from annatac_scale.stream import reader
+from annatac_scale.stream.loader import BatchStream
+
+OPTIONS = {"global_batch_size": 48, "seed": 5, "lanes": 4, "window": 1, "threads": 1}
+HANGS_S = 60
+
+
+class Gate:
+    """Lets ``n`` reads through; the others wait until it is opened."""
+
+    def __init__(self, n):
+        self.left, self.opened, self.waiting = n, threading.Event(), threading.Event()
+
+    def read_rows(self, sample, blocks):
+        self.left -= 1
+        if self.left < 0:
+            self.waiting.set()
+            assert self.opened.wait(HANGS_S)
+        return ORIGINAL(sample, blocks)
+
+
+ORIGINAL = Sample.read_rows
+
+
+def test_a_stream_that_waits_for_a_read_can_be_dropped(unequal_store, monkeypatch):
+    gate = Gate(5)
+    monkeypatch.setattr(reader, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(Sample, "read_rows", lambda sample, blocks: gate.read_rows(sample, blocks))
+    stream = BatchStream(unequal_store.store, **OPTIONS)
+    batches = iter(stream)
+    next(batches)
+    assert gate.waiting.wait(HANGS_S)
+    closing = threading.Thread(target=batches.close)
+    closing.start()
+    closing.join(HANGS_S / 2)
+    assert not closing.is_alive()
+    gate.opened.set()
+    state = stream.state_dict()
+    assert sum(len(batch) for batch in stream) == 2065 - 48 * state["step"]
+
+
+def test_a_read_that_fails_is_an_error_of_the_loop_and_the_stream_can_go_on(unequal_store, monkeypatch):
+    def fails(sample, blocks):
+        if sample.name == "s4" and 2 in blocks:
+            raise StoreError("the disk is on fire")
+        return ORIGINAL(sample, blocks)
+
+    monkeypatch.setattr(Sample, "read_rows", fails)
+    stream = BatchStream(unequal_store.store, **OPTIONS)
+    with pytest.raises(StoreError, match="on fire"):
+        list(stream)
+    step = stream.state_dict()["step"]
+    assert step < len(stream)
+    monkeypatch.setattr(Sample, "read_rows", ORIGINAL)
+    assert sum(len(batch) for batch in stream) == 2065 - 48 * step
