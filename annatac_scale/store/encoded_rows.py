@@ -74,7 +74,18 @@ class EncodedRows:
 
     @classmethod
     def of_bytes(cls, data: NDArray[np.uint8], offsets: Ints) -> "EncodedRows":
-        """Rows that lie one after the other: row ``i`` is ``data[offsets[i]:offsets[i + 1]]``."""
+        """Rows that lie one after the other: row ``i`` is ``data[offsets[i]:offsets[i + 1]]``.
+
+        data: uint8 [n], contiguous. Raises ValueError where it is not, or a row reaches outside of it.
+        """
+        if data.dtype != np.uint8 or not data.flags.c_contiguous:
+            raise ValueError(
+                f"encoded rows are contiguous uint8, not {data.dtype} with strides {data.strides}"
+            )
+        if len(offsets) and not (
+            offsets[0] >= 0 and offsets[-1] <= len(data) and (np.diff(offsets) >= 0).all()
+        ):
+            raise ValueError(f"offsets of rows must rise from 0 or more to at most {len(data)}")
         return cls(data.ctypes.data + offsets[:-1], np.diff(offsets), (data,))
 
     @classmethod

@@ -107,3 +107,15 @@ def test_numbers_for_fewer_islands_than_there_are_are_refused():
     rows = EncodedRows.of_bytes(np.array([254], np.uint8), np.array([0, 1]))
     with pytest.raises(ValueError, match="of 10 islands do not do for 51"):
         rows.decode(51, np.arange(10, dtype=np.int32))
+
+
+@pytest.mark.parametrize("offsets", [[0, 5], [-1, 2], [0, 3, 2], [2, 1]])
+def test_rows_that_reach_outside_their_bytes_are_refused(offsets):
+    with pytest.raises(ValueError, match="at most 4"):
+        EncodedRows.of_bytes(np.zeros(4, np.uint8), np.array(offsets))
+
+
+@pytest.mark.parametrize("data", [np.zeros(8, np.uint8)[::2], np.zeros(4, np.int64)])
+def test_bytes_that_do_not_lie_side_by_side_are_refused(data):
+    with pytest.raises(ValueError, match="contiguous uint8"):
+        EncodedRows.of_bytes(data, np.array([0, 4]))
