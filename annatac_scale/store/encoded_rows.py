@@ -160,7 +160,10 @@ def _decode(addresses, sizes, new_of_old, n_islands, offsets, islands, levels, s
 
     The two tables are arguments because a global one would be copied into the code and not shared between kernels.
     """
-    n = 0
+    n, one = (
+        np.uint64(0),
+        np.uint64(1),
+    )  # unsigned: numba looks at each signed index whether it counts from the end
     for row in range(len(addresses)):
         data = bytes_at(addresses[row])
         position, end = 0, sizes[row]
@@ -186,16 +189,18 @@ def _decode(addresses, sizes, new_of_old, n_islands, offsets, islands, levels, s
                     return 2, row
                 level = np.uint8(number % 5 + 1)
                 island += number // 5 + 1
-            if island >= n_islands:
-                return 3, row
             levels[n] = level
             if new_of_old is None:
                 islands[n] = island
-                n += 1
+                n += one
             else:
+                if island >= n_islands:
+                    return 3, row
                 # Written in any case and counted where it is kept: a jump would be guessed wrong too often.
                 new = new_of_old[island]
                 islands[n] = new
-                n += new >= 0
+                n += np.uint64(new >= 0)
+        if island >= n_islands:  # islands only rise: the last one tells of all
+            return 3, row
         offsets[row + 1] = n
     return 0, 0

@@ -136,15 +136,21 @@ class ShardReader:
             raise StoreError(f"{self._place(block)}, {error}") from error
 
     def read_rows(self, blocks: Sequence[int]) -> list[EncodedRows]:
-        """The cells of blocks of the sample, encoded. Blocks that lie side by side in a shard are read in one request.
+        """The cells of blocks of the sample, encoded. Raises StoreError as ``read_chunks`` and ``decompress`` do."""
+        chunks = self.read_chunks(blocks)
+        return [self.decompress(block, chunk) for block, chunk in zip(blocks, chunks, strict=True)]
 
-        Raises StoreError when a file is lost or cut short, or its bytes do not fit their checksum.
+    def read_chunks(self, blocks: Sequence[int]) -> list[bytes | None]:
+        """Blocks of the sample as they lie in its files; None where no island is open.
+
+        Blocks that lie side by side in a shard are read in one request. Raises StoreError when a file is lost or cut
+        short, or its bytes do not fit their checksum.
         """
         chunks = self._cached(blocks)
         missing = [block for block in blocks if block not in chunks]
         for run in self._runs(missing):
             chunks |= self._read(run)
-        return [self._rows(block, chunks.get(block)) for block in blocks]
+        return [chunks.get(block) for block in blocks]
 
     def _cached(self, blocks: Sequence[int]) -> dict[int, bytes]:
         if self.cache is None:
@@ -201,7 +207,8 @@ class ShardReader:
                 self.cache.put(self._key(block), chunk)
         return chunks
 
-    def _rows(self, block: int, chunk: bytes | None) -> EncodedRows:
+    def decompress(self, block: int, chunk: bytes | None) -> EncodedRows:
+        """The cells of a block that was read, encoded. Raises StoreError for what is no block."""
         n_rows = min(BLOCK_CELLS, self.n_cells - block * BLOCK_CELLS)
         if chunk is None:
             return EncodedRows.empty(n_rows)

@@ -113,10 +113,14 @@ class Sample:
         _ = self.conversion
         return self._reader.read_block(block)
 
-    def read_rows(self, blocks: Sequence[int]) -> list[EncodedRows]:
-        """The cells of the given blocks, encoded, and numbered as the store's islands are."""
+    def read_chunks(self, blocks: Sequence[int]) -> list[bytes | None]:
+        """The given blocks as they lie on disk, for ``decompress``; None where no island is open."""
         _ = self.conversion
-        return self._reader.read_rows(blocks)
+        return self._reader.read_chunks(blocks)
+
+    def decompress(self, block: int, chunk: bytes | None) -> EncodedRows:
+        """The cells of a block that was read, encoded, and numbered as the store's islands are."""
+        return self._reader.decompress(block, chunk)
 
 
 class IslandStore:

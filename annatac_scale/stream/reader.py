@@ -5,9 +5,9 @@ slot is the address of the cell's bytes: rows are decoded when their batch is ma
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise
 from threading import Event
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -48,35 +48,27 @@ class _Piece(NamedTuple):
     first_cell: int
 
 
-class _Cells(NamedTuple):
-    """The cells of a piece that are needed, and their rows. position: of the window's runs; ids: int64"""
-
-    position: int
-    ids: Ints
-    rows: EncodedRows
-
-
-class _Coming(NamedTuple):
-    """A window that is being read.
+class _Window(NamedTuple):
+    """A window that is read, or will be next.
 
     step: that needs it first
     order: int64, its needed cells, counted along the line, in the order in which they leave
     steps, slots: int64, of each of these
-    tasks: that read it
+    groups: of its pieces, which are read together
     """
 
     step: int
     order: Ints
     steps: Ints
     slots: Ints
-    tasks: list[Future[list[_Cells]]]
+    groups: list[list[_Piece]]
 
 
 class RankReader:
     """Reads what the steps of a rank need, from ``first_step`` on.
 
-    threads: that read and decompress; with object storage behind them they mostly wait
-    ahead: blocks that are read before a step needs them, and at least one window
+    threads: that read; with object storage behind them they mostly wait
+    ahead: groups of blocks that are read before a step needs them
     buffers: where the memory of the cells that are held comes from, and goes
     """
 
@@ -92,8 +84,9 @@ class RankReader:
     ) -> None:
         self._selection, self._plan, self._ranks = selection, plan, ranks
         self._ahead = ahead
-        self._loads = deque(ranks.loads(first_step))
-        self._coming: deque[_Coming] = deque()
+        self._windows: deque[_Window] = deque()
+        self._groups = self._begun(ranks.loads(first_step))
+        self._reads: deque[Future[list[bytes | None]]] = deque()
         self._stopped = Event()
         self._buffers = buffers
         self._held: dict[int, list[Buffer]] = {}
@@ -111,8 +104,8 @@ class RankReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
-        tasks = [task for coming in self._coming for task in coming.tasks if not task.cancelled()]
-        if not wait(tasks, timeout=_PATIENCE_S).not_done:
+        reads = [read for read in self._reads if not read.cancelled()]
+        if not wait(reads, timeout=_PATIENCE_S).not_done:
             self._pool.shutdown()
         for last_step in list(self._held):
             self._let_go(last_step)
@@ -127,9 +120,9 @@ class RankReader:
             self._let_go(done)
         self._step = step
         self._read_ahead()
-        while self._coming and self._coming[0].step <= step:
-            self._fill(self._coming[0])
-            self._coming.popleft()
+        while self._windows and self._windows[0].step <= step:
+            self._fill(self._windows[0])
+            self._windows.popleft()
             self._read_ahead()
         slots = self._ranks.slots(step)
         return self._ids[slots], EncodedRows(self._addresses[slots], self._sizes[slots], (self,))
@@ -139,19 +132,23 @@ class RankReader:
             self._buffers.give_back(buffer)
 
     def _read_ahead(self) -> None:
-        while self._loads and sum(len(coming.tasks) for coming in self._coming) < self._ahead:
-            self._coming.append(self._begun(self._loads.popleft()))
+        for pieces in islice(self._groups, max(0, self._ahead - len(self._reads))):
+            blocks = [piece.block for piece in pieces]
+            self._reads.append(self._pool.submit(pieces[0].sample.read_chunks, blocks))
 
-    def _begun(self, load: Load) -> _Coming:
-        """Begin to read a window: those of its cells that the rank takes from the load's step on."""
-        steps = self._ranks.steps_of(load)
-        taken = steps >= load.step
-        order = self._plan.permutation(load.window)[taken]
-        needed = np.zeros(len(steps), np.bool_)
-        needed[order] = True
-        places = np.cumsum(needed) - 1
-        tasks = [self._pool.submit(self._read, group) for group in self._adjacent(load.window, needed)]
-        return _Coming(load.step, places[order], steps[taken], self._ranks.slots_of(load)[taken], tasks)
+    def _begun(self, loads: Iterable[Load]) -> Iterator[list[_Piece]]:
+        """What has to be read, window by window, in groups of pieces."""
+        for load in loads:
+            steps = self._ranks.steps_of(load)
+            taken = steps >= load.step
+            order = self._plan.permutation(load.window)[taken]
+            needed = np.zeros(len(steps), np.bool_)
+            needed[order] = True
+            places = np.cumsum(needed) - 1
+            groups = list(self._adjacent(load.window, needed))
+            slots = self._ranks.slots_of(load)[taken]
+            self._windows.append(_Window(load.step, places[order], steps[taken], slots, groups))
+            yield from groups
 
     def _adjacent(self, window: Window, needed: Bools) -> Iterator[list[_Piece]]:
         """The needed parts of a window in groups of blocks of one shard, which the store reads in few requests."""
@@ -165,44 +162,45 @@ class RankReader:
         for _, group in groupby(pieces, lambda piece: (piece.sample.first_cell, piece.block // SHARD_BLOCKS)):
             yield list(group)
 
-    def _read(self, pieces: Sequence[_Piece]) -> list[_Cells]:
-        """Read pieces of one sample."""
-        blocks = pieces[0].sample.read_rows([piece.block for piece in pieces])
-        found = []
-        for piece, block in zip(pieces, blocks, strict=True):
-            run = piece.run
-            ids = self._selection.ids(run.block, run.start, run.stop, self._plan.epoch)[piece.needed]
-            rows = block.take(ids - piece.first_cell)
-            if 2 * len(ids) < len(block):  # else a few cells would keep the memory of all of their block
-                rows = EncodedRows.of_bytes(*rows.packed())
-            found.append(_Cells(piece.position, ids, rows))
-        return found
-
-    def _fill(self, coming: _Coming) -> None:
+    def _fill(self, window: _Window) -> None:
         """Put a window's cells into the table, their rows copied in the order in which they leave it.
 
         So a window's memory goes piece by piece, as its cells do, and on average little more than half of it is held.
         """
-        parts = [part for task in coming.tasks for part in self._result(task)]
+        parts = [part for group in window.groups for part in self._cells(group)]
         if not parts:  # the other ranks take all of it
             return
-        parts.sort(key=lambda part: part.position)
-        order, steps, slots = coming.order, coming.steps, coming.slots
-        self._ids[slots] = np.concatenate([part.ids for part in parts])[order]
-        rows = EncodedRows.concatenate([part.rows for part in parts]).take(order)
+        parts.sort(key=lambda part: part[0])
+        order, steps, slots = window.order, window.steps, window.slots
+        self._ids[slots] = np.concatenate([ids for _, ids, _ in parts])[order]
+        rows = EncodedRows.concatenate([rows for _, _, rows in parts]).take(order)
         n_pieces = -(-len(order) // _PIECE_CELLS)
         bounds = np.linspace(0, len(order), n_pieces + 1).astype(np.int64).tolist()
         for start, stop in pairwise(bounds):
             piece = rows[start:stop]
             buffer = self._buffers.take(int(piece.sizes.sum()))
-            packed = EncodedRows.of_bytes(*piece.packed(buffer))
-            self._addresses[slots[start:stop]] = packed.addresses
-            self._sizes[slots[start:stop]] = packed.sizes
+            _, offsets = piece.packed(buffer)
+            self._addresses[slots[start:stop]] = buffer.ctypes.data + offsets[:-1]
+            self._sizes[slots[start:stop]] = piece.sizes
             self._held.setdefault(int(steps[stop - 1]), []).append(buffer)
 
-    def _result(self, task: Future[list[_Cells]]) -> list[_Cells]:
-        """What a task read, unless the reader is stopped first: object storage may not answer for long."""
-        while not task.done() and not wait([task], timeout=_LOOK_EVERY_S).done:
+    def _cells(self, pieces: Sequence[_Piece]) -> Iterator[tuple[int, Ints, EncodedRows]]:
+        """Of the pieces that were read first: position, ids and rows of the needed cells."""
+        chunks = self._result(self._reads[0])
+        self._reads.popleft()
+        self._read_ahead()
+        for piece, chunk in zip(pieces, chunks, strict=True):
+            run = piece.run
+            ids = self._selection.ids(run.block, run.start, run.stop, self._plan.epoch)[piece.needed]
+            block = piece.sample.decompress(piece.block, chunk)
+            rows = block.take(ids - piece.first_cell)
+            if 2 * len(ids) < len(block):  # else a few cells would keep the memory of all of their block
+                rows = EncodedRows.of_bytes(*rows.packed())
+            yield piece.position, ids, rows
+
+    def _result(self, read: Future[list[bytes | None]]) -> list[bytes | None]:
+        """What was read, unless the reader is stopped first: object storage may not answer for long."""
+        while not read.done() and not wait([read], timeout=_LOOK_EVERY_S).done:
             if self._stopped.is_set():
                 raise CancelledError
-        return task.result()
+        return read.result()

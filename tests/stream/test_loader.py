@@ -178,7 +178,7 @@ def test_a_rank_holds_no_more_than_a_window_of_each_of_its_lanes(unequal_store, 
             reader.batch(step)
             held = sum(len(buffer) for buffers in reader._held.values() for buffer in buffers)
             assert held <= 4 // world_size * (window + share) * most_bytes * 33 / 32
-            assert len(reader._coming) <= 1
+            assert len(reader._reads) <= 1
 
 
 def test_dropping_the_iterator_ends_its_thread(unequal_store):
@@ -443,10 +443,11 @@ def test_what_is_read_keeps_no_memory_for_cells_that_are_not_needed(unequal_stor
     plan = stream._arrangement.order.epoch(0)
     options = {"threads": 1, "ahead": 1, "buffers": BufferPool()}
     with RankReader(stream._arrangement.selection, plan, plan.of_rank(), 0, **options) as reader:
-        for load in plan.of_rank().loads():
-            for task in reader._begun(load).tasks:
-                for cells in task.result():
-                    assert sum(len(owner) for owner in cells.rows.owners) == cells.rows.sizes.sum()
+        reader._read_ahead()
+        while reader._windows:
+            for group in reader._windows.popleft().groups:
+                for _, _, rows in reader._cells(group):
+                    assert sum(map(len, rows.owners)) == rows.sizes.sum()
 
 
 def test_a_rank_holds_no_rows_of_the_other_ranks(unequal_store):
@@ -455,8 +456,9 @@ def test_a_rank_holds_no_rows_of_the_other_ranks(unequal_store):
         options = {"threads": 1, "ahead": 1, "buffers": BufferPool()}
         ranks = plan.of_rank(rank, 4)
         with RankReader(stream._arrangement.selection, plan, ranks, 0, **options) as reader:
-            (load,) = ranks.loads()
-            held = sum(len(cells.ids) for task in reader._begun(load).tasks for cells in task.result())
+            reader._read_ahead()
+            (window,) = reader._windows
+            held = sum(len(ids) for group in window.groups for _, ids, _ in reader._cells(group))
         assert held == sum(len(batch) for batch in stream)
 
 

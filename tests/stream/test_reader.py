@@ -19,7 +19,7 @@ class Gate:
     def __init__(self, n):
         self.left, self.opened, self.waiting = n, threading.Event(), threading.Event()
 
-    def read_rows(self, sample, blocks):
+    def read_chunks(self, sample, blocks):
         self.left -= 1
         if self.left < 0:
             self.waiting.set()
@@ -27,13 +27,13 @@ class Gate:
         return ORIGINAL(sample, blocks)
 
 
-ORIGINAL = Sample.read_rows
+ORIGINAL = Sample.read_chunks
 
 
 def test_a_stream_that_waits_for_a_read_can_be_dropped(unequal_store, monkeypatch):
     gate = Gate(5)
     monkeypatch.setattr(reader, "_PATIENCE_S", 0.1)
-    monkeypatch.setattr(Sample, "read_rows", lambda sample, blocks: gate.read_rows(sample, blocks))
+    monkeypatch.setattr(Sample, "read_chunks", lambda sample, blocks: gate.read_chunks(sample, blocks))
     stream = BatchStream(unequal_store.store, **OPTIONS)
     batches = iter(stream)
     next(batches)
@@ -53,11 +53,11 @@ def test_a_read_that_fails_is_an_error_of_the_loop_and_the_stream_can_go_on(uneq
             raise StoreError("the disk is on fire")
         return ORIGINAL(sample, blocks)
 
-    monkeypatch.setattr(Sample, "read_rows", fails)
+    monkeypatch.setattr(Sample, "read_chunks", fails)
     stream = BatchStream(unequal_store.store, **OPTIONS)
     with pytest.raises(StoreError, match="on fire"):
         list(stream)
     step = stream.state_dict()["step"]
     assert step < len(stream)
-    monkeypatch.setattr(Sample, "read_rows", ORIGINAL)
+    monkeypatch.setattr(Sample, "read_chunks", ORIGINAL)
     assert sum(len(batch) for batch in stream) == 2065 - 48 * step
