@@ -267,8 +267,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "the root": (lambda store: edit(store / "zarr.json", lambda a: a.pop("assembly")), "found assembly None"),
     "a version to come": (
-        lambda store: edit(store / "zarr.json", lambda a: a.update(version="2.0")),
-        "found version '2.0'; expected 1.x; upgrade annatac_scale",
+        lambda store: edit(store / "zarr.json", lambda a: a.update(version="3.0")),
+        "found version '3.0'; expected 2.x; upgrade annatac_scale",
     ),
     "no root at all": (lambda store: (store / "zarr.json").unlink(), "zarr.json: found no such file"),
     "no index": (lambda store: (store / "samples/zarr.json").write_text("{"), "samples/zarr.json: found no JSON"),
