@@ -99,7 +99,8 @@ def contents(task: dict[str, Any]) -> dict[str, Any]:
     rows = blocks = 0
     for sample in store.samples.values():
         for block in range(sample.n_blocks):
-            rows += int(sample.read_rows([block])[0].sizes.sum())
+            (chunk,) = sample.read_chunks([block])
+            rows += int(sample.decompress(block, chunk).sizes.sum())
             blocks += 4 * (BLOCK_CELLS + 1)
     files = (path for path in Path(task["store"]).rglob("*") if path.is_file())
     return {

@@ -64,7 +64,7 @@ class EncodedRows:
         if len(encoded) < head:
             raise StoreError(f"encoded block of {len(encoded)} bytes: its head alone takes {head}")
         ends = np.frombuffer(encoded, "<u4", n_rows + 1).astype(np.int64)
-        sizes = np.diff(ends)
+        sizes = ends[1:] - ends[:-1]
         if ends[0] != 0 or ends[-1] != len(encoded) - head or (sizes < 0).any():
             raise StoreError(
                 f"encoded block: row ends must rise from 0 to its {len(encoded) - head} bytes of rows"
