@@ -85,6 +85,21 @@ def test_the_figures_of_the_converter_are_those_that_were_saved() -> None:
     assert f"{cases['peers']['ratios']['ours_qc_over_ours_cpu']:.2f} times as long" in guide
 
 
+def test_the_figures_of_the_stream_are_those_that_were_saved() -> None:
+    runs = json.loads((ROOT / "benchmarks" / "results" / "stream.json").read_text())["cases"]["peers"]["runs"]
+    said = re.search(
+        r"took ([0-9.]+) µs of CPU a cell, or ([0-9.]+) for batches that are decoded on\s+the device, beside ([0-9.]+) of "
+        r"annbatch with zarrs, in ([0-9]+) MB of memory beside ([0-9]+), from ([0-9,]+) bytes a cell on disk beside ([0-9,]+)",
+        (ROOT / "README.md").read_text(),
+    )
+    assert said
+    ours, encoded, peer = (runs[name] for name in ("ours_ragged", "ours_encoded", "annbatch_zarrs"))
+    cpu = [f"{run['cpu_us_per_cell']['median']:.1f}" for run in (ours, encoded, peer)]
+    memory = [f"{run['rss_mb']:.0f}" for run in (ours, peer)]
+    disk = [f"{run['x_bytes_per_cell']:,.0f}" for run in (ours, peer)]
+    assert list(said.groups()) == cpu + memory + disk
+
+
 def test_the_lines_for_fragments_run_on_the_shipped_blood_cells(tmp_path: Path) -> None:
     with as_file(files("annatac_scale") / "data" / "archr_PBSmall.tsv.gz") as shipped:
         (tmp_path / "fragments.tsv.gz").write_bytes(shipped.read_bytes())
