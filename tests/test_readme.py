@@ -88,8 +88,9 @@ def test_the_figures_of_the_converter_are_those_that_were_saved() -> None:
 def test_the_figures_of_the_stream_are_those_that_were_saved() -> None:
     runs = json.loads((ROOT / "benchmarks" / "results" / "stream.json").read_text())["cases"]["peers"]["runs"]
     said = re.search(
-        r"took ([0-9.]+) µs of CPU a cell, or ([0-9.]+) for batches that are decoded on\s+the device, beside ([0-9.]+) of "
-        r"annbatch with zarrs, in ([0-9]+) MB of memory beside ([0-9]+), from ([0-9,]+) bytes a cell on disk beside ([0-9,]+)",
+        r"took ([0-9.]+) µs of CPU a cell, or ([0-9.]+) for batches that are decoded on\s+the device, beside "
+        r"([0-9.]+) of annbatch with zarrs, in ([0-9]+) MB of memory beside ([0-9]+), from ([0-9,]+) bytes a cell "
+        r"on disk beside ([0-9,]+)",
         (ROOT / "README.md").read_text(),
     )
     assert said
