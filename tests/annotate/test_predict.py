@@ -1,14 +1,7 @@
-"""Every cell gets the row that the model gives it alone, whatever was interrupted, and nothing else is overwritten."""
+"""Every cell gets the row that the model gives it alone; the splits of the fine-tuning, and labels in an h5ad."""
 
-import fcntl
 import itertools
 import json
-import multiprocessing
-import multiprocessing.synchronize
-import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import anndata
@@ -18,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from predicted import SIZES, assert_same_bytes
 from scipy import sparse
 from small_atlas import (
     NOVEL_THRESHOLD,
@@ -25,7 +19,6 @@ from small_atlas import (
     TYPES,
     VOCABULARY,
     SmallSample,
-    add_sample,
     draw_sample,
     one_by_one,
     small_model,
@@ -42,9 +35,8 @@ from annatac_scale.genome.assembly import Assembly
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.ingest.convert import convert
 from annatac_scale.model.folder import read_model
-from annatac_scale.progress import Advance, Silent
+from annatac_scale.progress import Silent
 from annatac_scale.store.store import IslandStore
-from annatac_scale.store.writer import replace_obs
 from annatac_scale.stream.batch import Batch
 from annatac_scale.stream.tokens import TokenLister
 from annatac_scale.train.splits import LabelledCells
@@ -54,34 +46,11 @@ COLUMNS = [
     *("sample", "barcode", "best", "label", "confidence", "second", "second_confidence"),
     *("probabilities", "n_open", "split"),
 ]
-SIZES = {"many": 300, "none": 0, "one": 1, "three": 3}
-
-
-@pytest.fixture(scope="module")
-def samples() -> dict[str, SmallSample]:
-    return {name: draw_sample(n, seed) for seed, (name, n) in enumerate(SIZES.items())}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, samples: dict[str, SmallSample]) -> IslandStore:
-    return small_store(tmp_path_factory.mktemp("predict") / "atlas.zarr", samples)
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    small_model(tmp_path / "model")
-    return tmp_path / "model"
 
 
 def table_of(labels: Path) -> pd.DataFrame:
     """The data set as any reader of Parquet reads it."""
     return pd.read_parquet(labels).sort_values(["sample", "barcode"], ignore_index=True)
-
-
-def assert_same_bytes(left: Path, right: Path) -> None:
-    for folder, other in ((left, right), (right, left)):
-        for file in folder.glob("*.parquet"):
-            assert file.read_bytes() == (other / file.name).read_bytes(), file.name
 
 
 def expected_rows(logits: np.ndarray, threshold: float) -> pd.DataFrame:
@@ -240,186 +209,6 @@ def test_the_share_of_islands_that_the_model_does_not_know_is_reported(
         expected = 1 - opened[:, VOCABULARY].sum() / max(opened.sum(), 1) if opened.any() else 0.0
         assert report.dropped[name] == pytest.approx(expected)
         assert f"{name}: {expected:.1%} of the open islands are not in the model's vocabulary" in lines
-
-
-class Interrupted(Silent):
-    """Stops the process for good after the given number of steps of a task."""
-
-    def __init__(self, steps: int, reached: multiprocessing.synchronize.Event) -> None:
-        self.steps, self.reached = steps, reached
-
-    @contextmanager
-    def task(self, name: str, total: int | None, unit: str) -> Iterator[Advance]:
-        left = [self.steps]
-
-        def advance(n: int) -> None:
-            left[0] -= 1
-            if left[0] == 0:
-                self.reached.set()
-                signal.pause()
-
-        yield advance
-
-
-def predict_and_hang(
-    store: Path, model: Path, out: Path, steps: int, reached: multiprocessing.synchronize.Event
-) -> None:
-    predict(store, model, out, progress=Interrupted(steps, reached))
-
-
-def test_a_run_that_was_killed_goes_on_and_gives_the_same_table(tmp_path: Path) -> None:
-    store = small_store(tmp_path / "atlas.zarr", {"big": draw_sample(8100, 1), "small": draw_sample(5, 2)})
-    small_model(tmp_path / "model")
-    predict(store, tmp_path / "model", tmp_path / "undisturbed")
-    out = tmp_path / "labels"
-    context = multiprocessing.get_context("spawn")
-    reached = context.Event()
-    arguments = (store.path, tmp_path / "model", out, 3, reached)  # 1 for what is there, 2 parts
-    process = context.Process(target=predict_and_hang, args=arguments)
-    process.start()
-    assert reached.wait(100)
-    with pytest.raises(InputError, match="another process is writing labels here"):
-        predict(store, tmp_path / "model", out)
-    os.kill(process.pid or 0, signal.SIGKILL)
-    process.join()
-    assert sorted(file.name for file in out.glob("*.parquet")) == ["big-00000.parquet", "big-00001.parquet"]
-    assert json.loads((out / MANIFEST).read_text())["complete"] is False
-    (out / ".big-00002.parquet.partial").write_bytes(b"torn")
-    kept = (out / "big-00000.parquet").stat().st_ino
-    report = predict(store, tmp_path / "model", out)
-    assert (report.n_skipped, report.n_parts, report.n_cells) == (2, 4, 8105)
-    assert (out / "big-00000.parquet").stat().st_ino == kept
-    assert not list(out.glob(".*"))
-    assert_same_bytes(tmp_path / "undisturbed", out)
-    assert (out / MANIFEST).read_text() == (tmp_path / "undisturbed" / MANIFEST).read_text()
-    table = pd.read_parquet(out)
-    assert sorted(table["barcode"]) == sorted(store.obs([])["barcode"])
-
-
-def test_running_again_writes_nothing(tmp_path: Path, store: IslandStore, model: Path) -> None:
-    first = predict(store, model, tmp_path / "labels")
-
-    def stamps() -> dict[str, tuple[int, int]]:
-        stats = {file.name: file.stat() for file in (tmp_path / "labels").iterdir()}
-        return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
-
-    before = stamps()
-    again = predict(store, model, tmp_path / "labels")
-    assert stamps() == before
-    assert again.n_skipped == again.n_parts == 4
-    assert (again.labels, again.dropped) == (first.labels, first.dropped)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-20]), lambda file: file.write_text("")],
-)
-def test_a_part_that_is_lost_or_cut_is_made_again(
-    tmp_path: Path, store: IslandStore, model: Path, damage: object
-) -> None:
-    predict(store, model, tmp_path / "labels")
-    part = tmp_path / "labels/many-00000.parquet"
-    before = part.read_bytes()
-    damage(part)  # type: ignore[operator]
-    assert predict(store, model, tmp_path / "labels").n_skipped == 3
-    assert part.read_bytes() == before
-
-
-def test_a_part_of_other_labels_is_made_again(tmp_path: Path, store: IslandStore, model: Path) -> None:
-    predict(store, model, tmp_path / "labels")
-    predict(store, model, tmp_path / "other", novel_threshold=0.9)
-    part = tmp_path / "labels/many-00000.parquet"
-    before = part.read_bytes()
-    part.write_bytes((tmp_path / "other/many-00000.parquet").read_bytes())
-    assert predict(store, model, tmp_path / "labels").n_skipped == 3
-    assert part.read_bytes() == before
-
-
-def test_other_models_options_and_cells_are_refused_over_the_same_folder(
-    tmp_path: Path, store: IslandStore, model: Path
-) -> None:
-    out = tmp_path / "labels"
-    predict(store, model, out)
-    before = {file.name: file.read_bytes() for file in out.iterdir()}
-    small_model(tmp_path / "other", seed=5)
-    with pytest.raises(ModelError, match=r"holds labels of model \w{12}, now asked for model \w{12}; choose"):
-        predict(store, tmp_path / "other", out)
-    with pytest.raises(InputError, match=r"novel_threshold 0\.8, now asked for 0\.6; choose another --out"):
-        predict(store, model, out, novel_threshold=0.6)
-    changed = small_store(tmp_path / "changed.zarr", {"many": draw_sample(300, 9)})
-    with pytest.raises(InputError, match="labels of sample 'many', but the store has other cells under that"):
-        predict(changed, model, out)
-    fewer = small_store(tmp_path / "fewer.zarr", {"new": draw_sample(3, 9)})
-    with pytest.raises(InputError, match="labels of sample 'many', but the store has no such sample"):
-        predict(fewer, model, out)
-    write_split(tmp_path / "split.parquet", [("many", "many-0", "test")], {})
-    with pytest.raises(InputError, match=r"split_sha256 none, now asked for \w{12}"):
-        predict(store, model, out)
-    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
-
-
-def test_new_samples_are_added_and_new_obs_changes_nothing(tmp_path: Path, model: Path) -> None:
-    store = small_store(tmp_path / "atlas.zarr", {"a": draw_sample(20, 1)})
-    predict(store, model, tmp_path / "labels")
-    replace_obs(store.path, "a", store.samples["a"].obs().assign(cell_type="x"))
-    assert predict(store.path, model, tmp_path / "labels").n_skipped == 1
-    add_sample(store.path, "b", draw_sample(10, 2))
-    report = predict(store.path, model, tmp_path / "labels")
-    assert (report.n_skipped, report.n_parts, report.n_cells) == (1, 2, 30)
-    assert len(pd.read_parquet(tmp_path / "labels")) == 30
-
-
-def test_folders_that_hold_something_else_are_left_alone(
-    tmp_path: Path, store: IslandStore, model: Path
-) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"found 'thesis\.txt', expected a new folder or one of labels"):
-        predict(store, model, tmp_path / "full")
-    assert [file.name for file in (tmp_path / "full").iterdir()] == ["thesis.txt"]
-    with pytest.raises(InputError, match="found a file, expected a folder"):
-        predict(store, model, tmp_path / "full/thesis.txt")
-    for wrong in (store.path, model):
-        with pytest.raises(InputError, match="expected a new folder or one of labels"):
-            predict(store, model, wrong)
-
-
-def test_a_folder_left_by_a_kill_before_its_manifest_is_gone_on_with(
-    tmp_path: Path, store: IslandStore, model: Path
-) -> None:
-    (tmp_path / "labels").mkdir()
-    (tmp_path / "labels" / f".{MANIFEST}.partial").write_text('{"form')
-    assert predict(store, model, tmp_path / "labels").n_cells == 304
-
-
-@pytest.mark.parametrize(
-    "content", ["", "[]", '{"format": "annatac_scale.labels", "version": "1.0"}', "\xff"]
-)
-def test_a_damaged_manifest_is_refused(tmp_path: Path, store: IslandStore, model: Path, content: str) -> None:
-    (tmp_path / "labels").mkdir()
-    (tmp_path / "labels" / MANIFEST).write_bytes(content.encode("latin1"))
-    with pytest.raises(InputError, match=r"_manifest\.json: cannot be read"):
-        predict(store, model, tmp_path / "labels")
-
-
-def test_a_manifest_of_a_newer_format_is_refused(tmp_path: Path, store: IslandStore, model: Path) -> None:
-    predict(store, model, tmp_path / "labels")
-    file = tmp_path / "labels" / MANIFEST
-    file.write_text(file.read_text().replace('"version": "1.0"', '"version": "2.0"'))
-    with pytest.raises(InputError, match=r"found format annatac_scale\.labels 2\.0, expected"):
-        predict(store, model, tmp_path / "labels")
-
-
-def test_a_folder_locked_by_another_writer_is_refused(
-    tmp_path: Path, store: IslandStore, model: Path
-) -> None:
-    (tmp_path / "labels").mkdir()
-    lock = os.open(tmp_path / "labels", os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(InputError, match="another process is writing labels here"):
-        predict(store, model, tmp_path / "labels")
-    os.close(lock)
-    assert predict(store, model, tmp_path / "labels").n_cells == 304
 
 
 def test_models_without_types_or_digest_and_other_stores_are_refused(
