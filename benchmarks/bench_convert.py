@@ -257,15 +257,6 @@ def case_sheet(bench: Bench) -> dict[str, Any]:
 CASES = {"peers": case_peers, "memory": case_memory, "formats": case_formats, "sheet": case_sheet}
 
 
-def failures(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [
-        f"{case}/{name}"
-        for case, found in cases.items()
-        for name, figures in found["runs"].items()
-        if "failed" in figures
-    ]
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -313,7 +304,7 @@ def main() -> None:
         "spec": asdict(bench.spec),
         "cases": cases,
         "peers": peers,
-        "failed": failures(cases),
+        "failed": commands.failures(cases),
         **commands.conditions(),
     }
     if options.save:

@@ -5,8 +5,9 @@
 Every run is a whole process; the runs of a case take turns, ``--rounds`` times. CPU and wall seconds are of whole
 epochs within the process, after some batches of another one, with the page cache warm; peak memory is of the process.
 Cases: store (bytes on disk), peers (annbatch, scDataset), big (a million cells, and less address space than the store
-has bytes), mixing (cell types of a batch), latency (object storage over a slow link), resume, ranks. ``--peers`` makes
-the peers' environments in FOLDER where they are not there yet; without it they are skipped. Ends with one line of JSON.
+has bytes), mixing (cell types of a batch), latency (object storage over a slow link), resume, ranks, files (a store
+verified and exported). ``--peers`` makes the peers' environments in FOLDER where they are not there yet; without it
+they are skipped. Ends with one line of JSON.
 """
 
 import argparse
@@ -58,15 +59,6 @@ def bars(cases: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 def is_met(name: str, value: float) -> bool:
     sign, bar = BARS[name]
     return {"<=": value <= bar, "<": value < bar, ">=": value >= bar}[sign]
-
-
-def failures(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [
-        f"{case}/{name}"
-        for case, found in cases.items()
-        for name, figures in found["runs"].items()
-        if "failed" in figures
-    ]
 
 
 def arguments() -> argparse.Namespace:
@@ -139,7 +131,7 @@ def main() -> None:
         "cases": cases,
         "bars": {} if options.quick else bars(cases),
         "peers": versions,
-        "failed": failures(cases),
+        "failed": commands.failures(cases),
         "cpu": cpu_model(),
         **commands.conditions(),
     }

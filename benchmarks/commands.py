@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -87,6 +87,16 @@ def write_genes(path: Path, assembly: str) -> Path:
             strand = "+" if forward else "-"
             file.write(f"{row.chrom}\tannatac\ttranscript\t{start}\t{end}\t.\t{strand}\t.\t{keys}\n")
     return path
+
+
+def failures(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Runs that failed, as case/run."""
+    return [
+        f"{case}/{name}"
+        for case, found in cases.items()
+        for name, figures in found["runs"].items()
+        if "failed" in figures
+    ]
 
 
 def conditions() -> dict[str, Any]:

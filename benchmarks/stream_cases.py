@@ -311,6 +311,31 @@ def case_ranks(bench: Bench) -> dict[str, Any]:
     }
 
 
+def case_files(bench: Bench) -> dict[str, Any]:
+    """`info --verify` and `export` of the base store, and of a tenth of its cells: whole processes."""
+    specs = {"base": bench.spec, "tenth": replace(bench.spec, cells=bench.spec.cells // 10)}
+    runs = []
+    for size, spec in specs.items():
+        store = bench.store(spec)
+        runs.append(bench.work(f"verify_{size}", "verify", store))
+        for kind in ("h5ad", "zarr"):
+            out = str(bench.scratch / f"{size}.{kind}")
+            runs.append(bench.work(f"{kind}_{size}", "export", store, out=out))
+    found = {name: rounds_of[-1] for name, rounds_of in bench.turns(runs, rounds=1).items()}
+    return {"runs": {name: _whole(figures) for name, figures in found.items()}, "bars": {}}
+
+
+def _whole(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of a whole process, start-up included."""
+    if "failed" in figures:
+        return {"failed": figures["failed"]}
+    found = {name: figures[name] for name in ("cells", "rss_mb", "load", "sound") if name in figures}
+    found["cpu_us_per_cell"] = round(figures["cpu_s"] / figures["cells"] * 1e6, 1)
+    if "out_bytes" in figures:
+        found["out_bytes_per_cell"] = round(figures["out_bytes"] / figures["cells"], 1)
+    return found
+
+
 CASES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "store": case_store,
     "peers": case_peers,
@@ -319,4 +344,5 @@ CASES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "latency": case_latency,
     "resume": case_resume,
     "ranks": case_ranks,
+    "files": case_files,
 }

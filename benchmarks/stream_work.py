@@ -2,7 +2,7 @@
 
     python benchmarks/stream_work.py TASK.json
 
-TASK.json: {"work": "stream" | "fetch" | "mixing" | "state" | "resume" | "contents", "store": PATH or URL, ...}. Ends
+TASK.json: {"work": one of WORK below, "store": PATH or URL, ...}. Ends
 with one line of JSON. Imports are over when the clock starts; opening the store counts only where it says so.
 """
 
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from peer_stream import steady, x_bytes
 
+import annatac_scale as ats
 from annatac_scale.store.place import place_of
 from annatac_scale.store.schema import BLOCK_CELLS
 from annatac_scale.store.store import IslandStore
@@ -155,7 +156,21 @@ def resume(task: dict[str, Any]) -> dict[str, Any]:
     return {"first_batch_s": round(wall, 4), "first_batch_cpu_s": round(cpu, 4), "cells": len(batch)}
 
 
-WORK = {work.__name__: work for work in (stream, fetch, contents, mixing, state, resume)}
+def verify(task: dict[str, Any]) -> dict[str, Any]:
+    """`annatac info --verify` with two threads."""
+    report = ats.info(task["store"], verify=True, workers=2)
+    return {"cells": report.n_cells, "sound": report.is_sound}
+
+
+def export(task: dict[str, Any]) -> dict[str, Any]:
+    """`annatac export`."""
+    out = Path(task["out"])
+    report = ats.export(task["store"], out=out)
+    files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
+    return {"cells": report.n_cells, "out_bytes": sum(path.stat().st_size for path in files)}
+
+
+WORK = {work.__name__: work for work in (stream, fetch, contents, mixing, state, resume, verify, export)}
 
 
 def main() -> None:

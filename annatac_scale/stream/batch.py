@@ -9,7 +9,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from annatac_scale.errors import StoreError
-from annatac_scale.store.encoded_rows import EncodedRows
+from annatac_scale.store.encoded_rows import DamagedRowError, EncodedRows
 from annatac_scale.store.open_islands import OpenIslands
 
 Value = TypeVar("Value", bound=np.generic)
@@ -120,30 +120,52 @@ class Batch:
 
 
 @dataclass(frozen=True, eq=False)
+class RowsOrigin:
+    """What has to be known to decode rows of a store.
+
+    store: its path or URL
+    n_islands: its islands, as which the rows number them
+    new_of_old: int32 [n_islands] or None, the numbers of the stream's vocabulary, -1 where it has none
+    """
+
+    store: str
+    n_islands: int
+    new_of_old: NDArray[np.int32] | None
+
+    def decode(self, cell_ids: Ints, rows: EncodedRows) -> OpenIslands:
+        """The open islands of the rows; ``cell_ids[i]`` names row ``i``. Raises StoreError for bytes of no encoder."""
+        try:
+            return rows.decode(self.n_islands, self.new_of_old)
+        except DamagedRowError as error:
+            raise StoreError(
+                f"{self.store}: cell {cell_ids[error.row]}: found {error.what}; expected the bytes of an encoder; "
+                "look for what else is damaged with `annatac info --verify`, and convert the sample again"
+            ) from error
+
+
+@dataclass(frozen=True, eq=False)
 class EncodedBatch:
     """``B`` cells in the island codec (docs/store-format.md): a byte for nearly every open island.
 
     cell_ids: int64 [B], counted over the whole store
     data: uint8, the rows one after the other; offsets: int64 [B + 1], cell ``i`` owns ``offsets[i]:offsets[i + 1]``
-    n_islands: islands of the store, as which the rows number them
-    new_of_old: int32 [n_islands] or None, the numbers of the stream's vocabulary, -1 where it has none
+    origin: what decoding has to know of the store
     obs: as in Batch
     """
 
     cell_ids: NDArray[np.int64]
     data: NDArray[np.uint8]
     offsets: NDArray[np.int64]
-    n_islands: int
-    new_of_old: NDArray[np.int32] | None = None
+    origin: RowsOrigin
     obs: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.cell_ids)
 
     def decode(self) -> Batch:
-        """The batch as open islands. Raises DamagedRowError for bytes that no encoder writes."""
+        """The batch as open islands. Raises StoreError for bytes that no encoder writes."""
         rows = EncodedRows.of_bytes(self.data, self.offsets)
-        return Batch.from_open(self.cell_ids, rows.decode(self.n_islands, self.new_of_old), self.obs)
+        return Batch.from_open(self.cell_ids, self.origin.decode(self.cell_ids, rows), self.obs)
 
 
 def _offsets(counts: Ints) -> Ints:

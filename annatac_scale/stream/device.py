@@ -40,8 +40,9 @@ def to_device(batch: Batch | EncodedBatch, device: torch.device | str) -> Device
         islands, levels = _sent(batch.islands, device), _sent(batch.levels, device)
         return DeviceBatch(cell_ids, offsets, islands, levels, obs)
     islands, levels, offsets = decode(_sent(batch.data, device), offsets)
-    if batch.new_of_old is not None:
-        islands, levels, offsets = _renumbered(islands, levels, offsets, _sent(batch.new_of_old, device))
+    if batch.origin.new_of_old is not None:
+        new_of_old = _sent(batch.origin.new_of_old, device)
+        islands, levels, offsets = _renumbered(islands, levels, offsets, new_of_old)
     return DeviceBatch(cell_ids, offsets, islands.int(), levels, obs)
 
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from annatac_scale.errors import ConfigError, StoreError
+from annatac_scale.errors import ConfigError
 from annatac_scale.store.cache import BlockCache
-from annatac_scale.store.encoded_rows import DamagedRowError, EncodedRows
+from annatac_scale.store.encoded_rows import EncodedRows
 from annatac_scale.store.place import is_url
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.arrangement import Arrangement, OrderOptions, StreamState
-from annatac_scale.stream.batch import Batch, EncodedBatch
+from annatac_scale.stream.batch import Batch, EncodedBatch, RowsOrigin
 from annatac_scale.stream.buffers import BufferPool
 from annatac_scale.stream.order import default_lanes
 from annatac_scale.stream.reader import RankReader
@@ -51,7 +51,8 @@ class BatchStream:
     lanes: runs of cells read side by side, a divisor of the global batch and at least the world size; None
         takes the divisor nearest to 36. More lanes mix better
     window: blocks of 250 cells' worth that a lane shuffles among each other
-    threads: that read and decompress; None takes 2, or 64 for a store in object storage
+    threads: that read, ahead of the one that decompresses and makes batches; None takes 2, or 64 for a store in
+        object storage
     cache: keeps the blocks that are read on a local disk; for a store that is given by its URL
 
     A rank holds at most ``lanes / world_size * (window + 1) * 250`` cells, encoded, on average little more than half of
@@ -93,10 +94,10 @@ class BatchStream:
         self._obs, self._columns = tuple(obs), _Columns(store, obs)
         self._threads = threads or (REMOTE_THREADS if is_url(store.path) else LOCAL_THREADS)
         self._ahead = window + 2 * self._threads
-        self._new_of_old: NDArray[np.int32] | None = None
         if vocabulary is not None:
             vocabulary.check_space(store)
-            self._new_of_old = vocabulary.new_of_old()
+        new_of_old = None if vocabulary is None else vocabulary.new_of_old()
+        self._origin = RowsOrigin(str(store.path), store.n_islands, new_of_old)
         self._buffers = BufferPool()
         self._epoch = self._step = 0
 
@@ -176,19 +177,10 @@ class BatchStream:
         self._epoch, self._step = self._epoch + 1, 0
 
     def _batch(self, cell_ids: Ints, rows: EncodedRows) -> Batch:
-        try:
-            cells = rows.decode(self.store.n_islands, self._new_of_old)
-        except DamagedRowError as error:
-            raise StoreError(
-                f"{self.store.path}: cell {cell_ids[error.row]}: found {error.what}; expected the bytes of an encoder; "
-                "look for what else is damaged with `annatac info --verify`, and convert the sample again"
-            ) from error
-        return Batch.from_open(cell_ids, cells, self._columns.of(cell_ids))
+        return Batch.from_open(cell_ids, self._origin.decode(cell_ids, rows), self._columns.of(cell_ids))
 
     def _encoded_batch(self, cell_ids: Ints, rows: EncodedRows) -> EncodedBatch:
-        return EncodedBatch(
-            cell_ids, *rows.packed(), self.store.n_islands, self._new_of_old, self._columns.of(cell_ids)
-        )
+        return EncodedBatch(cell_ids, *rows.packed(), self._origin, self._columns.of(cell_ids))
 
 
 class _Columns:

@@ -39,10 +39,9 @@ class Window:
 
 @dataclass(frozen=True)
 class Load:
-    """A window that a rank needs for its steps ``step`` to ``last_step``; lane: counted over the rank's lanes."""
+    """A window that a rank needs from ``step`` on; lane: counted over the rank's lanes."""
 
     step: int
-    last_step: int
     window: Window
     lane: int
 
@@ -223,7 +222,7 @@ class LanesPlan:
             last_steps = (positions[1:] - 1) // self._share
             for number in np.flatnonzero(last_steps >= first_step):
                 window = Window(int(windows[number]), int(windows[number + 1]))
-                found.append(Load(int(steps[number]), int(last_steps[number]), window, lane))
+                found.append(Load(int(steps[number]), window, lane))
         return sorted(found, key=lambda load: (load.step, load.lane))
 
     def slots_of(self, load: Load) -> Ints:
@@ -255,8 +254,7 @@ class WholePlan:
 
     def loads(self, first_step: int = 0) -> list[Load]:
         """As in RankPlan."""
-        last_step = self._order.n_steps - 1
-        return [Load(first_step, last_step, Window(0, self.n_slots), 0)] if first_step <= last_step else []
+        return [Load(first_step, Window(0, self.n_slots), 0)] if first_step < self._order.n_steps else []
 
     def slots_of(self, load: Load) -> Ints:
         """As in RankPlan."""

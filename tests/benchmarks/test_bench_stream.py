@@ -31,7 +31,7 @@ def test_the_benchmark_of_the_stream_runs_quickly_and_ends_with_json(tmp_path: P
     printed = run("bench_stream.py", "--quick", "--data", str(tmp_path))
     assert "peers: skipped, no --peers given" in printed
     report = json.loads(printed[-1])
-    assert list(report["cases"]) == ["store", "peers", "big", "mixing", "latency", "resume", "ranks"]
+    assert list(report["cases"]) == ["store", "peers", "big", "mixing", "latency", "resume", "ranks", "files"]
     assert report["failed"] == []
     cases = report["cases"]
     for name in ("ours_ragged", "ours_encoded"):
@@ -41,6 +41,8 @@ def test_the_benchmark_of_the_stream_runs_quickly_and_ends_with_json(tmp_path: P
     assert cases["peers"]["same_cells"]
     assert cases["latency"]["bars"]["same_order"] == 1
     assert cases["ranks"]["all_cells"]
+    assert cases["files"]["runs"]["verify_base"]["sound"]
+    assert cases["files"]["runs"]["h5ad_tenth"]["out_bytes_per_cell"] > 100
     assert cases["resume"]["bars"]["first_batch_s"] > 0
     assert 1 <= cases["store"]["runs"]["base"]["raw_bytes_per_open"] < 2
     assert not (tmp_path / "results").exists()
@@ -92,7 +94,7 @@ def test_a_run_that_failed_is_reported_and_not_repeated(tmp_path: Path) -> None:
     found = turns.take_turns([turns.Run("broken", {"work": "nothing"})], 3, tmp_path)
     assert len(found["broken"]) == 1
     assert "KeyError" in found["broken"][0]["failed"]
-    assert bench.failures({"case": {"runs": turns.summaries(found)}}) == ["case/broken"]
+    assert bench.commands.failures({"case": {"runs": turns.summaries(found)}}) == ["case/broken"]
 
 
 def test_bars_compare_as_they_say() -> None:

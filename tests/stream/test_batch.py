@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from annatac_scale.errors import StoreError
 from annatac_scale.store.open_islands import OpenIslands
-from annatac_scale.stream.batch import Batch
+from annatac_scale.stream.batch import Batch, EncodedBatch, RowsOrigin
 
 N_ISLANDS = 30
 
@@ -93,3 +93,13 @@ def test_a_slice_holds_the_same_tokens_and_targets_of_its_cells(case, cells):
     assert found.cell_ids.tolist() == list(range(100, 100 + len(rows)))[cells]
     for name in ("offsets", "islands", "tokens", "level_targets", "open_targets"):
         assert getattr(found, name).tolist() == getattr(expected, name).tolist()
+
+
+def test_damaged_bytes_of_an_encoded_batch_name_the_store_and_the_cell():
+    origin = RowsOrigin("s3://bucket/atlas.zarr", 100, None)
+    data = np.frombuffer(b"\x00\xff\x80", np.uint8)
+    batch = EncodedBatch(np.array([7, 41]), data, np.array([0, 1, 3]), origin)
+    with pytest.raises(
+        StoreError, match=r"^s3://bucket/atlas.zarr: cell 41: found a row that ends within an island"
+    ):
+        batch.decode()
