@@ -1,4 +1,4 @@
-"""Memory against the formula of docs/guide.md, "The stream": all that NumPy, Python and zstd allocate, by tracemalloc."""
+"""Memory against the formula of docs/guide.md, "The stream": what NumPy, Python and zstd allocate, by tracemalloc."""
 
 import tracemalloc
 
