@@ -23,7 +23,7 @@ def keep_freed_memory() -> None:
     """Let the C library keep freed memory for the next array, where it is glibc; for the whole process.
 
     Else arrays of some 100 kB and more are given back to the system one by one, and each page of the next one is asked
-    for anew, which costs more than to write it: a fifth of the CPU time of a stream.
+    for anew, which costs more than to write it.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -101,6 +101,32 @@ def test_the_figures_of_the_stream_are_those_that_were_saved() -> None:
     assert list(said.groups()) == cpu + memory + disk
 
 
+def test_the_figures_of_the_guide_are_those_that_were_saved() -> None:
+    cases = json.loads((ROOT / "benchmarks" / "results" / "stream.json").read_text())["cases"]
+    runs, files = cases["peers"]["runs"], cases["files"]["runs"]
+
+    def said(tag: str) -> list[float]:
+        guide = (ROOT / "docs" / "guide.md").read_text()
+        (text,) = re.findall(rf"<!-- {tag} -->(.*?)<!-- /{tag} -->", guide, re.S)
+        return [float(figure) for figure in re.findall(r"(?<![a-zA-Z0-9])[0-9.]+(?= (?:MB|µs|kB))", text)]
+
+    memory = [runs[name]["rss_mb"] for name in ("ours_ragged", "ours_ragged_labels")]
+    assert said("stream-rss") == [round(figure) for figure in memory]
+    base, tenth = files["verify_base"], files["verify_tenth"]
+    verified = [base["cpu_us_per_cell"], base["rss_mb"], tenth["rss_mb"]]
+    assert said("verify") == [round(figure) for figure in verified]
+    exported = []
+    for kind in ("h5ad", "zarr"):
+        run = files[f"{kind}_base"]
+        exported += [
+            round(run["cpu_us_per_cell"]),
+            round(run["out_bytes_per_cell"] / 1000, 1),
+            round(run["rss_mb"]),
+        ]
+    tenths = [round(files[f"{kind}_tenth"]["rss_mb"]) for kind in ("h5ad", "zarr")]
+    assert said("export") == exported + tenths
+
+
 def test_the_lines_for_fragments_run_on_the_shipped_blood_cells(tmp_path: Path) -> None:
     with as_file(files("annatac_scale") / "data" / "archr_PBSmall.tsv.gz") as shipped:
         (tmp_path / "fragments.tsv.gz").write_bytes(shipped.read_bytes())

@@ -86,6 +86,16 @@ def test_blocks_that_lie_side_by_side_are_read_in_one_request(x, blocks, n_reque
     assert len(x.asked) == n_requests
 
 
+def test_blocks_of_two_shards_are_never_taken_for_neighbours(x):
+    twin = encode_shard(map(cells_of, range(SHARD_BLOCKS))).data
+    for shard in range(2):
+        Folder(x.location).write(shard_name(shard), twin)
+    reader = ShardReader(x, 2 * SHARD_BLOCKS * BLOCK_CELLS, N_ISLANDS, "digest", [10**9] * 2)
+    # In the second shard block 1 begins where block 0 of the first one ends.
+    for block, rows in zip([0, 1], reader.read_rows([0, SHARD_BLOCKS + 1]), strict=True):
+        assert_cells(rows, block)
+
+
 def test_the_index_of_a_shard_is_read_once(x):
     reader = reader_of(x)
     for block in range(SHARD_BLOCKS):

@@ -103,3 +103,10 @@ def test_damaged_bytes_of_an_encoded_batch_name_the_store_and_the_cell():
         StoreError, match=r"^s3://bucket/atlas.zarr: cell 41: found a row that ends within an island"
     ):
         batch.decode()
+
+
+def test_the_cells_of_a_slice_keep_their_obs():
+    cells = OpenIslands(np.array([0, 1, 1, 3]), np.array([4, 0, 2], np.int32), np.array([1, 2, 3], np.uint8))
+    batch = Batch.from_open(np.array([7, 8, 9]), cells, {"donor": np.array([0, -1, 2])})
+    assert batch[1:].obs["donor"].tolist() == [-1, 2]
+    assert batch[:2].obs["donor"].tolist() == [0, -1]
