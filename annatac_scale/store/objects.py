@@ -1,8 +1,8 @@
 """Object storage: a prefix as a Place, an object as a Blob, and writes that fail if someone else was faster.
 
-Through obstore: its puts take conditions (If-None-Match, If-Match), which a commit needs, and pyarrow's do not. With many
-ranges in flight, each asked for by a thread of its own, it takes less CPU than pyarrow and s3fs, and its other calls no
-less (benchmarks/bench_requests.py). Credentials, region and endpoint come from the usual environment alone.
+Through obstore: its puts take conditions (If-None-Match, If-Match), which a commit needs, and pyarrow's do not. With
+many ranges in flight, each asked for by a thread of its own, it takes less CPU than pyarrow and s3fs, and its other
+calls no less (benchmarks/bench_requests.py). Credentials, region and endpoint come from the usual environment alone.
 """
 
 import random

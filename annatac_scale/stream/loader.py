@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -166,11 +166,11 @@ class BatchStream:
         ranks = plan.of_rank(self._rank, self._world_size)
         selection = self._arrangement.selection
         reader = RankReader(selection, plan, ranks, steps.start, self._threads, self._ahead, self._buffers)
-        # Left from below: reads are waited for no longer, the batch ahead ends, and then its memory is given away.
-        with ExitStack() as stack:
-            stack.enter_context(reader)
-            made = stack.enter_context(closing(_one_ahead(lambda step: make(*reader.batch(step)), steps)))
-            stack.callback(reader.stop)
+        # The batch ahead ends before the reader gives away the memory that it is made from.
+        with (
+            reader,
+            closing(_one_ahead(lambda step: make(*reader.batch(step)), steps, reader.stop)) as made,
+        ):
             for step, batch in zip(steps, made, strict=True):
                 self._step = step + 1
                 yield batch
@@ -209,17 +209,22 @@ class _Columns:
         return {name: values[cell_ids] for name, values in self._values.items()}
 
 
-def _one_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Generator[Made, None, None]:
+def _one_ahead(
+    make: Callable[[Item], Made], items: Iterable[Item], stop: Callable[[], None]
+) -> Generator[Made, None, None]:
     """Make something of each item, in order, one ahead of the consumer in a thread.
 
-    Dropping the iterator leaves the ``with`` block, which ends the thread.
+    Dropping the iterator leaves the ``with`` block, which ends the thread. stop: called before that is waited for
     """
     with ThreadPoolExecutor(1, "island-stream") as pool:
         ahead: Future[Made] | None = None
-        for item in items:
-            following = pool.submit(make, item)
+        try:
+            for item in items:
+                following = pool.submit(make, item)
+                if ahead is not None:
+                    yield ahead.result()
+                ahead = following
             if ahead is not None:
                 yield ahead.result()
-            ahead = following
-        if ahead is not None:
-            yield ahead.result()
+        finally:
+            stop()
