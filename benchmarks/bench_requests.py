@@ -82,7 +82,7 @@ def s3fs_reader() -> Reader:
 
     store = s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"])
     return lambda starts: sum(
-        len(store.cat_file("bucket/object", start, start + RANGE_BYTES)) for start in starts
+        len(store.cat_file("bucket/object", start=start, end=start + RANGE_BYTES)) for start in starts
     )
 
 

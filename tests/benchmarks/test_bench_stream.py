@@ -48,6 +48,18 @@ def test_the_benchmark_of_the_stream_runs_quickly_and_ends_with_json(tmp_path: P
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_clients_reads_with_each_of_them() -> None:
+    printed = run("bench_requests.py", "--quick")
+    assert printed[0] == "s3fs: skipped, no --s3fs given"
+    report = json.loads(printed[-1])
+    assert list(report["runs"]) == ["place", "obstore", "obstore_ranges", "pyarrow"]
+    assert report["failed"] == []
+    for figures in report["runs"].values():
+        assert figures["cpu_us_per_request"]["median"] > 0
+        assert figures["mb_per_s"]["median"] > 1
+
+
 def test_unknown_cases_are_named() -> None:
     command = [sys.executable, str(BENCHMARKS / "bench_stream.py"), "--cases", "peers,nothing"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -55,7 +67,7 @@ def test_unknown_cases_are_named() -> None:
     assert "found nothing; expected some of store, peers" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["bench_stream.py", "store_writer.py", "slow_s3.py"])
+@pytest.mark.parametrize("name", ["bench_stream.py", "bench_requests.py", "store_writer.py", "slow_s3.py"])
 def test_every_command_of_the_stream_explains_itself(name: str) -> None:
     assert "usage:" in run(name, "--help")[0]
 
