@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from annatac_scale.errors import ConfigError
 from annatac_scale.model.heads import CNN_HIDDEN, SUBTYPE_HIDDEN, CellTypeHead, CnnHead, PooledHead
-from annatac_scale.model.linformer import Encoder, EncoderConfig
+from annatac_scale.model.linformer import EncoderConfig, Linformer
 from annatac_scale.stream.batch import Batch
 
 HEADS = ("pooled", "cnn", "subtype")
@@ -64,7 +64,7 @@ def build_head(config: HeadConfig, encoder: EncoderConfig, n_islands: int, n_typ
 class CellTyper(nn.Module):
     """Logits of cell types from the tokens of cells."""
 
-    def __init__(self, encoder: Encoder, head: CellTypeHead) -> None:
+    def __init__(self, encoder: Linformer, head: CellTypeHead) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head

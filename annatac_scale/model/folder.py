@@ -32,7 +32,7 @@ from annatac_scale.config import from_dict, to_dict
 from annatac_scale.errors import ConfigError, ModelError
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.model.cell_typer import CellTyper, HeadConfig, build_head
-from annatac_scale.model.linformer import Encoder, EncoderConfig
+from annatac_scale.model.linformer import EncoderConfig, Linformer
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.vocabulary import Vocabulary
 
@@ -72,7 +72,7 @@ class Model:
     vocabulary: Vocabulary
     islands: pd.DataFrame
     """chrom, start, end, genes of the vocabulary, one row an island."""
-    encoder: Encoder
+    encoder: Linformer
     typer: CellTyper | None = None
     digest: str = ""
     """sha256 (hex) of config.json, which covers every file; empty for a model not yet written."""
@@ -194,7 +194,7 @@ def read_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
         state[_POSITIONS_KEY] = load_file(path / "positions.safetensors")[POSITIONS]
     except (OSError, KeyError, TypeError, ValueError, ConfigError, SafetensorError) as error:
         raise ModelError(f"{path}: not a whole model folder ({error}); fetch or train it again") from error
-    encoder = Encoder(info.encoder, len(vocabulary))
+    encoder = Linformer(info.encoder, len(vocabulary))
     typer = None
     if info.head is not None:
         typer = CellTyper(encoder, build_head(info.head, info.encoder, len(vocabulary), len(info.labels)))

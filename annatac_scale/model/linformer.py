@@ -161,7 +161,7 @@ class Layer(nn.Module):
         return self.feed_forward_norm(x_QD + self.feed_forward(x_QD))
 
 
-class Encoder(nn.Module):
+class Linformer(nn.Module):
     """Hidden states of the tokens of some cells.
 
     config: sizes and choices

@@ -13,7 +13,7 @@ from annatac_scale.errors import ConfigError, InputError
 from annatac_scale.model.cell_typer import batch_tokens
 from annatac_scale.model.folder import Model, ModelInfo, read_model, vocabulary_islands, write_model
 from annatac_scale.model.heads import LossSum, MaskedIslandHead
-from annatac_scale.model.linformer import Encoder
+from annatac_scale.model.linformer import Linformer
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.schema import N_LEVELS
 from annatac_scale.store.store import IslandStore
@@ -60,7 +60,7 @@ class PretrainReport:
 class MaskedIslandModel(nn.Module):
     """Encoder and masked-island head; maps a prepared batch to summed losses."""
 
-    def __init__(self, encoder: Encoder, head: MaskedIslandHead) -> None:
+    def __init__(self, encoder: Linformer, head: MaskedIslandHead) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
@@ -264,7 +264,7 @@ def pretrain_rank(
 
 def pretrain_task(data: PretrainData, config: PretrainConfig, ranks: Ranks) -> PretrainTask:
     """A new model, its positions still to be placed, and its validation."""
-    encoder = Encoder(config.encoder, len(data.vocabulary))
+    encoder = Linformer(config.encoder, len(data.vocabulary))
     head = MaskedIslandHead(config.encoder.width, config.objective)
     module = MaskedIslandModel(encoder, head).to(ranks.device)
     lister = TokenLister(data.store, data.vocabulary, config.encoder.attend)
@@ -274,7 +274,7 @@ def pretrain_task(data: PretrainData, config: PretrainConfig, ranks: Ranks) -> P
     return PretrainTask(module, config, lister, sampler, data.stream(data.validation, config.train, ranks))
 
 
-def _place(encoder: Encoder, data: PretrainData, config: PretrainConfig, progress: Progress) -> None:
+def _place(encoder: Linformer, data: PretrainData, config: PretrainConfig, progress: Progress) -> None:
     """Set the encoder's positions to the SVD of the training cells."""
     idf = None
     if config.position_values == "idf":
@@ -286,7 +286,9 @@ def _place(encoder: Encoder, data: PretrainData, config: PretrainConfig, progres
         encoder.positions.copy_(torch.from_numpy(position_table(svd, width, encoder.token_rms)))
 
 
-def _model(data: PretrainData, config: PretrainConfig, encoder: Encoder, figures: dict[str, float]) -> Model:
+def _model(
+    data: PretrainData, config: PretrainConfig, encoder: Linformer, figures: dict[str, float]
+) -> Model:
     info = ModelInfo(
         **store_identity(data.store),
         preset=config.preset,

@@ -15,7 +15,7 @@ from scipy import sparse
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.model.cell_typer import CellTyper, HeadConfig, build_head
 from annatac_scale.model.folder import Model, ModelInfo, vocabulary_islands, write_model
-from annatac_scale.model.linformer import Encoder, EncoderConfig
+from annatac_scale.model.linformer import EncoderConfig, Linformer
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import SampleWriter, create_store
@@ -84,7 +84,7 @@ def small_model(
     config = EncoderConfig(8, 1, 2, 4, 4, 16, attend, "pre", "frozen")
     islands = Vocabulary(space.sha256, len(space), vocabulary)
     torch.manual_seed(seed)
-    encoder = Encoder(config, len(islands), torch.randn(len(islands), 8))
+    encoder = Linformer(config, len(islands), torch.randn(len(islands), 8))
     typing: dict[str, Any] = {}
     typer = None
     if head is not None:

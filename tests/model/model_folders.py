@@ -9,7 +9,7 @@ import torch
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.model.cell_typer import CellTyper, HeadConfig, build_head
 from annatac_scale.model.folder import Model, ModelInfo, vocabulary_islands
-from annatac_scale.model.linformer import Encoder, EncoderConfig
+from annatac_scale.model.linformer import EncoderConfig, Linformer
 from annatac_scale.stream.batch import Batch
 from annatac_scale.stream.vocabulary import Vocabulary
 
@@ -35,7 +35,7 @@ def toy_model(head: HeadConfig | None, labels: tuple[str, ...] = LABELS, **encod
     islands = np.sort(np.random.default_rng(0).choice(N_SPACE, 20, replace=False)).astype(np.int32)
     vocabulary = Vocabulary(space.sha256, N_SPACE, islands)
     torch.manual_seed(1)
-    network = Encoder(config, len(vocabulary), torch.randn(len(vocabulary), config.width))
+    network = Linformer(config, len(vocabulary), torch.randn(len(vocabulary), config.width))
     typer = None
     if head is not None:
         typer = CellTyper(network, build_head(head, config, len(vocabulary), len(labels)))

@@ -8,7 +8,7 @@ from ragged_cells import LargestTensor, draw_islands, offsets_of, relative_error
 from torch import Tensor
 
 from annatac_scale.errors import ConfigError, ModelError
-from annatac_scale.model.linformer import N_TOKENS, Encoder, EncoderConfig
+from annatac_scale.model.linformer import N_TOKENS, EncoderConfig
 
 N = 23
 COUNTS = {"all": [N, N, N], "open": [6, 0, 1, N, 11]}
@@ -21,11 +21,11 @@ def config_of(**values: Any) -> EncoderConfig:
     return EncoderConfig(**(sizes | choices | values))
 
 
-def encoder_of(dtype: torch.dtype = torch.float32, n_islands: int = N, **values: Any) -> Encoder:
+def encoder_of(dtype: torch.dtype = torch.float32, n_islands: int = N, **values: Any) -> Linformer:
     """An encoder whose biases and scales all differ from their neutral start, so that none is forgotten."""
     torch.manual_seed(2)
     config = config_of(**values)
-    encoder = Encoder(config, n_islands, torch.randn(n_islands, config.width)).to(dtype)
+    encoder = Linformer(config, n_islands, torch.randn(n_islands, config.width)).to(dtype)
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             if name.endswith("bias") or "norm" in name:
@@ -137,7 +137,7 @@ def test_bf16_autocast_stays_within_two_percent_of_fp32(attend, norm):
 def test_cost_follows_the_open_islands_and_not_the_genome():
     n_islands, counts = 600_000, [40] * 64
     config = config_of(width=8, k=4, layers=2)
-    encoder = Encoder(config, n_islands, torch.zeros(n_islands, 8))
+    encoder = Linformer(config, n_islands, torch.zeros(n_islands, 8))
     tokens, islands = torch.ones(sum(counts), dtype=torch.int64), draw_islands(counts, n_islands)
     with LargestTensor() as largest:
         encoder(tokens, islands, offsets_of(counts)).square().sum().backward()
@@ -149,8 +149,8 @@ def test_cost_follows_the_open_islands_and_not_the_genome():
 
 
 def test_projection_starts_at_the_scale_of_the_tokens_a_cell_is_expected_to_have():
-    few = Encoder(config_of(k=50, tokens_per_cell=25.0), 1000)
-    every = Encoder(config_of(k=50), 1000)
+    few = Linformer(config_of(k=50, tokens_per_cell=25.0), 1000)
+    every = Linformer(config_of(k=50), 1000)
     for encoder, tokens in ((few, 25), (every, 1000)):
         bound = tokens**-0.5
         assert encoder.projection.abs().max().item() <= bound
@@ -160,10 +160,10 @@ def test_projection_starts_at_the_scale_of_the_tokens_a_cell_is_expected_to_have
 
 def test_frozen_positions_are_saved_and_not_trained():
     given = torch.randn(N, 12)
-    encoder = Encoder(config_of(), N, given)
+    encoder = Linformer(config_of(), N, given)
     assert "positions" not in dict(encoder.named_parameters())
     assert torch.equal(encoder.state_dict()["positions"], given)
-    restored = Encoder(config_of(), N)
+    restored = Linformer(config_of(), N)
     restored.load_state_dict(encoder.state_dict())
     assert torch.equal(restored(*cells_of("open")), encoder(*cells_of("open")))
     restored.positions.zero_()
@@ -172,13 +172,13 @@ def test_frozen_positions_are_saved_and_not_trained():
 
 def test_learned_positions_start_where_they_are_given():
     given = torch.randn(N, 12)
-    encoder = Encoder(config_of(positions="learned"), N, given)
+    encoder = Linformer(config_of(positions="learned"), N, given)
     assert torch.equal(dict(encoder.named_parameters())["positions"], given)
-    assert Encoder(config_of(positions="learned"), N).positions.any()
+    assert Linformer(config_of(positions="learned"), N).positions.any()
 
 
 def test_token_rms_is_that_of_the_embedding():
-    encoder = Encoder(config_of(), N)
+    encoder = Linformer(config_of(), N)
     with torch.no_grad():
         encoder.token_embedding.weight.fill_(-3.0)
     assert encoder.token_rms == pytest.approx(3.0)
@@ -186,7 +186,7 @@ def test_token_rms_is_that_of_the_embedding():
 
 def test_positions_of_another_shape_are_refused():
     with pytest.raises(ModelError, match=r"found shape \(22, 12\), expected \(23, 12\)"):
-        Encoder(config_of(), N, torch.zeros(N - 1, 12))
+        Linformer(config_of(), N, torch.zeros(N - 1, 12))
 
 
 @pytest.mark.parametrize(
