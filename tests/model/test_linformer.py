@@ -8,7 +8,7 @@ from ragged_cells import LargestTensor, draw_islands, offsets_of, relative_error
 from torch import Tensor
 
 from annatac_scale.errors import ConfigError, ModelError
-from annatac_scale.model.linformer import N_TOKENS, EncoderConfig
+from annatac_scale.model.linformer import N_TOKENS, EncoderConfig, Linformer
 
 N = 23
 COUNTS = {"all": [N, N, N], "open": [6, 0, 1, N, 11]}
