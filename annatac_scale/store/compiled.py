@@ -1,4 +1,4 @@
-"""How kernels are compiled: to machine code that holds no lock and counts no references; and bytes by their address."""
+"""How kernels are compiled: to code that holds no lock and counts no references; and bytes and bits for them."""
 
 from typing import Any
 
@@ -39,3 +39,13 @@ def copy_bytes(typing_context: Any, target: Any, source: Any, size: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def count_ones(typing_context: Any, word: Any) -> Any:
+    """How many bits of a uint64 are 1, uint64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.uint64(types.uint64), generate

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from annatac_scale.errors import ConfigError
 from annatac_scale.store.open_islands import OpenIslands
-from annatac_scale.stream import masking
+from annatac_scale.stream import splitmix
 from annatac_scale.stream.batch import MASK_TOKEN, Batch
 from annatac_scale.stream.masking import ClosedSampler, MaskingOptions, mask
 
@@ -151,7 +151,7 @@ def test_one_in_ten_of_the_chosen_stays_visible_wherever_it_lies():
 def test_a_cells_mask_does_not_depend_on_its_batch(rows, seed):
     ids = [10 * index for index in range(len(rows))]
     sampler = sampler_of(np.arange(N_ISLANDS), [range(40), range(N_ISLANDS)], [0, 20])
-    for options in (MaskingOptions(fraction=0.5), MaskingOptions(fraction=0.5, negatives=True)):
+    for options in (MaskingOptions(fraction=0.5), MaskingOptions(fraction=0.5, negatives=1)):
         together = mask(batch_of(rows, ids), seed, 2, options, sampler)
         backwards = mask(batch_of(rows[::-1], ids[::-1]), seed, 2, options, sampler)
         for index, row in enumerate(rows):
@@ -170,8 +170,12 @@ def test_seed_epoch_and_cell_each_change_the_mask():
 def test_the_batch_given_is_left_as_it_was():
     batch = batch_of([row_of_levels({1: 9, 2: 9})])
     before = batch.tokens.copy()
-    mask(batch, 0, 0, MaskingOptions(fraction=1.0, negatives=True), sampler_of(np.ones(N_ISLANDS)))
+    mask(batch, 0, 0, MaskingOptions(fraction=1.0, negatives=1), sampler_of(np.ones(N_ISLANDS)))
     assert batch.tokens.tolist() == before.tolist()
+
+
+def neighbours(islands):
+    return {near for island in islands for near in range(island - 8, island + 9)}
 
 
 @settings(deadline=None)
@@ -180,21 +184,28 @@ def test_the_batch_given_is_left_as_it_was():
     seeds,
     st.lists(st.integers(0, 3), min_size=N_ISLANDS, max_size=N_ISLANDS).filter(any),
     st.lists(st.booleans(), min_size=N_ISLANDS, max_size=N_ISLANDS),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([0.0, 0.3, 0.5, 1.0]),
 )
-def test_negatives_are_as_many_measured_closed_islands_as_are_hidden(rows, seed, counts, measured):
+def test_negatives_are_as_many_measured_closed_islands_as_are_asked_for(
+    rows, seed, counts, measured, negatives, nearby
+):
     measured = np.flatnonzero(measured)
-    options = MaskingOptions(fraction=0.5, keep=0.2, negatives=True)
+    options = MaskingOptions(fraction=0.5, keep=0.2, negatives=negatives, nearby=nearby)
     masked = mask(batch_of(rows), seed, 0, options, sampler_of(counts, [measured]))
     plain = mask(batch_of(rows), seed, 0, MaskingOptions(fraction=0.5, keep=0.2))
     assert masked.offsets[-1] == len(masked.tokens) == len(masked.open_targets)
     for index, row in enumerate(rows):
         found = cell(masked, index)
         assert list(found) == sorted(found)
-        added = [island for island in found if island not in row]
+        added = {island for island in found if island not in row}
         hidden = [island for island in row if found[island][0] == MASK_TOKEN]
         drawable = {island for island in measured.tolist() if counts[island]} - row.keys()
-        assert set(added) <= drawable
-        assert len(added) == min(len(hidden), len(drawable))
+        near = drawable & neighbours(hidden)
+        wanted = negatives * len(hidden)
+        assert added <= drawable
+        assert len(added) == min(wanted, len(drawable))
+        assert len(added & near) >= min(math.floor(nearby * wanted + 0.5), len(near))
         assert all(found[island] == (MASK_TOKEN, -100, 0) for island in added)
         assert {island: found[island][:2] for island in row} == {
             island: values[:2] for island, values in cell(plain, index).items()
@@ -221,7 +232,7 @@ def test_negatives_are_drawn_by_frequency_without_replacement(open_weight):
     # Islands 0 to 2 are open and hidden; where they hold nearly all the weight, every draw is rejected.
     n_cells, weights = 20_000, [1, 2, 3, 6, 12]
     sampler = sampler_of([open_weight] * 3 + weights)
-    options = MaskingOptions(fraction=1.0, keep=0.0, negatives=True)
+    options = MaskingOptions(fraction=1.0, keep=0.0, negatives=1)
     masked = mask(batch_of([row_of_levels({1: 3})] * n_cells), 9, 0, options, sampler)
     found = np.bincount(masked.islands[masked.open_targets == 0], minlength=8)[3:] / n_cells
     expected = inclusion(weights, 3)
@@ -229,11 +240,59 @@ def test_negatives_are_drawn_by_frequency_without_replacement(open_weight):
     assert np.abs(found - expected).max() < 5 * math.sqrt(0.25 / n_cells)
 
 
+@pytest.mark.parametrize(
+    "n_measured", [pytest.param(17, id="draw_and_reject"), pytest.param(2, id="without_rejection")]
+)
+def test_neighbours_are_drawn_by_how_many_hidden_islands_they_have(n_measured):
+    # Between two hidden islands lie those that have both as neighbours; outside, those that have one.
+    n_cells, hidden = 20_000, [40, 45]
+    both, one = [*range(41, 45), 46, 47, 48, 37, 38, 39], [33, 34, 50, 53]
+    measured = sorted([*hidden, *both[: n_measured // 2], *one[: n_measured // 2]])
+    weights = [0 if island in hidden else 2 if island in both else 1 for island in measured]
+    sampler = sampler_of(np.arange(100) + 1, [measured])
+    options = MaskingOptions(fraction=1.0, keep=0.0, negatives=1, nearby=1.0)
+    masked = mask(batch_of([dict.fromkeys(hidden, 1)] * n_cells, range(n_cells)), 9, 0, options, sampler)
+    found = np.bincount(masked.islands[masked.open_targets == 0], minlength=100)[measured] / n_cells
+    drawable = np.flatnonzero(weights)
+    expected = np.zeros(len(measured))
+    expected[drawable] = inclusion(np.array(weights)[drawable].tolist(), 2)
+    assert np.abs(found - expected).max() < 5 * math.sqrt(0.25 / n_cells)
+
+
+def test_the_share_of_neighbours_is_the_asked_one_and_the_rest_goes_by_frequency():
+    n_islands, row = 10_000, dict.fromkeys(range(100, 180, 10), 1)
+    options = MaskingOptions(fraction=1.0, keep=0.0, negatives=4, nearby=0.25)
+    masked = mask(batch_of([row] * 500, range(500)), 3, 0, options, sampler_of(np.ones(n_islands, int)))
+    added = masked.islands[masked.open_targets == 0].reshape(500, 32)
+    near = np.isin(added, list(neighbours(row))).sum(axis=1)
+    assert near.min() == 8
+    assert near.mean() < 8.5
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 10**8), min_size=1, max_size=200).filter(any))
+def test_the_table_holds_each_island_by_its_count(counts):
+    tables = sampler_of(np.array(counts)).tables
+    found = tables.share.copy()
+    np.add.at(found, tables.other, 1 - tables.share)
+    np.testing.assert_allclose(found, np.array(counts) * (len(counts) / sum(counts)), rtol=1e-9, atol=1e-9)
+    zero = np.flatnonzero(np.array(counts) == 0)
+    assert not tables.share[zero].any()
+    assert not np.isin(tables.other, zero).any()
+
+
+def test_a_cell_that_comes_twice_is_masked_alike_both_times():
+    row = row_of_levels({1: 20, 2: 5})
+    options = MaskingOptions(fraction=0.5, negatives=2, nearby=0.5)
+    masked = mask(batch_of([row] * 3, [7, 8, 7]), 1, 4, options, sampler_of(np.ones(N_ISLANDS, int)))
+    assert cell(masked, 0) == cell(masked, 2) != cell(masked, 1)
+
+
 def test_negatives_come_from_the_islands_that_the_cells_own_sample_measures():
     measured = [range(10, 20), range(20, 30), range(10, 20)]
     sampler = sampler_of(np.ones(30), measured, first_cells=[0, 5, 9])
     rows, ids = [row_of_levels({1: 4})] * 6, [0, 4, 5, 8, 9, 1000]
-    options = MaskingOptions(fraction=1.0, keep=0.0, negatives=True)
+    options = MaskingOptions(fraction=1.0, keep=0.0, negatives=1)
     masked = mask(batch_of(rows, ids), 0, 0, options, sampler)
     for index, sample in enumerate([0, 0, 1, 1, 2, 2]):
         added = [island for island, (_, _, is_open) in cell(masked, index).items() if is_open == 0]
@@ -242,7 +301,7 @@ def test_negatives_come_from_the_islands_that_the_cells_own_sample_measures():
 
 
 def test_hidden_tokens_keep_their_targets_when_closed_islands_are_listed():
-    options = MaskingOptions(fraction=0.5, negatives=True)
+    options = MaskingOptions(fraction=0.5, negatives=1)
     masked = mask(batch_of([row_of_levels({1: 9, 4: 3})]), 0, 0, options, sampler_of(np.ones(20)))
     full = cell(masked.with_closed([np.arange(20, dtype=np.int32)], np.array([0])), 0)
     listed = cell(masked, 0)
@@ -250,7 +309,17 @@ def test_hidden_tokens_keep_their_targets_when_closed_islands_are_listed():
 
 
 @pytest.mark.parametrize(
-    "values", [{"fraction": 0}, {"fraction": 1.5}, {"keep": 1}, {"keep": -0.1}, {"level_cap": 0}]
+    "values",
+    [
+        {"fraction": 0},
+        {"fraction": 1.5},
+        {"keep": 1},
+        {"keep": -0.1},
+        {"level_cap": 0},
+        {"negatives": -1},
+        {"nearby": -0.1},
+        {"nearby": 1.1},
+    ],
 )
 def test_options_out_of_range_are_refused_by_name(values):
     with pytest.raises(ConfigError, match=next(iter(values))):
@@ -258,7 +327,7 @@ def test_options_out_of_range_are_refused_by_name(values):
 
 
 def test_negatives_need_a_sampler_of_the_same_vocabulary():
-    options = MaskingOptions(negatives=True)
+    options = MaskingOptions(negatives=1)
     with pytest.raises(ValueError, match="ClosedSampler"):
         mask(batch_of([{0: 1}]), 0, 0, options)
     with pytest.raises(ValueError, match="vocabulary"):
@@ -276,5 +345,5 @@ def test_random_numbers_are_those_of_splitmix64():
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     for value in expected:
         with np.errstate(over="ignore"):
-            state = state + masking._GOLDEN
-        assert int(masking._mix(state)) == value
+            state = state + splitmix.GOLDEN
+        assert int(splitmix.mix(state)) == value
