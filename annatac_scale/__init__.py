@@ -23,6 +23,8 @@ from annatac_scale.api import (
 )
 
 if TYPE_CHECKING:
+    from annatac_scale.model.encoder import Encoder
+    from annatac_scale.model.folder import read_model
     from annatac_scale.store.cache import BlockCache
     from annatac_scale.store.store import IslandStore
     from annatac_scale.stream.dataset import IslandStream
@@ -33,9 +35,11 @@ if TYPE_CHECKING:
 _PARTS = {
     "BatchStream": "stream.loader",
     "BlockCache": "store.cache",
+    "Encoder": "model.encoder",
     "IslandStore": "store.store",
     "IslandStream": "stream.dataset",
     "Split": "stream.split",
+    "read_model": "model.folder",
     "to_device": "stream.device",
 }
 """Parts for programs of one's own, by their modules; imported when they are asked for, since some bring torch."""
@@ -43,6 +47,7 @@ _PARTS = {
 __all__ = [
     "BatchStream",
     "BlockCache",
+    "Encoder",
     "IslandStore",
     "IslandStream",
     "Split",
@@ -55,6 +60,7 @@ __all__ = [
     "islands",
     "predict",
     "pretrain",
+    "read_model",
     "to_device",
 ]
 

@@ -1,7 +1,6 @@
-"""Encoder and cell-type head as one module, and how a batch becomes tensors."""
+"""Encoder and cell-type head as one module."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,28 +8,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from annatac_scale.errors import ConfigError
+from annatac_scale.model.encoder import Encoder, batch_tokens
 from annatac_scale.model.heads import CNN_HIDDEN, SUBTYPE_HIDDEN, CellTypeHead, CnnHead, PooledHead
 from annatac_scale.model.linformer import EncoderConfig, Linformer
+from annatac_scale.model.pool import READS
 from annatac_scale.stream.batch import Batch
 
 HEADS = ("pooled", "cnn", "subtype")
-
-
-class Tokens(NamedTuple):
-    """A batch as the encoder takes it: tokens, islands int64 [T]; offsets int64 [B + 1], on the CPU."""
-
-    tokens: Tensor
-    islands: Tensor
-    offsets: Tensor
-
-
-def batch_tokens(batch: Batch, device: torch.device) -> Tokens:
-    """The tokens of a batch on ``device``."""
-    return Tokens(
-        torch.from_numpy(batch.tokens).to(device, torch.int64),
-        torch.from_numpy(batch.islands).to(device, torch.int64),
-        torch.from_numpy(batch.offsets),
-    )
 
 
 @dataclass(frozen=True)
@@ -45,10 +29,14 @@ class HeadConfig:
     """Channels of the pooled head's embedding."""
     island_dropout: float = 0.3
     """Probability that training leaves an open island out (pooled)."""
+    reads: str = "gate"
+    """What the pooled head takes from the encoder: a "gate" on each island, "gate+sum", or "none": it is not run."""
 
     def __post_init__(self) -> None:
         if self.kind not in HEADS:
             raise ConfigError(f"head kind: found {self.kind!r}, expected {', '.join(HEADS)}")
+        if self.reads not in READS:
+            raise ConfigError(f"head reads: found {self.reads!r}, expected {', '.join(READS)}")
         if self.pooled < 1 or any(units < 1 for units in self.hidden):
             raise ConfigError(f"head sizes: found {self.pooled}, {self.hidden}, expected at least 1")
 
@@ -56,7 +44,9 @@ class HeadConfig:
 def build_head(config: HeadConfig, encoder: EncoderConfig, n_islands: int, n_types: int) -> CellTypeHead:
     """A new head of the configured kind on top of an encoder."""
     if config.kind == "pooled":
-        return PooledHead(n_islands, encoder.width, n_types, config.pooled, config.island_dropout)
+        return PooledHead(
+            n_islands, encoder.width, n_types, config.pooled, config.island_dropout, config.reads
+        )
     hidden = config.hidden or (CNN_HIDDEN if config.kind == "cnn" else SUBTYPE_HIDDEN)
     return CnnHead(n_islands, encoder.width, n_types, hidden, encoder.tokens_per_cell)
 
@@ -64,14 +54,18 @@ def build_head(config: HeadConfig, encoder: EncoderConfig, n_islands: int, n_typ
 class CellTyper(nn.Module):
     """Logits of cell types from the tokens of cells."""
 
-    def __init__(self, encoder: Linformer, head: CellTypeHead) -> None:
+    def __init__(self, linformer: Linformer, head: CellTypeHead) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.linformer = linformer
         self.head = head
+
+    def encoder_and_pool(self) -> Encoder:
+        """The encoder that this model's logits stand on; it shares the weights."""
+        return Encoder(self.linformer, self.head.pool if isinstance(self.head, PooledHead) else None)
 
     def forward(self, tokens: Tensor, islands: Tensor, offsets: Tensor) -> Tensor:
         """Logits [B, Y]; arguments as in ``Tokens``."""
-        hidden = self.encoder(tokens, islands, offsets)
+        hidden = self.linformer(tokens, islands, offsets) if self.head.reads_encoder else None
         logits: Tensor = self.head(hidden, tokens, islands, offsets)
         return logits
 

@@ -1,7 +1,7 @@
 """The model folder: weights and all that is needed to use them, without pickle.
 
     config.json            ModelInfo: what the model was made of and for, and the sha256 of every other file
-    weights.safetensors    encoder and head, without frozen positions
+    weights.safetensors    encoder, pooled layer and head, without positions
     positions.safetensors  the positions, [islands, width]
     islands.tsv.gz         the vocabulary: number in the island space, chrom, start, end, genes
     labels.json            cell types in the order of the logits (fine-tuned models)
@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,32 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from annatac_scale.config import from_dict, to_dict
 from annatac_scale.errors import ConfigError, ModelError
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.model.cell_typer import CellTyper, HeadConfig, build_head
+from annatac_scale.model.encoder import Encoder
 from annatac_scale.model.linformer import EncoderConfig, Linformer
+from annatac_scale.model.pool import IslandPool
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.vocabulary import Vocabulary
 
 FORMAT = "annatac_scale.model"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 POSITIONS = "positions"
-_POSITIONS_KEY = "encoder.positions"
+_POSITIONS_KEY = "linformer.positions"
 _FILES = frozenset({"weights.safetensors", "positions.safetensors", "islands.tsv.gz"})
 _TYPER_FILES = _FILES | {"labels.json", "calibration.json"}
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """The pooled layer of a pretrained encoder: its channels, and what it reads of the Linformer's states."""
+
+    pooled: int
+    reads: str
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,8 @@ class ModelInfo:
     n_space: int
     preset: str
     encoder: EncoderConfig
+    pool: PoolConfig | None = None
+    """Of a pretrained encoder that has one; a fine-tuned model's is in its head."""
     head: HeadConfig | None = None
     labels: tuple[str, ...] = ()
     temperature: float = 1.0
@@ -66,13 +78,13 @@ class ModelInfo:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A model in memory. ``head`` is None before fine-tuning."""
+    """A model in memory. ``typer`` is None before fine-tuning; after it shares its parts with ``encoder``."""
 
     info: ModelInfo
     vocabulary: Vocabulary
     islands: pd.DataFrame
     """chrom, start, end, genes of the vocabulary, one row an island."""
-    encoder: Linformer
+    encoder: Encoder
     typer: CellTyper | None = None
     digest: str = ""
     """sha256 (hex) of config.json, which covers every file; empty for a model not yet written."""
@@ -140,11 +152,7 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _write_files(folder: Path, model: Model, card: str) -> None:
-    module = model.encoder if model.typer is None else model.typer
-    prefix = "encoder." if model.typer is None else ""
-    state = {
-        prefix + name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
-    }
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in _parts(model).state_dict().items()}
     for name, tensors in (("positions", {POSITIONS: state.pop(_POSITIONS_KEY)}), ("weights", state)):
         # Written as bytes: save_file gives its owner alone the right to read.
         (folder / f"{name}.safetensors").write_bytes(save(tensors))
@@ -157,8 +165,9 @@ def _write_files(folder: Path, model: Model, card: str) -> None:
     config = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
-        **{key: value for key, value in asdict(model.info).items() if key not in ("encoder", "head")},
+        **{key: value for key, value in asdict(model.info).items() if key not in ("encoder", "pool", "head")},
         "encoder": to_dict(model.info.encoder),
+        "pool": None if model.info.pool is None else to_dict(model.info.pool),
         "head": None if model.info.head is None else to_dict(model.info.head),
         "vocabulary_sha256": model.vocabulary.sha256,
         "files": {file.name: _sha256(file) for file in sorted(folder.iterdir()) if file.name != "README.md"},
@@ -194,15 +203,29 @@ def read_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
         state[_POSITIONS_KEY] = load_file(path / "positions.safetensors")[POSITIONS]
     except (OSError, KeyError, TypeError, ValueError, ConfigError, SafetensorError) as error:
         raise ModelError(f"{path}: not a whole model folder ({error}); fetch or train it again") from error
-    encoder = Linformer(info.encoder, len(vocabulary))
-    typer = None
-    if info.head is not None:
-        typer = CellTyper(encoder, build_head(info.head, info.encoder, len(vocabulary), len(info.labels)))
-    _load(path, encoder if typer is None else typer, state, "encoder." if typer is None else "")
-    (encoder if typer is None else typer).to(device).eval()
-    digest = _sha256(path / "config.json")
     islands = table[["chrom", "start", "end", "genes"]]
-    return Model(info, vocabulary, islands, encoder, typer, digest, path)
+    model = _new_model(info, vocabulary, islands)
+    _load(path, _parts(model), state)
+    _parts(model).to(device).eval()
+    digest = _sha256(path / "config.json")
+    return replace(model, digest=digest, path=path)
+
+
+def _new_model(info: ModelInfo, vocabulary: Vocabulary, islands: pd.DataFrame) -> Model:
+    """A model whose weights are still to be read."""
+    n_islands, width = len(vocabulary), info.encoder.width
+    linformer = Linformer(info.encoder, n_islands)
+    if info.head is None:
+        pool = IslandPool(n_islands, width, info.pool.pooled, reads=info.pool.reads) if info.pool else None
+        return Model(info, vocabulary, islands, Encoder(linformer, pool))
+    head = build_head(info.head, info.encoder, n_islands, len(info.labels))
+    typer = CellTyper(linformer, head)
+    return Model(info, vocabulary, islands, typer.encoder_and_pool(), typer)
+
+
+def _parts(model: Model) -> nn.Module:
+    """All that has weights, once."""
+    return model.encoder if model.typer is None else model.typer
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -256,6 +279,7 @@ def _read_info(path: Path, config: dict[str, Any]) -> tuple[ModelInfo, Vocabular
     info = ModelInfo(
         **{key: config[key] for key in plain},
         encoder=from_dict(EncoderConfig, config["encoder"], place="encoder."),
+        pool=None if config["pool"] is None else from_dict(PoolConfig, config["pool"], place="pool."),
         **typing,
     )
     table = pd.read_csv(path / "islands.tsv.gz", sep="\t", usecols=["island"])
@@ -267,9 +291,9 @@ def _read_info(path: Path, config: dict[str, Any]) -> tuple[ModelInfo, Vocabular
     return info, vocabulary
 
 
-def _load(path: Path, module: torch.nn.Module, state: dict[str, Tensor], prefix: str) -> None:
+def _load(path: Path, module: nn.Module, state: dict[str, Tensor]) -> None:
     try:
-        module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()})
+        module.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise ModelError(f"{path}: the weights do not fit config.json: {first}") from error

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from annatac_scale.errors import ConfigError
+from annatac_scale.model.pool import IslandPool, at_least_fp32, sum_rows
 from annatac_scale.store.schema import N_LEVELS
-from annatac_scale.stream.batch import CLOSED_TOKEN, MASK_TOKEN, NOT_COUNTED
+from annatac_scale.stream.batch import NOT_COUNTED
 
 CNN_HIDDEN = (512, 128)
 """Fully connected layers of the paper's head."""
@@ -31,9 +32,8 @@ FACTORISED_ABOVE = 32_768
 
 FACTOR_RANK = 32
 
-OBJECTIVES = ("level", "level+open")
-
-SMALLEST_NORM = 1e-12
+OBJECTIVES = ("level", "open", "cell")
+"""What pretraining may ask; several are joined by "+"."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,36 +48,77 @@ class LossSum:
     """int64 scalar, those of them predicted right."""
 
 
+def objectives_of(text: str) -> tuple[str, ...]:
+    """The names in an objective such as "open+cell". Raises ConfigError for others than OBJECTIVES, or one twice."""
+    names = tuple(text.split("+"))
+    if len(set(names)) < len(names) or not set(names) <= set(OBJECTIVES):
+        raise ConfigError(
+            f"objective: found {text!r}, expected {', '.join(OBJECTIVES)}, or some of them joined by +"
+        )
+    return names
+
+
 class MaskedIslandHead(nn.Module):
-    """Pretraining: the level of a masked island and, in objective "level+open", whether it is open at all."""
+    """Pretraining, from a masked token's state: the level of the island, and whether it is open at all.
+
+    objective: which of both, "level", "open" or "level+open"
+    """
 
     def __init__(self, width: int, objective: str) -> None:
         super().__init__()
-        if objective not in OBJECTIVES:
-            raise ConfigError(f"objective: found {objective!r}, expected {' or '.join(OBJECTIVES)}")
+        names = objectives_of(objective)
         self.objective = objective
-        self.level = nn.Linear(width, N_LEVELS)
-        self.open = nn.Linear(width, 1) if objective == "level+open" else None
+        self.level = nn.Linear(width, N_LEVELS) if "level" in names else None
+        self.open = nn.Linear(width, 1) if "open" in names else None
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """From [Q, D]: logits of levels 1 to 5 [Q, 5], and the logit of open against closed [Q] or None."""
-        return self.level(hidden), None if self.open is None else self.open(hidden).squeeze(-1)
+    def forward(self, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """From [Q, D]: logits of levels 1 to 5 [Q, 5], and the logit of open against closed [Q]; None if not asked."""
+        levels = None if self.level is None else self.level(hidden)
+        return levels, None if self.open is None else self.open(hidden).squeeze(-1)
 
     def masked_losses(
         self, hidden: Tensor, level_targets: Tensor, open_targets: Tensor | None = None
     ) -> dict[str, LossSum]:
-        """Summed losses by name: "level" (cross-entropy) and, in objective "level+open", "open" (logistic).
+        """Summed losses by name: "level" (cross-entropy) and "open" (logistic).
 
         hidden: [Q, D]; level_targets: integer [Q], 0 to 4, -100 does not count
-        open_targets: integer [Q], 1 open, 0 closed, -100 does not count; unused in objective "level"
+        open_targets: integer [Q], 1 open, 0 closed, -100 does not count; needed where "open" is asked
         """
         levels, opened = self(hidden)
-        losses = {"level": _level_loss(_at_least_fp32(levels), level_targets.long())}
+        losses = {}
+        if levels is not None:
+            losses["level"] = _level_loss(at_least_fp32(levels), level_targets.long())
         if opened is not None:
             if open_targets is None:
-                raise ValueError("objective 'level+open' needs open_targets")
-            losses["open"] = _open_loss(_at_least_fp32(opened), open_targets)
+                raise ValueError(f"objective {self.objective!r} needs open_targets")
+            losses["open"] = open_loss(at_least_fp32(opened), open_targets)
         return losses
+
+
+class MaskedCellHead(nn.Module):
+    """Pretraining, from a cell's vector: which islands that were hidden from it are open.
+
+    The logit of island j is g_j . (A z + B gelu(C z)) + b_j; only g and b have a row for each island. It trains
+    the pooled layer itself, which a loss on the states of tokens leaves as it was.
+    """
+
+    def __init__(self, n_islands: int, pooled: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(pooled, pooled)
+        self.outer = nn.Linear(2 * pooled, pooled)
+        self.table = nn.Parameter(torch.randn(n_islands, pooled) * pooled**-0.5)
+        self.bias = nn.Parameter(torch.zeros(n_islands))
+
+    def forward(self, z_BM: Tensor, islands_Q: Tensor, cells_Q: Tensor, open_targets: Tensor) -> LossSum:
+        """Summed logistic loss.
+
+        z_BM: [B, M]; islands_Q, cells_Q: int64 [Q], the islands that are asked and the cells they are asked of
+        open_targets: integer [Q], 1 open, 0 closed, -100 does not count
+        """
+        asking = self.outer(torch.cat([z_BM, functional.gelu(self.inner(z_BM))], dim=1))
+        rows = functional.embedding(islands_Q, self.table)
+        logits = (at_least_fp32(rows) * at_least_fp32(asking)[cells_Q]).sum(-1) + self.bias[islands_Q]
+        return open_loss(logits, open_targets)
 
 
 def _level_loss(logits: Tensor, targets: Tensor) -> LossSum:
@@ -85,16 +126,12 @@ def _level_loss(logits: Tensor, targets: Tensor) -> LossSum:
     return LossSum(loss, (targets != NOT_COUNTED).sum(), (logits.argmax(-1) == targets).sum())
 
 
-def _open_loss(logits: Tensor, targets: Tensor) -> LossSum:
+def open_loss(logits: Tensor, targets: Tensor) -> LossSum:
+    """Summed logistic loss of open (1) against closed (0); -100 does not count."""
     counted = targets != NOT_COUNTED
     logits, targets = logits[counted], targets[counted]
     loss = functional.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
     return LossSum(loss, counted.sum(), ((logits > 0) == (targets > 0)).sum())
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    """Losses and sums over many tokens are not taken in bf16 or fp16."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class CellTypeHead(nn.Module):
@@ -105,6 +142,8 @@ class CellTypeHead(nn.Module):
     """
 
     classifier: nn.Linear
+    reads_encoder = True
+    """Whether the head looks at the encoder's states."""
 
     def __init__(self, n_islands: int, n_types: int) -> None:
         super().__init__()
@@ -165,7 +204,7 @@ class CnnHead(CellTypeHead):
         if hidden is None:
             raise ValueError("the CNN head reads the encoder's states: hidden must not be None")
         scalar_T = self.filter(hidden).squeeze(-1).relu()
-        x = (self.expand(_sum_rows(self.table, scalar_T, islands, offsets)) + self.bias).relu()
+        x = (self.expand(sum_rows(self.table, scalar_T, islands, offsets)) + self.bias).relu()
         for layer in self.layers:
             x = layer(x).relu()
         return x
@@ -180,98 +219,31 @@ class CnnHead(CellTypeHead):
 
 
 class PooledHead(CellTypeHead):
-    """Linear logits on an idf-weighted, L2-normalised sum over open islands, with the encoder as a residual.
-
-        v_i = idf_i (1 + gate . h_i),   z = LayerNorm(sum_i v_i / |v| W_i),   logits = A z + c
-
-    The gate starts at zero: the head starts as a linear model of the open islands, whatever the encoder says.
-    A new head has idf 1 and random W; ``initialise`` gives it those of the training cells.
-
-    pooled: channels of z
-    island_dropout: in training, the probability that an open island of a cell is left out
-    """
-
-    idf: Tensor
+    """Linear logits on the pooled layer (``IslandPool``), whose arguments these are."""
 
     def __init__(
-        self, n_islands: int, width: int, n_types: int, pooled: int = 64, island_dropout: float = 0.3
+        self,
+        n_islands: int,
+        width: int,
+        n_types: int,
+        pooled: int = 64,
+        island_dropout: float = 0.3,
+        reads: str = "gate",
     ) -> None:
         super().__init__(n_islands, n_types)
-        if not 0 <= island_dropout < 1:
-            raise ConfigError(f"island_dropout: found {island_dropout!r}, expected at least 0 and under 1")
-        self.island_dropout = island_dropout
-        self.register_buffer("idf", torch.ones(n_islands))
-        self.gate = nn.Linear(width, 1)
-        nn.init.zeros_(self.gate.weight)
-        nn.init.zeros_(self.gate.bias)
-        self.table = nn.Parameter(torch.randn(n_islands, pooled) * pooled**-0.5)
-        self.norm = nn.LayerNorm(pooled)
+        self.pool = IslandPool(n_islands, width, pooled, island_dropout, reads)
+        self.reads_encoder = self.pool.reads_encoder
         self.classifier = nn.Linear(pooled, n_types)
 
-    @torch.no_grad()
-    def initialise(self, idf: Tensor, components: Tensor | None = None) -> None:
-        """Start from the training cells: their idf, and W from an SVD of them.
-
-        idf: [N]
-        components: SVD components times singular values, [N, C] with C <= pooled; missing columns become 0.
-        Raises ValueError on other shapes.
-        """
-        n_islands, pooled = self.table.shape
-        if tuple(idf.shape) != (n_islands,):
-            raise ValueError(f"idf: found shape {tuple(idf.shape)}, expected ({n_islands},)")
-        self.idf.copy_(idf)
-        if components is None:
-            return
-        if components.ndim != 2 or len(components) != n_islands or components.shape[1] > pooled:
-            raise ValueError(
-                f"components: found shape {tuple(components.shape)}, expected ({n_islands}, at most {pooled})"
-            )
-        self.table.zero_()
-        self.table[:, : components.shape[1]] = components.to(self.table.dtype)
-
     def embed(self, hidden: Tensor | None, tokens: Tensor, islands: Tensor, offsets: Tensor) -> Tensor:
-        """z, [B, pooled]. ``hidden`` None leaves the encoder out (gate 1); MASK tokens are left out too."""
-        kept = self._kept(tokens)
-        kept_islands = islands[kept]
-        values_S = self.idf[kept_islands]
-        if hidden is not None:
-            values_S = values_S * (1 + self.gate(hidden).squeeze(-1)[kept])
-        kept_offsets = torch.searchsorted(kept, offsets.to(kept.device))
-        unit_S = _unit_rows(_at_least_fp32(values_S), kept_offsets)
-        pooled: Tensor = self.norm(_sum_rows(self.table, unit_S, kept_islands, kept_offsets))
-        return pooled
-
-    def _kept(self, tokens: Tensor) -> Tensor:
-        """Increasing positions of the open islands, in training less those that are dropped."""
-        kept = (tokens > CLOSED_TOKEN) & (tokens < MASK_TOKEN)
-        if self.training and self.island_dropout:
-            kept &= torch.rand(len(tokens), device=tokens.device) >= self.island_dropout
-        return kept.nonzero().squeeze(-1)
+        """z, [B, pooled]. ``hidden`` None leaves the encoder out; MASK tokens are left out too."""
+        z: Tensor = self.pool(hidden, tokens, islands, offsets)
+        return z
 
     def table_parameters(self) -> list[nn.Parameter]:
         """W, a row for each island."""
-        return [self.table]
+        return [self.pool.table]
 
     def reading_parameters(self) -> list[nn.Parameter]:
-        """The gate."""
-        return list(self.gate.parameters())
-
-
-def _unit_rows(values_S: Tensor, offsets: Tensor) -> Tensor:
-    """The values of each cell divided by their L2 norm; a cell of zeros stays zero."""
-    counts = offsets.diff()
-    cells = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    squares = values_S.new_zeros(len(counts)).index_add(0, cells, values_S.square())
-    return values_S / squares.clamp_min(SMALLEST_NORM).sqrt()[cells]
-
-
-def _sum_rows(table_NM: Tensor, weights_T: Tensor, islands_T: Tensor, offsets: Tensor) -> Tensor:
-    """Sum over the tokens of each cell of ``weights`` times the table's rows at ``islands``: [B, M]."""
-    return functional.embedding_bag(
-        islands_T,
-        table_NM,
-        offsets.to(islands_T.device),
-        mode="sum",
-        per_sample_weights=weights_T.to(table_NM.dtype),
-        include_last_offset=True,
-    )
+        """Gate and U."""
+        return self.pool.reading_parameters()

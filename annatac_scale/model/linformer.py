@@ -18,20 +18,26 @@ H heads, C channels of a head, K projected rows (k), R = H K rows of all heads.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from annatac_scale.errors import ConfigError, ModelError
 from annatac_scale.model.ragged import gather_project, segment_matmul
-from annatac_scale.stream.batch import MASK_TOKEN
+from annatac_scale.stream.batch import CLOSED_TOKEN, MASK_TOKEN
 
 N_TOKENS = MASK_TOKEN + 1
 """Tokens the encoder knows: 0 closed, 1 to 5 a level, 6 MASK."""
 
-CHOICES = {"attend": ("all", "open"), "norm": ("post", "pre"), "positions": ("frozen", "learned")}
+CHOICES = {
+    "attend": ("all", "open"),
+    "norm": ("post", "pre"),
+    "positions": ("frozen", "learned"),
+    "closed": ("none", "first", "every"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,13 @@ class EncoderConfig:
     """The table of island positions stays as given, "frozen"; or it is "learned" from there."""
     tokens_per_cell: float = 0.0
     """Tokens expected in a cell, which E's initialisation is scaled by; 0 means all islands."""
+    closed: str = "none"
+    """Where ``attend`` is "open": closed islands stand in the keys and values of no layer, of the "first", or of
+    "every" layer, with the state that they start from; they are never updated."""
+    depth: bool = False
+    """Add a learned vector, times the log of the cell's open islands, to every token."""
+    checkpoint: bool = False
+    """Compute the layers' activations again in the backward, instead of keeping them."""
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "heads", "head_dim", "k", "ff"):
@@ -72,6 +85,8 @@ class EncoderConfig:
                 f"encoder tokens_per_cell: found {self.tokens_per_cell!r}, expected a number of tokens, "
                 "or 0 for all islands"
             )
+        if self.closed != "none" and self.attend == "all":
+            raise ConfigError('encoder closed: attend "all" lists the closed islands already; expected none')
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +101,24 @@ class _Cells:
     """int64 [T], row of ``projection`` of each token."""
     offsets: Tensor
     """int64 [B + 1], on the CPU."""
+    closed: "_Closed | None"
+
+
+@dataclass(frozen=True, eq=False)
+class _Closed:
+    """What closed islands add to the keys and values: E^T of all islands' closed states, less the listed tokens'."""
+
+    states: Tensor
+    """[N, D], of every island before the first layer, if it is closed."""
+    of_tokens: Tensor
+    """[T, D], the same of the listed tokens' islands."""
+    projection: Tensor
+    """[N, K]"""
+
+    def of_all(self, norm: nn.Module) -> Tensor:
+        """E^T of the closed states of all islands, [K, D]."""
+        summed: Tensor = self.projection.t() @ norm(self.states)
+        return summed
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,9 +152,14 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.width, inner, bias=False)
         self.output = nn.Linear(inner, config.width)
 
-    def forward(self, x_TD: Tensor, asked: _Asked, cells: _Cells) -> Tensor:
-        """What the asked tokens read from their cell, [Q, D]; ``x_TD`` are all its tokens."""
-        z_BKD = gather_project(cells.projection, x_TD, cells.rows, cells.offsets)
+    def forward(self, x_TD: Tensor, asked: _Asked, cells: _Cells, norm: nn.Module) -> Tensor:
+        """What the asked tokens read from their cell, [Q, D]; ``x_TD`` are all its tokens, after ``norm``."""
+        if cells.closed is None:
+            z_BKD = gather_project(cells.projection, x_TD, cells.rows, cells.offsets)
+        else:
+            beyond_TD = x_TD - norm(cells.closed.of_tokens)
+            z_BKD = gather_project(cells.projection, beyond_TD, cells.rows, cells.offsets)
+            z_BKD = z_BKD + cells.closed.of_all(norm)
         bias_K1 = cells.bias[:, None]
         keys_BKHC = self._split(self.key(z_BKD) + bias_K1)
         values_BKHC = self._split(self.value(z_BKD) + bias_K1)
@@ -155,9 +193,9 @@ class Layer(nn.Module):
         """The asked tokens after this layer, [Q, D]."""
         x_QD = asked.of(x_TD)
         if self.pre:
-            x_QD = x_QD + self.attention(self.attention_norm(x_TD), asked, cells)
+            x_QD = x_QD + self.attention(self.attention_norm(x_TD), asked, cells, self.attention_norm)
             return x_QD + self.feed_forward(self.feed_forward_norm(x_QD))
-        x_QD = self.attention_norm(x_QD + self.attention(x_TD, asked, cells))
+        x_QD = self.attention_norm(x_QD + self.attention(x_TD, asked, cells, nn.Identity()))
         return self.feed_forward_norm(x_QD + self.feed_forward(x_QD))
 
 
@@ -184,6 +222,7 @@ class Linformer(nn.Module):
         self.projection_bias = nn.Parameter(torch.empty(config.k).uniform_(-bound, bound))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(config.width) if config.norm == "pre" else nn.Identity()
+        self.depth = nn.Parameter(torch.zeros(config.width)) if config.depth else None
         self._set_positions(positions)
 
     def _set_positions(self, given: Tensor | None) -> None:
@@ -218,12 +257,36 @@ class Linformer(nn.Module):
         offsets = offsets.cpu()
         # One gather for all layers: the dense gradient of E, [N, k], is then formed once a backward.
         used, rows = torch.unique(islands, return_inverse=True)
-        cells = _Cells(functional.embedding(used, self.projection), self.projection_bias, rows, offsets)
+        cells = _Cells(functional.embedding(used, self.projection), self.projection_bias, rows, offsets, None)
         everything = _Asked(None, offsets)
         last = everything if queries is None else _Asked.at(queries, offsets)
-        x = self.token_embedding(tokens) + functional.embedding(islands, self.positions)
+        positions = functional.embedding(islands, self.positions)
+        x = self.token_embedding(tokens) + positions
+        if self.depth is not None:
+            x = x + self._depths(offsets).to(x.device)[:, None] * self.depth
+        if self.config.closed != "none":
+            cells = replace(cells, closed=self._closed(positions))
         for layer in self.layers[:-1]:
-            x = layer(x, everything, cells)
-        x = self.layers[-1](x, last, cells)
+            x = self._run(layer, x, everything, cells)
+            if self.config.closed == "first":
+                cells = replace(cells, closed=None)
+        x = self._run(self.layers[-1], x, last, cells)
         hidden: Tensor = self.final_norm(x)
         return hidden
+
+    def _run(self, layer: nn.Module, x_TD: Tensor, asked: _Asked, cells: _Cells) -> Tensor:
+        if self.config.checkpoint and torch.is_grad_enabled():
+            computed: Tensor = checkpoint(layer, x_TD, asked, cells, use_reentrant=False)
+            return computed
+        result: Tensor = layer(x_TD, asked, cells)
+        return result
+
+    def _depths(self, offsets: Tensor) -> Tensor:
+        """Log of the cell's tokens over those expected, of each token, [T]."""
+        counts = offsets.diff()
+        depths = (counts.clamp_min(1) / (self.config.tokens_per_cell or 1.0)).log()
+        return torch.repeat_interleave(depths.to(self.projection.dtype), counts)
+
+    def _closed(self, positions_TD: Tensor) -> _Closed:
+        state_D = self.token_embedding.weight[CLOSED_TOKEN]
+        return _Closed(state_D + self.positions, state_D + positions_TD, self.projection)

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from annatac_scale.errors import InputError
 from annatac_scale.model.calibration import fit_temperature
-from annatac_scale.model.cell_typer import CellTyper, batch_tokens, build_head
+from annatac_scale.model.cell_typer import CellTyper, build_head
+from annatac_scale.model.encoder import batch_tokens
 from annatac_scale.model.folder import Model, ModelInfo, read_model, write_model
 from annatac_scale.model.heads import LossSum, PooledHead
 from annatac_scale.progress import Progress, Silent
@@ -92,7 +93,7 @@ class FinetuneTask:
         typer = self.module.typer
         tables, reading = typer.head.table_parameters(), typer.head.reading_parameters()
         apart = {id(p) for p in (*tables, *reading)}
-        encoder = [p for p in typer.encoder.parameters() if p.requires_grad]
+        encoder = [p for p in typer.linformer.parameters() if p.requires_grad]
         return [
             {
                 "params": [p for p in typer.head.parameters() if id(p) not in apart],
@@ -246,7 +247,8 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
     }
     info = _info(work, fit_temperature(*task.logits(labelled.of("val"))), facts)
     pretrained = work.pretrained
-    model = Model(info, pretrained.vocabulary, pretrained.islands, pretrained.encoder, task.module.typer)
+    typer = task.module.typer
+    model = Model(info, pretrained.vocabulary, pretrained.islands, typer.encoder_and_pool(), typer)
     write_split(run.path / SPLIT_FILE, work.store, labelled)
     write_model(run.model, model, finetuned_card(info, model.vocabulary))
 
@@ -256,18 +258,22 @@ def _task(work: _Work, ranks: Ranks) -> FinetuneTask:
     pretrained, labelled, config = work.pretrained, work.labelled, work.config
     n_types = len(labelled.types)
     head = build_head(config.head, pretrained.info.encoder, len(pretrained.vocabulary), n_types)
-    if config.freeze_encoder:
-        pretrained.encoder.requires_grad_(False)
+    if config.freeze_encoder or not head.reads_encoder:
+        pretrained.encoder.linformer.requires_grad_(False)
     counts = np.bincount(labelled.codes_of(labelled.of("train")), minlength=n_types)
     weights = torch.from_numpy(class_weights(counts, config.class_weights))
-    module = CellTypeModel(CellTyper(pretrained.encoder, head), weights, labelled).to(ranks.device)
+    module = CellTypeModel(CellTyper(pretrained.encoder.linformer, head), weights, labelled).to(ranks.device)
     lister = TokenLister(work.store, pretrained.vocabulary, pretrained.info.encoder.attend)
     return FinetuneTask(module, config, lister, work.store, labelled)
 
 
 def _initialise(typer: CellTyper, work: _Work, progress: Progress) -> None:
-    """Start a pooled head as the best linear model: idf and SVD of the training cells."""
+    """Start a pooled head from the pretrained pooled layer; without one, from idf and SVD of the training cells."""
     if not isinstance(typer.head, PooledHead):
+        return
+    pretrained = work.pretrained.encoder.pool
+    if pretrained is not None:
+        typer.head.pool.start_from(pretrained)
         return
     training, vocabulary = work.labelled.of("train"), work.pretrained.vocabulary
     counts = count_open(work.store, training, progress)[vocabulary.islands]
@@ -275,7 +281,7 @@ def _initialise(typer: CellTyper, work: _Work, progress: Progress) -> None:
     rank, seed = work.config.head.pooled, work.config.train.seed
     matrix = CellMatrix(work.store, vocabulary, training, idf)
     svd = truncated_svd(matrix, rank, seed, torch.get_num_threads(), progress)
-    typer.head.initialise(torch.from_numpy(idf), torch.from_numpy(svd.components * svd.singular_values))
+    typer.head.pool.initialise(torch.from_numpy(idf), torch.from_numpy(svd.components * svd.singular_values))
 
 
 def class_weights(counts: NDArray[np.int64], rule: str) -> NDArray[np.float32]:
@@ -295,6 +301,7 @@ def _info(work: _Work, temperature: float, facts: dict[str, Any]) -> ModelInfo:
     counts = Counter(labelled.types[code] for code in labelled.codes_of(labelled.of("train")))
     return replace(
         work.pretrained.info,
+        pool=None,
         head=work.config.head,
         labels=labelled.types,
         temperature=temperature,

@@ -41,6 +41,10 @@ class Svd:
     components: Floats
     singular_values: Floats
 
+    def leading(self, rank: int) -> "Svd":
+        """The first ``rank`` of them."""
+        return Svd(self.components[:, :rank], self.singular_values[:rank])
+
 
 def inverse_document_frequency(open_counts: NDArray[np.integer], n_cells: int) -> Floats:
     """log(1 + cells / cells in which the island is open), float32 [n_islands]; an island never open counts as 1."""

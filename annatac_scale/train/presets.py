@@ -1,11 +1,13 @@
 """Presets: tiny, small, and paper, the published model, objective and rules."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from annatac_scale.errors import ConfigError
 from annatac_scale.model.cell_typer import HeadConfig
-from annatac_scale.model.heads import OBJECTIVES
+from annatac_scale.model.heads import objectives_of
 from annatac_scale.model.linformer import EncoderConfig
+from annatac_scale.model.pool import READS
 from annatac_scale.stream.masking import MaskingOptions
 from annatac_scale.train.loop import TrainOptions
 from annatac_scale.train.positions import VALUES
@@ -22,7 +24,16 @@ class PretrainConfig:
     encoder: EncoderConfig
     train: TrainOptions
     objective: str = "level+open"
-    """What masked islands are asked: their "level", or also whether they are open, among sampled closed ones."""
+    """What is asked of masked islands, joined by "+": their "level"; whether they are "open", among sampled closed
+    ones; the same of the whole "cell", from the pooled vector of the islands that are not masked."""
+    negatives: int = 1
+    """Closed islands drawn for each hidden open one, where "open" or "cell" is asked."""
+    nearby: float = 0.0
+    """Share of them that are drawn among the neighbours of hidden islands, and not by frequency."""
+    pooled: int = 64
+    """Channels of the pooled layer that "cell" trains."""
+    reads: str = "gate"
+    """What the pooled layer takes from the encoder: a "gate" on each island, "gate+sum", or "none"."""
     mask_fraction: float = 0.15
     mask_keep: float = 0.1
     mask_level_cap: float = 0.5
@@ -34,8 +45,10 @@ class PretrainConfig:
     validation_share: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ConfigError(f"objective: found {self.objective!r}, expected {' or '.join(OBJECTIVES)}")
+        if self.reads not in READS:
+            raise ConfigError(f"reads: found {self.reads!r}, expected {', '.join(READS)}")
+        if self.pooled < 1:
+            raise ConfigError(f"pooled: found {self.pooled}, expected at least 1")
         if self.position_values not in VALUES:
             raise ConfigError(
                 f"position_values: found {self.position_values!r}, expected {' or '.join(VALUES)}"
@@ -49,8 +62,23 @@ class PretrainConfig:
     @property
     def masking(self) -> MaskingOptions:
         """The masking rule."""
-        negatives = self.objective == "level+open"
-        return MaskingOptions(self.mask_fraction, self.mask_keep, self.mask_level_cap, negatives)
+        negatives = self.negatives if self.asks_closed else 0
+        return MaskingOptions(self.mask_fraction, self.mask_keep, self.mask_level_cap, negatives, self.nearby)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The names in ``objective``."""
+        return objectives_of(self.objective)
+
+    @property
+    def asks_closed(self) -> bool:
+        """Whether closed islands are asked too."""
+        return "open" in self.objectives or "cell" in self.objectives
+
+    @property
+    def runs_encoder(self) -> bool:
+        """Whether a loss looks at the encoder's states."""
+        return self.objectives != ("cell",) or self.reads != "none"
 
 
 @dataclass(frozen=True)
@@ -78,7 +106,7 @@ class FinetuneConfig:
             )
 
 
-_SIZES = {
+_SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"width": 32, "layers": 2, "heads": 2, "head_dim": 16, "k": 16, "ff": 128},
     "small": {"width": 128, "layers": 4, "heads": 4, "head_dim": 32, "k": 64, "ff": 512},
     "paper": {"width": 200, "layers": 4, "heads": 4, "head_dim": 128, "k": 64, "ff": 800},

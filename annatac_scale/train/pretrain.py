@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,14 +10,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from annatac_scale.errors import ConfigError, InputError
-from annatac_scale.model.cell_typer import batch_tokens
-from annatac_scale.model.folder import Model, ModelInfo, read_model, vocabulary_islands, write_model
-from annatac_scale.model.heads import LossSum, MaskedIslandHead
+from annatac_scale.model.encoder import Encoder, Tokens, batch_tokens
+from annatac_scale.model.folder import (
+    Model,
+    ModelInfo,
+    PoolConfig,
+    read_model,
+    vocabulary_islands,
+    write_model,
+)
+from annatac_scale.model.heads import LossSum, MaskedCellHead, MaskedIslandHead
 from annatac_scale.model.linformer import Linformer
+from annatac_scale.model.pool import IslandPool
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.schema import N_LEVELS
 from annatac_scale.store.store import IslandStore
-from annatac_scale.stream.batch import NOT_COUNTED, Batch
+from annatac_scale.stream.batch import MASK_TOKEN, NOT_COUNTED, Batch
 from annatac_scale.stream.loader import BatchStream
 from annatac_scale.stream.masking import ClosedSampler, mask
 from annatac_scale.stream.selection import sequential
@@ -28,6 +36,7 @@ from annatac_scale.train.checkpoint import RunFolder
 from annatac_scale.train.loop import Ranks, TrainOptions, micro_batches, train
 from annatac_scale.train.positions import (
     CellMatrix,
+    Svd,
     inverse_document_frequency,
     position_table,
     truncated_svd,
@@ -58,32 +67,73 @@ class PretrainReport:
 
 
 class MaskedIslandModel(nn.Module):
-    """Encoder and masked-island head; maps a prepared batch to summed losses."""
+    """Encoder and the heads of the objective; maps a prepared batch to summed losses."""
 
-    def __init__(self, encoder: Linformer, head: MaskedIslandHead) -> None:
+    def __init__(self, config: PretrainConfig, n_islands: int) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.head = head
+        self.encoder = Encoder(Linformer(config.encoder, n_islands))
+        self.token_head = MaskedIslandHead(config.encoder.width, config.objective)
+        self.cell_head = None
+        if "cell" in config.objectives:
+            self.encoder.pool = IslandPool(n_islands, config.encoder.width, config.pooled, reads=config.reads)
+            self.cell_head = MaskedCellHead(n_islands, config.pooled)
+        self._asks_tokens = config.objectives != ("cell",)
+        self._runs_encoder = config.runs_encoder
+        self.encoder.linformer.requires_grad_(config.runs_encoder)
 
     def forward(self, batch: Batch) -> dict[str, LossSum]:
         """Losses by name over the targets of a masked batch."""
-        device = self.head.level.weight.device
-        queries, levels, opened = _targets(batch)
-        hidden = self.encoder(*batch_tokens(batch, device), queries.to(device))
-        return self.head.masked_losses(
-            hidden, levels.to(device), None if opened is None else opened.to(device)
-        )
+        device = self.encoder.linformer.projection.device
+        asked = _Asked.of(batch, device)
+        tokens = batch_tokens(batch, device)
+        if not self._asks_tokens:
+            # Hidden islands are asked of the cell's vector alone: no token stands for them.
+            tokens = _without_masked(tokens)
+        linformer, losses = self.encoder.linformer, {}
+        if self.cell_head is None:
+            hidden = linformer(*tokens, asked.positions)
+            return self.token_head.masked_losses(hidden, asked.levels, asked.opened)
+        assert self.encoder.pool is not None
+        assert asked.opened is not None
+        hidden = linformer(*tokens) if self._runs_encoder else None
+        if self._asks_tokens:
+            assert hidden is not None
+            losses = self.token_head.masked_losses(hidden[asked.positions], asked.levels, asked.opened)
+        z = self.encoder.pool(hidden, *tokens)
+        return losses | {"cell": self.cell_head(z, asked.islands, asked.cells, asked.opened)}
 
 
-def _targets(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Positions of tokens with a target, and the targets there."""
-    assert batch.level_targets is not None
-    asked = batch.level_targets != NOT_COUNTED
-    if batch.open_targets is not None:
-        asked = asked | (batch.open_targets != NOT_COUNTED)
-    at = np.flatnonzero(asked)
-    opened = None if batch.open_targets is None else torch.from_numpy(batch.open_targets[at]).long()
-    return torch.from_numpy(at), torch.from_numpy(batch.level_targets[at]).long(), opened
+class _Asked(NamedTuple):
+    """What a masked batch asks, on the device: at which tokens, of which islands and cells, and the answers."""
+
+    positions: Tensor
+    islands: Tensor
+    cells: Tensor
+    levels: Tensor
+    opened: Tensor | None
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> "_Asked":
+        assert batch.level_targets is not None
+        asked = batch.level_targets != NOT_COUNTED
+        if batch.open_targets is not None:
+            asked = asked | (batch.open_targets != NOT_COUNTED)
+        at = np.flatnonzero(asked)
+        cells = np.searchsorted(batch.offsets, at, side="right") - 1
+
+        def on_device(values: NDArray[np.integer]) -> Tensor:
+            return torch.from_numpy(values.astype(np.int64)).to(device)
+
+        opened = None if batch.open_targets is None else on_device(batch.open_targets[at])
+        islands, levels = batch.islands[at], batch.level_targets[at]
+        return cls(on_device(at), on_device(islands), on_device(cells), on_device(levels), opened)
+
+
+def _without_masked(tokens: Tokens) -> Tokens:
+    """The tokens that are not MASK."""
+    kept = (tokens.tokens != MASK_TOKEN).nonzero().squeeze(-1)
+    offsets = torch.searchsorted(kept.cpu(), tokens.offsets)
+    return Tokens(tokens.tokens[kept], tokens.islands[kept], offsets)
 
 
 class PretrainTask:
@@ -102,16 +152,19 @@ class PretrainTask:
         validation: BatchStream,
     ) -> None:
         self.module = module
-        self.loss_weights = dict.fromkeys(config.objective.split("+"), 1.0)
+        self.loss_weights = dict.fromkeys(config.objectives, 1.0)
         self._config = config
         self._lister = lister
         self._sampler = sampler
         self._validation = validation
 
     def parameter_groups(self, options: TrainOptions) -> list[dict[str, Any]]:
-        """The tables with a row for each island, E and learned positions, and all else, each at its rate."""
-        encoder = self.module.encoder
-        tables = [p for p in (encoder.projection, encoder.positions) if p.requires_grad]
+        """The tables with a row for each island and all else, each at its rate."""
+        linformer, cell_head = self.module.encoder.linformer, self.module.cell_head
+        tables = [linformer.projection, linformer.positions]
+        if cell_head is not None and self.module.encoder.pool is not None:
+            tables += [self.module.encoder.pool.table, cell_head.table, cell_head.bias]
+        tables = [p for p in tables if p.requires_grad]
         ids = {id(table) for table in tables}
         rest = [p for p in self.module.parameters() if p.requires_grad and id(p) not in ids]
         return [
@@ -125,10 +178,11 @@ class PretrainTask:
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Masked islands, and those asked open or closed."""
-        counts = {"level": int(np.count_nonzero(batch.level_targets != NOT_COUNTED))}
-        if batch.open_targets is not None:
-            counts["open"] = int(np.count_nonzero(batch.open_targets != NOT_COUNTED))
-        return counts
+        of_level = int(np.count_nonzero(batch.level_targets != NOT_COUNTED))
+        of_open = (
+            0 if batch.open_targets is None else int(np.count_nonzero(batch.open_targets != NOT_COUNTED))
+        )
+        return {name: of_level if name == "level" else of_open for name in self.loss_weights}
 
     @torch.no_grad()
     def validate(self, ranks: Ranks) -> dict[str, float]:
@@ -227,7 +281,7 @@ def report_of(run: RunFolder) -> PretrainReport:
     """What a complete pretraining run made."""
     model = read_model(run.model)
     facts = model.info.provenance
-    n_parameters = sum(p.numel() for p in model.encoder.parameters())
+    n_parameters = _n_trained(model.encoder)
     shares = tuple(facts["level_shares"])
     return PretrainReport(
         run.model, facts["n_training_cells"], len(model.vocabulary), n_parameters, shares, facts["validation"]
@@ -249,10 +303,10 @@ def pretrain_rank(
     task = pretrain_task(data, config, ranks)
     encoder = task.module.encoder
     if ranks.rank == 0 and not run.has("last"):
-        _place(encoder, data, config, progress)
+        initialise(encoder, data, config, progress)
     progress.say(
         f"{len(data.training):,} cells to train, {len(data.validation):,} to validate, "
-        f"{len(data.vocabulary):,} islands, {sum(p.numel() for p in encoder.parameters()):,} parameters to train, "
+        f"{len(data.vocabulary):,} islands, {_n_trained(encoder):,} parameters of the encoder to train, "
         f"attend {config.encoder.attend}"
     )
     stream = data.stream(data.training, config.train, ranks)
@@ -264,35 +318,43 @@ def pretrain_rank(
 
 def pretrain_task(data: PretrainData, config: PretrainConfig, ranks: Ranks) -> PretrainTask:
     """A new model, its positions still to be placed, and its validation."""
-    encoder = Linformer(config.encoder, len(data.vocabulary))
-    head = MaskedIslandHead(config.encoder.width, config.objective)
-    module = MaskedIslandModel(encoder, head).to(ranks.device)
+    module = MaskedIslandModel(config, len(data.vocabulary)).to(ranks.device)
     lister = TokenLister(data.store, data.vocabulary, config.encoder.attend)
     sampler = None
-    if config.objective == "level+open":
+    if config.asks_closed:
         sampler = ClosedSampler(data.counts, lister.measured, lister.first_cells)
     return PretrainTask(module, config, lister, sampler, data.stream(data.validation, config.train, ranks))
 
 
-def _place(encoder: Linformer, data: PretrainData, config: PretrainConfig, progress: Progress) -> None:
-    """Set the encoder's positions to the SVD of the training cells."""
-    idf = None
-    if config.position_values == "idf":
-        idf = inverse_document_frequency(data.counts, len(data.training))
-    width, seed = config.encoder.width, config.train.seed
-    matrix = CellMatrix(data.store, data.vocabulary, data.training, idf)
-    svd = truncated_svd(matrix, width, seed, torch.get_num_threads(), progress)
+def initialise(encoder: Encoder, data: PretrainData, config: PretrainConfig, progress: Progress) -> None:
+    """Start positions and pooled layer from the SVD of the training cells."""
+    idf = inverse_document_frequency(data.counts, len(data.training))
+    width, pool = config.encoder.width, encoder.pool
+    ranks = {config.position_values: width}
+    if pool is not None:
+        ranks["idf"] = max(ranks.get("idf", 0), pool.table.shape[1])
+    svds: dict[str, Svd] = {}
+    for values, rank in ranks.items():
+        matrix = CellMatrix(data.store, data.vocabulary, data.training, idf if values == "idf" else None)
+        svds[values] = truncated_svd(matrix, rank, config.train.seed, torch.get_num_threads(), progress)
+    table = position_table(svds[config.position_values].leading(width), width, encoder.linformer.token_rms)
     with torch.no_grad():
-        encoder.positions.copy_(torch.from_numpy(position_table(svd, width, encoder.token_rms)))
+        encoder.linformer.positions.copy_(torch.from_numpy(table))
+    if pool is not None:
+        svd = svds["idf"].leading(pool.table.shape[1])
+        pool.initialise(torch.from_numpy(idf), torch.from_numpy(svd.components * svd.singular_values))
 
 
-def _model(
-    data: PretrainData, config: PretrainConfig, encoder: Linformer, figures: dict[str, float]
-) -> Model:
+def _n_trained(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def _model(data: PretrainData, config: PretrainConfig, encoder: Encoder, figures: dict[str, float]) -> Model:
     info = ModelInfo(
         **store_identity(data.store),
         preset=config.preset,
         encoder=config.encoder,
+        pool=PoolConfig(config.pooled, config.reads) if encoder.pool is not None else None,
         provenance={
             "made_by": made_by(),
             "kind": "pretrained",
@@ -322,7 +384,7 @@ def level_shares(
 
 
 def _check_objective(config: PretrainConfig, shares: tuple[float, ...]) -> None:
-    if config.objective == "level" and max(shares) > MOST_LEVEL_ONE:
+    if config.objectives == ("level",) and max(shares) > MOST_LEVEL_ONE:
         level = int(np.argmax(shares)) + 1
         raise ConfigError(
             f"objective level: {max(shares):.1%} of the open islands are at level {level}, so that predicting levels "

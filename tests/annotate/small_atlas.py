@@ -14,6 +14,7 @@ from scipy import sparse
 
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.model.cell_typer import CellTyper, HeadConfig, build_head
+from annatac_scale.model.encoder import Encoder
 from annatac_scale.model.folder import Model, ModelInfo, vocabulary_islands, write_model
 from annatac_scale.model.linformer import EncoderConfig, Linformer
 from annatac_scale.store.open_islands import OpenIslands
@@ -102,7 +103,7 @@ def small_model(
     info = ModelInfo(
         space.assembly, 5000, space.selection, "insertion", space.sha256, len(space), "tiny", config, **typing
     )
-    model = Model(info, islands, vocabulary_islands(space, islands), encoder, typer)
+    model = Model(info, islands, vocabulary_islands(space, islands), Encoder(encoder), typer)
     write_model(path, model, "card")
     return model
 
@@ -119,7 +120,7 @@ def one_by_one(model: Model, sample: SmallSample) -> np.ndarray:
         islands = torch.tensor([number[island] for island in listed], dtype=torch.int64)
         offsets = torch.tensor([0, len(listed)])
         with torch.no_grad():
-            hidden = model.encoder(tokens, islands, offsets)
+            hidden = model.encoder.linformer(tokens, islands, offsets)
             logits.append(model.typer.head(hidden, tokens, islands, offsets)[0].numpy())
     return np.array(logits).reshape(-1, len(model.info.labels))
 

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from command_line import N_CELLS, Atlas, done, files_below, strict_json
 
+from annatac_scale.store.metadata import committed_samples
+
 
 def start(*words: Any) -> "subprocess.Popen[str]":
     """A process of its own, which Ctrl-C interrupts even where this one ignores it."""
@@ -73,5 +75,10 @@ def test_conversion_that_was_interrupted_leaves_no_sample_and_goes_on(atlas: Atl
         pytest.skip("the machine converted faster than it was interrupted")
     assert process.returncode == 130
     assert stderr.splitlines()[-1] == "annatac: interrupted; run the same command again to go on"
-    assert not (atlas.folder / "large.zarr").exists()
+    store = atlas.folder / "large.zarr"
+    # A range that was counted before the interrupt is kept for the next run; a store without any is removed.
+    assert not store.exists() or committed_samples(store) == []
     assert done(*words).stdout.splitlines()[0] == "converted: large"
+    found = strict_json(done("info", store, "--json").stdout)
+    assert [sample["name"] for sample in found["samples"]] == ["large"]
+    assert found["unfinished"] == []

@@ -8,6 +8,7 @@ import torch
 
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.model.cell_typer import CellTyper, HeadConfig, build_head
+from annatac_scale.model.encoder import Encoder
 from annatac_scale.model.folder import Model, ModelInfo, vocabulary_islands
 from annatac_scale.model.linformer import EncoderConfig, Linformer
 from annatac_scale.stream.batch import Batch
@@ -36,10 +37,11 @@ def toy_model(head: HeadConfig | None, labels: tuple[str, ...] = LABELS, **encod
     vocabulary = Vocabulary(space.sha256, N_SPACE, islands)
     torch.manual_seed(1)
     network = Linformer(config, len(vocabulary), torch.randn(len(vocabulary), config.width))
-    typer = None
+    encoder, typer = Encoder(network), None
     if head is not None:
         typer = CellTyper(network, build_head(head, config, len(vocabulary), len(labels)))
         randomise(typer)
+        encoder = typer.encoder_and_pool()
     info = ModelInfo(
         assembly=space.assembly,
         width_bp=space.width_bp,
@@ -55,7 +57,7 @@ def toy_model(head: HeadConfig | None, labels: tuple[str, ...] = LABELS, **encod
         novel_threshold=0.4 if head is not None else 0.5,
         provenance={"seed": 3, "figures": {"accuracy": 0.1}, "stores": ["atlas.zarr"]},
     )
-    return Model(info, vocabulary, vocabulary_islands(space, vocabulary), network, typer)
+    return Model(info, vocabulary, vocabulary_islands(space, vocabulary), encoder, typer)
 
 
 def randomise(module: torch.nn.Module) -> None:

@@ -90,9 +90,12 @@ def cnn_logits(weights: Weights, hidden_BND: Tensor, listed_BN: Tensor, n_layers
 
 def pooled_logits(weights: Weights, hidden_BND: Tensor | None, open_BN: Tensor) -> Tensor:
     """The pooled head on dense cells, ``open_BN`` bool; None leaves the encoder out."""
-    values_BN = weights["idf"] * open_BN
+    values_BN = weights["pool.idf"] * open_BN
     if hidden_BND is not None:
-        values_BN = values_BN * (1 + _linear(weights, "gate.", hidden_BND)[..., 0])
+        values_BN = values_BN * (1 + _linear(weights, "pool.gate.", hidden_BND)[..., 0])
     norms_B1 = torch.linalg.vector_norm(values_BN, dim=1, keepdim=True)
     unit_BN = torch.where(norms_B1 > 0, values_BN / norms_B1.clamp_min(1e-30), torch.zeros_like(values_BN))
-    return _linear(weights, "classifier.", _norm(weights, "norm.", unit_BN @ weights["table"]))
+    z_BM = unit_BN @ weights["pool.table"]
+    if "pool.sum.weight" in weights:
+        z_BM = z_BM + torch.einsum("bn,bnd->bd", unit_BN, hidden_BND) @ weights["pool.sum.weight"].T
+    return _linear(weights, "classifier.", _norm(weights, "pool.norm.", z_BM))

@@ -4,7 +4,8 @@ import torch
 from model_folders import LABELS, toy_batch, toy_model
 
 from annatac_scale.errors import ConfigError
-from annatac_scale.model.cell_typer import HEADS, HeadConfig, batch_tokens, build_head
+from annatac_scale.model.cell_typer import HEADS, HeadConfig, build_head
+from annatac_scale.model.encoder import batch_tokens
 from annatac_scale.model.heads import CnnHead, PooledHead
 from annatac_scale.stream.batch import Batch
 
@@ -24,7 +25,7 @@ def test_logits_of_a_batch_are_those_of_its_cells_one_by_one(kind: str) -> None:
         islands = torch.tensor(batch.islands[own], dtype=torch.int64)
         offsets = torch.tensor([0, len(tokens)])
         with torch.no_grad():
-            hidden = typer.encoder(tokens, islands, offsets)
+            hidden = typer.linformer(tokens, islands, offsets)
             expected = typer.head(hidden, tokens, islands, offsets)[0]
         np.testing.assert_allclose(found[cell], expected.numpy(), rtol=1e-5, atol=1e-5)
 
@@ -63,8 +64,8 @@ def test_the_configured_head_is_built() -> None:
     encoder = toy_model(None).info.encoder
     pooled = build_head(HeadConfig("pooled", pooled=12, island_dropout=0.2), encoder, 20, 3)
     assert isinstance(pooled, PooledHead)
-    assert pooled.table.shape == (20, 12)
-    assert pooled.island_dropout == 0.2
+    assert pooled.pool.table.shape == (20, 12)
+    assert pooled.pool.island_dropout == 0.2
     sizes = {"cnn": (512, 128), "subtype": (512, 256, 128, 64)}
     for kind, hidden in sizes.items():
         head = build_head(HeadConfig(kind), encoder, 20, 3)
@@ -79,6 +80,7 @@ def test_the_configured_head_is_built() -> None:
     ("values", "message"),
     [
         ({"kind": "mean"}, "head kind: found 'mean', expected pooled, cnn, subtype"),
+        ({"reads": "all"}, r"head reads: found 'all', expected none, gate, gate\+sum"),
         ({"pooled": 0}, "head sizes"),
         ({"hidden": (5, 0)}, "head sizes"),
     ],

@@ -92,13 +92,13 @@ def test_cnn_head_embeds_a_cell_in_its_last_hidden_layer():
 def pooled_head(dtype: torch.dtype = torch.float64, gate: bool = True) -> PooledHead:
     torch.manual_seed(6)
     head = PooledHead(N, WIDTH, N_TYPES, pooled=5).to(dtype)
-    head.initialise(torch.rand(N) + 0.5, torch.randn(N, 5))
+    head.pool.initialise(torch.rand(N) + 0.5, torch.randn(N, 5))
     with torch.no_grad():
-        head.norm.weight.normal_()
-        head.norm.bias.normal_()
+        head.pool.norm.weight.normal_()
+        head.pool.norm.bias.normal_()
         if gate:
-            head.gate.weight.normal_(std=0.2)
-            head.gate.bias.normal_(std=0.2)
+            head.pool.gate.weight.normal_(std=0.2)
+            head.pool.gate.bias.normal_(std=0.2)
     return head
 
 
@@ -128,7 +128,7 @@ def test_the_gate_of_a_new_pooled_head_still_gets_a_gradient():
     cells = cells_of(COUNTS, 1)
     head = PooledHead(N, WIDTH, N_TYPES, island_dropout=0.0)
     head(torch.randn(len(cells[0]), WIDTH), *cells)[:, 0].sum().backward()
-    assert head.gate.weight.grad.any()
+    assert head.pool.gate.weight.grad.any()
 
 
 def test_pooled_head_without_open_islands_is_finite_and_trains():
@@ -144,8 +144,8 @@ def test_pooled_head_without_open_islands_is_finite_and_trains():
 def test_island_dropout_leaves_out_whole_islands_before_the_norm():
     n_islands, probability = 4000, 0.3
     head = PooledHead(n_islands, WIDTH, N_TYPES, pooled=1, island_dropout=probability).double()
-    head.initialise(torch.full((n_islands,), 2.0), torch.ones(n_islands, 1))
-    head.norm = torch.nn.Identity()
+    head.pool.initialise(torch.full((n_islands,), 2.0), torch.ones(n_islands, 1))
+    head.pool.norm = torch.nn.Identity()
     cells = torch.ones(n_islands, dtype=torch.int64), torch.arange(n_islands), offsets_of([n_islands])
     torch.manual_seed(7)
     # m equal values of unit norm add up to sqrt(m): the sum tells how many islands were left.
@@ -159,10 +159,10 @@ def test_island_dropout_leaves_out_whole_islands_before_the_norm():
 def test_missing_svd_columns_start_at_zero():
     head = PooledHead(N, WIDTH, N_TYPES, pooled=5)
     idf, components = torch.rand(N), torch.randn(N, 3, dtype=torch.float64)
-    head.initialise(idf, components)
-    assert torch.equal(head.idf, idf)
-    assert torch.equal(head.table.detach(), torch.cat([components.float(), torch.zeros(N, 2)], dim=1))
-    assert set(head.state_dict()) >= {"idf", "table"}
+    head.pool.initialise(idf, components)
+    assert torch.equal(head.pool.idf, idf)
+    assert torch.equal(head.pool.table.detach(), torch.cat([components.float(), torch.zeros(N, 2)], dim=1))
+    assert set(head.state_dict()) >= {"pool.idf", "pool.table"}
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_missing_svd_columns_start_at_zero():
 )
 def test_tables_of_another_shape_are_refused(idf, components, message):
     with pytest.raises(ValueError, match=message):
-        PooledHead(N, WIDTH, N_TYPES, pooled=5).initialise(idf, components)
+        PooledHead(N, WIDTH, N_TYPES, pooled=5).pool.initialise(idf, components)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0])
@@ -213,7 +213,7 @@ def test_cost_of_a_type_head_follows_the_tokens(kind):
     states = torch.randn(sum(counts), WIDTH)
     with LargestTensor() as largest:
         head(states, tokens, islands, offsets_of(counts)).sum().backward()
-    assert largest.entries == head.table.numel()
+    assert largest.entries == head.table_parameters()[0].numel()
     with torch.no_grad(), LargestTensor() as largest:
         head(states, tokens, islands, offsets_of(counts))
     assert largest.entries < n_islands
@@ -275,11 +275,18 @@ def test_the_level_objective_has_no_open_logit():
     targets = torch.tensor([0, 1])
     assert head(torch.randn(2, WIDTH))[1] is None
     assert set(head.masked_losses(torch.randn(2, WIDTH), targets, targets)) == {"level"}
+    assert set(MaskedIslandHead(WIDTH, "open").masked_losses(torch.randn(2, WIDTH), targets, targets)) == {
+        "open"
+    }
+    assert MaskedIslandHead(WIDTH, "cell").masked_losses(torch.randn(2, WIDTH), targets, targets) == {}
 
 
 def test_objectives_are_checked():
-    with pytest.raises(ConfigError, match="objective: found 'open', expected level or level\\+open"):
-        MaskedIslandHead(WIDTH, "open")
+    for text in ("opened", "level+level", "", "level+"):
+        with pytest.raises(
+            ConfigError, match=r"objective: found .*, expected level, open, cell, or some of them"
+        ):
+            MaskedIslandHead(WIDTH, text)
     head = MaskedIslandHead(WIDTH, "level+open")
     with pytest.raises(ValueError, match="needs open_targets"):
         head.masked_losses(torch.randn(1, WIDTH), torch.tensor([0]))

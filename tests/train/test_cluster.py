@@ -39,7 +39,7 @@ def gradients_of_first_batches(store, ranks):
     task = pretrain_task(data, config(), ranks)
     task.module.double()
     with torch.no_grad():
-        task.module.encoder.positions.normal_()
+        task.module.encoder.linformer.positions.normal_()
     ranks.share(task.module)
     # 360 cells in batches of 359: the second batch has one cell.
     options = replace(config().train, global_batch_size=359)

@@ -35,7 +35,7 @@ def predict_one_by_one(model_path, store, cells):
         islands = torch.tensor([number[island] for island in listed], dtype=torch.int64)
         offsets = torch.tensor([0, len(listed)])
         with torch.no_grad():
-            hidden = model.encoder(tokens, islands, offsets)
+            hidden = model.encoder.linformer(tokens, islands, offsets)
             logits.append(model.typer.head(hidden, tokens, islands, offsets)[0].numpy())
     return model.info.labels, np.array(logits)
 
@@ -152,7 +152,7 @@ def test_a_second_fine_tuning_on_the_same_samples_warns_of_its_test_figures(atla
 def test_a_frozen_encoder_keeps_its_bits_and_the_head_learns(atlas, pretrained, tmp_path):
     config = small_finetuning(epochs=3, freeze_encoder=True, **QUICK)
     report = finetune(atlas, pretrained, "cell_type", tmp_path / "run", config)
-    before, after = read_model(pretrained).encoder, read_model(report.model).encoder
+    before, after = read_model(pretrained).encoder.linformer, read_model(report.model).encoder.linformer
     for name, tensor in before.state_dict().items():
         assert torch.equal(tensor, after.state_dict()[name]), name
     assert report.test["accuracy"] >= 0.95
@@ -161,7 +161,7 @@ def test_a_frozen_encoder_keeps_its_bits_and_the_head_learns(atlas, pretrained, 
 def test_an_encoder_that_is_not_frozen_is_trained_but_for_its_positions(atlas, pretrained, tmp_path):
     config = small_finetuning("cnn", 1, **QUICK)
     report = finetune(atlas, pretrained, "cell_type", tmp_path / "run", config)
-    before, after = read_model(pretrained).encoder.state_dict(), read_model(report.model).encoder.state_dict()
+    before, after = (read_model(path).encoder.linformer.state_dict() for path in (pretrained, report.model))
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == {"positions"}
 
@@ -406,7 +406,7 @@ def test_the_optimizer_has_every_weight_once_and_decays_the_head_table_alone(
     report = finetune(atlas, pretrained, "cell_type", tmp_path / "run", config)
     typer = read_model(report.model).typer
     decayed = [p.shape for group in seen for p in group["params"] if group["weight_decay"]]
-    assert decayed == [typer.head.table.shape]
+    assert decayed == [typer.head.pool.table.shape]
     assert {group["weight_decay"] for group in seen} == {0.0, 0.3}
     trained = [p for group in seen for p in group["params"]]
     expected = list((typer.head if freeze else typer).parameters())

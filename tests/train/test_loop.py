@@ -104,7 +104,7 @@ def pretraining_of(store, config):
     task = pretrain_task(data, config, ALONE)
     task.module.double()
     with torch.no_grad():
-        task.module.encoder.positions.normal_()
+        task.module.encoder.linformer.positions.normal_()
     return task, data
 
 
@@ -249,7 +249,7 @@ def test_only_the_tables_decay_and_positions_are_trained_where_they_are_learned(
         config = small_pretraining(positions=positions, weight_decay=0.25, table_learning_rate=3e-3)
         task, _ = pretraining_of(store, config)
         rest, tables = task.parameter_groups(config.train)
-        encoder = task.module.encoder
+        encoder = task.module.encoder.linformer
         learned = [encoder.positions] if positions == "learned" else []
         assert [id(p) for p in tables["params"]] == [id(p) for p in (encoder.projection, *learned)]
         assert (tables["lr"], tables["weight_decay"]) == (3e-3, 0.25)

@@ -106,7 +106,7 @@ def test_the_projection_is_scaled_to_the_tokens_of_a_cell_and_the_model_says_so(
     data = PretrainData.of(atlas, small_pretraining(), Silent())
     assert model.info.encoder.tokens_per_cell == pytest.approx(data.tokens_per_cell)
     task = pretrain_task(data, replace(small_pretraining(), encoder=model.info.encoder), ALONE)
-    assert task.module.encoder.projection.abs().max() <= data.tokens_per_cell**-0.5
+    assert task.module.encoder.linformer.projection.abs().max() <= data.tokens_per_cell**-0.5
 
 
 @pytest.mark.parametrize("positions", ["frozen", "learned"])
@@ -115,7 +115,7 @@ def test_positions_start_from_the_svd_and_move_only_where_they_are_learned(atlas
     for epochs in (1, 3):
         config = small_pretraining(epochs, positions=positions, schedule="step")
         models[epochs] = read_model(pretrain(atlas, tmp_path / f"run{epochs}", config).model)
-    first, third = (models[epochs].encoder.positions for epochs in (1, 3))
+    first, third = (models[epochs].encoder.linformer.positions for epochs in (1, 3))
     assert torch.equal(first, third) == (positions == "frozen")
     if positions == "frozen":
         data = PretrainData.of(atlas, small_pretraining(), Silent())
@@ -330,7 +330,7 @@ def test_the_random_state_of_the_caller_does_not_matter(atlas, tmp_path, undistu
     np.random.seed(5)  # noqa: NPY002
     pretrain(IslandStore.open(atlas.path), tmp_path / "run", small_pretraining(4))
     weights = load_file(tmp_path / "run" / "model" / "weights.safetensors")
-    assert weights["encoder.projection"].shape == (60, 8)
+    assert weights["linformer.projection"].shape == (60, 8)
     assert files_of(tmp_path / "run" / "model") == undisturbed[0]
 
 
