@@ -96,13 +96,13 @@ class _Work(NamedTuple):
     """Room that the kernel works in.
 
     places: int32 [longest row], places in the row, grouped by token
-    first, count, room, quota: int64 [8], for each token where its group begins, how many places it has, how many may
+    first, held, room, quota: int64 [8], for each token where its group begins, how many places it has, how many may
         and how many are to be chosen
     """
 
     places: NDArray[np.int32]
     first: NDArray[np.int64]
-    count: NDArray[np.int64]
+    held: NDArray[np.int64]
     room: NDArray[np.int64]
     quota: NDArray[np.int64]
 
@@ -112,15 +112,15 @@ def _hide_open(keys, offsets, tokens, targets, rule, work):  # type: ignore[no-u
     """Choose and hide open islands of every cell in ``tokens`` and write their ``targets``."""
     for cell in range(len(keys)):
         start, end = offsets[cell], offsets[cell + 1]
-        _group(start, end, tokens, work.places, work.first, work.count)
-        _set_quotas(work.count, rule, work.room, work.quota)
+        _group(start, end, tokens, work.places, work.first, work.held)
+        _set_quotas(work.held, rule, work.room, work.quota)
         state = keys[cell]
         for token in range(1, N_LEVELS + 1):
-            first, count = work.first[token], work.count[token]
+            first, n = work.first[token], work.held[token]
             # The first steps of a shuffle: each place that is left is as likely as any other.
             for chosen in range(work.quota[token]):
                 state += GOLDEN
-                other = first + chosen + np.int64(uniform(state) * (count - chosen))
+                other = first + chosen + np.int64(uniform(state) * (n - chosen))
                 place = start + work.places[other]
                 work.places[other] = work.places[first + chosen]
                 targets[place] = token - 1
@@ -130,27 +130,27 @@ def _hide_open(keys, offsets, tokens, targets, rule, work):  # type: ignore[no-u
 
 
 @inlined
-def _group(start, end, tokens, places, first, count):  # type: ignore[no-untyped-def]
+def _group(start, end, tokens, places, first, held):  # type: ignore[no-untyped-def]
     """Write the places of a row's tokens, grouped by token, in the order of the row within a group."""
     seven = np.uint8(_N_TOKENS - 1)
     for token in range(_N_TOKENS):
-        count[token] = 0
+        held[token] = 0
     for i in range(start, end):
-        count[tokens[i] & seven] += 1
+        held[tokens[i] & seven] += 1
     below = 0
     for token in range(_N_TOKENS):
         first[token] = below
-        below += count[token]
+        below += held[token]
     for i in range(start, end):
         token = tokens[i] & seven
         places[first[token]] = i - start
         first[token] += 1
     for token in range(_N_TOKENS):
-        first[token] -= count[token]
+        first[token] -= held[token]
 
 
 @inlined
-def _set_quotas(count, rule, room, quota):  # type: ignore[no-untyped-def]
+def _set_quotas(held, rule, room, quota):  # type: ignore[no-untyped-def]
     """How many of each level are chosen: as if dealt one by one round the levels, the largest first.
 
     Levels that are not full hold as many as each other: the deal goes up like water, until fewer are left to deal than
@@ -158,8 +158,8 @@ def _set_quotas(count, rule, room, quota):  # type: ignore[no-untyped-def]
     """
     n_open, with_room = 0, 0
     for token in range(1, N_LEVELS + 1):
-        n_open += count[token]
-        room[token] = np.int64(count[token] * rule.level_cap)
+        n_open += held[token]
+        room[token] = np.int64(held[token] * rule.level_cap)
         with_room += room[token] > 0
     left, depth = np.int64(np.ceil(np.float32(n_open) * rule.fraction)), 0
     while left >= with_room > 0:

@@ -67,7 +67,8 @@ class ClosedSampler:
             own = np.zeros(64 * n_words, np.bool_)
             own[islands[counts[islands] > 0]] = True
             drawable[number] = np.packbits(own, bitorder="little").view("<u8")
-        self.tables = Tables(counts, *_alias(counts), drawable)
+        share, other = _alias(counts)
+        self.tables = Tables(counts, share, other, drawable)
         self._first_cells = np.asarray(first_cells, np.int64)
 
     def sets(self, cell_ids: Ints) -> Ints:
@@ -82,6 +83,9 @@ class _Tokens(NamedTuple):
     tokens: NDArray[np.uint8]
     level_targets: NDArray[np.int16]
     open_targets: NDArray[np.int16]
+
+    def first(self, n: int) -> "_Tokens":
+        return _Tokens(self.islands[:n], self.tokens[:n], self.level_targets[:n], self.open_targets[:n])
 
 
 class _Marks(NamedTuple):
@@ -129,7 +133,7 @@ def with_negatives(batch: Batch, keys: Words, sampler: ClosedSampler, negatives:
     offsets = np.zeros(len(batch.offsets), np.int64)
     sets = sampler.sets(batch.cell_ids)
     _add_closed(keys, batch.offsets, listed, sets, tables, negatives, nearby, marks, offsets, merged)
-    return Batch(batch.cell_ids, offsets, *(values[: offsets[-1]] for values in merged), obs=batch.obs)
+    return Batch(batch.cell_ids, offsets, *merged.first(offsets[-1]), obs=batch.obs)
 
 
 @njit(cache=True)
