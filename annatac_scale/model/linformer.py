@@ -284,8 +284,8 @@ class Linformer(nn.Module):
     def _depths(self, offsets: Tensor) -> Tensor:
         """Log of the cell's tokens over those expected, of each token, [T]."""
         counts = offsets.diff()
-        depths = (counts.clamp_min(1) / (self.config.tokens_per_cell or 1.0)).log()
-        return torch.repeat_interleave(depths.to(self.projection.dtype), counts)
+        depths = (counts.clamp_min(1).to(self.projection.dtype) / (self.config.tokens_per_cell or 1.0)).log()
+        return torch.repeat_interleave(depths, counts)
 
     def _closed(self, positions_TD: Tensor) -> _Closed:
         state_D = self.token_embedding.weight[CLOSED_TOKEN]

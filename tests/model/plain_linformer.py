@@ -25,8 +25,17 @@ def leaves(module: nn.Module) -> Weights:
 def encode(weights: Weights, config: EncoderConfig, tokens: Tensor, input_mask: Tensor) -> Tensor:
     """Hidden states [N, width] of one cell with tokens int64 [N], attending to the islands in bool [N]."""
     x = weights["token_embedding.weight"][tokens] + weights["positions"]
+    if config.depth:
+        n_listed = max(int(input_mask.sum()), 1)
+        x = x + weights["depth"] * math.log(n_listed / config.tokens_per_cell) * input_mask[:, None]
+    closed = weights["token_embedding.weight"][0] + weights["positions"]
+    everything = torch.ones_like(input_mask)
     for i in range(config.layers):
-        x = _layer(weights, f"layers.{i}.", config, x, input_mask)
+        seen = input_mask
+        if config.closed == "every" or (config.closed == "first" and i == 0):
+            # Islands that are not listed are seen as they start, whatever became of the listed ones.
+            x, seen = torch.where(input_mask[:, None], x, closed), everything
+        x = _layer(weights, f"layers.{i}.", config, x, seen)
     return _norm(weights, "final_norm.", x) if config.norm == "pre" else x
 
 

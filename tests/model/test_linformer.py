@@ -80,6 +80,55 @@ def test_states_and_all_gradients_equal_the_plain_formula(attend, norm, position
         assert relative_error(parameter.grad, weights[name].grad) < TOLERANCE[dtype], name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("trimmed", [False, True], ids=["every token", "queries"])
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("closed", ["first", "every"])
+def test_closed_islands_are_seen_with_the_state_they_start_from(closed, norm, trimmed, dtype):
+    encoder = encoder_of(
+        dtype, closed=closed, norm=norm, positions="learned", depth=True, tokens_per_cell=7.0
+    )
+    with torch.no_grad():
+        encoder.depth.normal_()
+    weights = plain_linformer.leaves(encoder)
+    cells = cells_of("open")
+    queries = torch.arange(len(cells[0]))[1::3] if trimmed else None
+    found = encoder(*cells, queries)
+    expected = reference(weights, encoder.config, *cells)
+    expected = expected if queries is None else expected[queries]
+    assert relative_error(found, expected) < TOLERANCE[dtype]
+    cotangent = torch.randn(found.shape, dtype=dtype)
+    found.backward(cotangent)
+    expected.backward(cotangent)
+    for name, parameter in encoder.named_parameters():
+        assert relative_error(parameter.grad, weights[name].grad) < TOLERANCE[dtype], name
+
+
+def test_seeing_closed_islands_in_one_layer_is_attending_to_all_of_them():
+    torch.manual_seed(4)
+    dense = torch.randint(0, 6, (4, N)) * (torch.rand(4, N) < 0.4)
+    opened = dense > 0
+    partial = encoder_of(torch.float64, closed="first", layers=1)
+    whole = encoder_of(torch.float64, attend="all", layers=1)
+    found = partial(dense[opened], opened.nonzero()[:, 1], offsets_of(opened.sum(1).tolist()))
+    expected = whole(dense.flatten(), torch.arange(N).repeat(4), offsets_of([N] * 4))
+    assert relative_error(found, expected[opened.flatten()]) < 1e-10
+
+
+@pytest.mark.parametrize("attend", ["all", "open"])
+def test_computing_activations_again_changes_no_bit_and_keeps_fewer_of_them(attend):
+    kept = {}
+    for checkpoint in (False, True):
+        encoder = encoder_of(attend=attend, positions="learned", checkpoint=checkpoint)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
+            hidden = encoder(*cells_of(attend))
+        hidden.square().sum().backward()
+        kept[checkpoint] = sum(saved), [hidden.detach(), *(p.grad for p in encoder.parameters())]
+    assert kept[True][0] < kept[False][0] / 3
+    assert all(torch.equal(*pair) for pair in zip(kept[False][1], kept[True][1], strict=True))
+
+
 def test_attending_to_all_with_closed_islands_masked_is_attending_to_open():
     encoder = encoder_of(torch.float64)
     weights = plain_linformer.leaves(encoder)
