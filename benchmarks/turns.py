@@ -18,19 +18,20 @@ LIMIT_S = 3_600
 
 @dataclass(frozen=True)
 class Run:
-    """A process of a case. space_kb: its ``ulimit -v``, None for none"""
+    """A process of a case. space_kb: its ``ulimit -v``, None for none; script: what it runs, if no peer"""
 
     name: str
     task: Mapping[str, Any]
     peer: Peer | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     space_kb: int | None = None
+    script: str = "stream_work.py"
 
     def measured(self, scratch: Path) -> dict[str, Any]:
         """Figures of the process, and those that it printed."""
         task = scratch / f"{self.name}.json"
         task.write_text(json.dumps(self.task))
-        script = HERE / ("peer_stream.py" if self.peer else "stream_work.py")
+        script = HERE / ("peer_stream.py" if self.peer else self.script)
         command = [str(self.peer.python if self.peer else sys.executable), str(script), str(task)]
         if self.space_kb is not None:
             command = ["bash", "-c", 'ulimit -v "$0" && exec "$@"', str(self.space_kb), *command]
@@ -65,6 +66,8 @@ def _line(name: str, figures: Mapping[str, Any]) -> str:
     text = f"{name:28} peak {figures['rss_mb']:6.0f} MB   load {figures['load']:4.1f}"
     if "cpu_us_per_cell" in figures:
         text += f"   CPU {figures['cpu_us_per_cell']:6.2f} us a cell   {figures['cells_per_s']:9,} cells/s"
+    if "cpu_ms_per_cell" in figures:
+        text += f"   CPU {figures['cpu_ms_per_cell']:9.3f} ms a cell   {figures['cells_per_s']:9,.1f} cells/s"
     return text
 
 
@@ -100,14 +103,20 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 SPREAD = (
     "cpu_us_per_cell",
+    "cpu_ms_per_cell",
     "cells_per_cpu_s",
     "cells_per_s",
     "first_batch_s",
     "first_batch_cpu_s",
     "link_share",
+    "first_call_cpu_s",
+    "zero_ms",
+    "gradient_ms",
+    "clip_ms",
+    "adamw_ms",
 )
-LARGEST = ("rss_mb", "vm_peak_mb", "load")
-LAST = ("x_bytes_per_cell", "open_s", "ids")
+LARGEST = ("rss_mb", "vm_peak_mb", "peak_mb_per_cell", "load")
+LAST = ("x_bytes_per_cell", "open_s", "ids", "cells", "open_per_cell", "table_mb", "micro_steps", "device")
 
 
 def summary(rounds_of: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
