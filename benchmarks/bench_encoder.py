@@ -12,7 +12,7 @@ of JSON.
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,20 @@ class Bench:
         """What ratios are of: CPU seconds, on a GPU wall seconds."""
         return "cells_per_cpu_s" if self.device == "cpu" else "cells_per_s"
 
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        return ("fp32",) if self.quick else ("fp32", "bf16")
+
+    def some(self, sizes: Sequence[Any]) -> Sequence[Any]:
+        """All of them; of a quick benchmark the first two."""
+        return sizes[:2] if self.quick else sizes
+
     def run(self, name: str, **task: Any) -> Run:
         """A run; cells fill a call, but for one plain cell on the CPU, which is slow enough."""
         given = {"preset": "paper", "n_open": 1500, "n_islands": 16_657, "attend": "open", **task}
         if self.quick:
             small = {"n_open": max(given["n_open"] // 100, 2), "n_islands": given["n_islands"] // 100}
-            given |= {**small, "preset": "tiny"}
+            given |= {**small, "preset": "tiny", "least_s": 0.05}
         per_cell = given["n_open"] if given["attend"] == "open" else given["n_islands"]
         given["cells"] = max(TOKENS[self.device] // per_cell, 1)
         return Run(name, {**given, "device": self.device}, script="encoder_work.py")
@@ -83,7 +91,7 @@ def _medians(found: Mapping[str, Any]) -> float | None:
 def train(bench: Bench) -> Case:
     """Forward and backward of the paper's size; ``wide``: 15% of all islands are asked, not of the open ones."""
     runs, asked = [], {"train_all": "all", "train_open_1500": "open_1500", "train_open_500": "open_500"}
-    for precision in ("fp32", "bf16"):
+    for precision in bench.precisions:
         more = {"work": "train", "precision": precision}
         runs += [
             bench.run(f"plain_{precision}", model="plain", attend="all", **more),
@@ -94,7 +102,7 @@ def train(bench: Bench) -> Case:
         ]
     found = bench.turns(*runs)
     ratios, memory = {}, {}
-    for precision in ("fp32", "bf16"):
+    for precision in bench.precisions:
         plain = f"plain_{precision}"
         for name in ("all", "all_wide", "open_1500", "open_500"):
             ours = f"{name}_{precision}"
@@ -117,7 +125,7 @@ def predict(bench: Bench) -> Case:
     """Forward with a cell-type head, which reads all positions: nothing is trimmed."""
     heads = {"all_cnn": ("all", "cnn"), "open_cnn": ("open", "cnn"), "open_pooled": ("open", "pooled")}
     runs = []
-    for precision in ("fp32", "bf16"):
+    for precision in bench.precisions:
         more = {"work": "predict", "precision": precision}
         runs.append(bench.run(f"plain_cnn_{precision}", model="plain", attend="all", **more))
         runs += [
@@ -130,7 +138,7 @@ def predict(bench: Bench) -> Case:
             found, f"{name}_{precision}", f"plain_cnn_{precision}", bench.rate
         )
         for name in heads
-        for precision in ("fp32", "bf16")
+        for precision in bench.precisions
     }
     bars = {f"predict_{name}": _medians(ratios[f"{name}_fp32_over_plain"]) for name in list(heads)[1:]}
     return {"runs": summaries(found), "ratios": ratios, "bars": bars}
@@ -142,9 +150,9 @@ def presets(bench: Bench) -> Case:
         bench.run(
             f"{preset}_{n_open}_{precision}", work="train", preset=preset, n_open=n_open, precision=precision
         )
-        for preset in ("tiny", "small")
+        for preset in (("tiny",) if bench.quick else ("tiny", "small"))
         for n_open in (144, 1500)
-        for precision in ("fp32", "bf16")
+        for precision in bench.precisions
     ]
     return {"runs": summaries(bench.turns(*runs)), "bars": {}}
 
@@ -154,13 +162,14 @@ LINEAR = (500, 1000, 2000, 3500, 5000)
 
 def linear(bench: Bench) -> Case:
     """CPU a cell against its open islands: a line by least squares, and the largest deviation from it."""
-    found = bench.turns(*(bench.run(f"open_{n}", work="train", n_open=n) for n in LINEAR))
+    sizes = bench.some(LINEAR)
+    found = bench.turns(*(bench.run(f"open_{n}", work="train", n_open=n) for n in sizes))
     figures = summaries(found)
     case: Case = {"runs": figures, "bars": {}}
     if all("failed" not in one for one in figures.values()):
-        costs = np.array([figures[f"open_{n}"]["cpu_ms_per_cell"]["median"] for n in LINEAR])
-        slope, start = np.polyfit(LINEAR, costs, 1)
-        line = start + slope * np.array(LINEAR)
+        costs = np.array([figures[f"open_{n}"]["cpu_ms_per_cell"]["median"] for n in sizes])
+        slope, start = np.polyfit(sizes, costs, 1)
+        line = start + slope * np.array(sizes)
         deviation = float(np.abs(costs / line - 1).max())
         case["ms_per_1000_open"] = round(float(slope) * 1e3, 3)
         case["ms_of_a_cell_alone"] = round(float(start), 3)
@@ -173,12 +182,12 @@ def flat(bench: Bench) -> Case:
     runs = [
         bench.run(f"islands_{n}_{precision}", work="train", n_islands=n, precision=precision)
         for n in (16_657, 600_000)
-        for precision in ("fp32", "bf16")
+        for precision in bench.precisions
     ]
     found = bench.turns(*runs)
     over = {
         precision: ratio(found, f"islands_16657_{precision}", f"islands_600000_{precision}", bench.rate)
-        for precision in ("fp32", "bf16")
+        for precision in bench.precisions
     }
     return {"runs": summaries(found), "ratios": over, "bars": {"flat_600k_over_16k": _medians(over["fp32"])}}
 
@@ -188,11 +197,11 @@ def tables(bench: Bench) -> Case:
     runs = [bench.run(f"tables_{n}", work="tables", n_islands=n) for n in (16_657, 600_000)]
     runs += [
         bench.run(f"cells_{precision}", work="train", n_islands=600_000, precision=precision)
-        for precision in ("fp32", "bf16")
+        for precision in bench.precisions
     ]
     found = bench.turns(*runs)
     shares = {}
-    for precision in ("fp32", "bf16"):
+    for precision in bench.precisions:
         table, cell = largest(found, "step_ms", ["tables_600000"]), found[f"cells_{precision}"]
         if table is not None and "failed" not in cell[-1]:
             of_cells = GLOBAL_BATCH * 1e3 / max(one[bench.rate] for one in cell)
