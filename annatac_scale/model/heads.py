@@ -32,8 +32,12 @@ FACTORISED_ABOVE = 32_768
 
 FACTOR_RANK = 32
 
-OBJECTIVES = ("level", "open", "cell")
+OBJECTIVES = ("level", "open", "cell", "vector")
 """What pretraining may ask; several are joined by "+"."""
+
+
+WITHIN = 0.5
+"""Cosine from which a predicted vector counts as right: an angle of at most 60 degrees."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +136,48 @@ def open_loss(logits: Tensor, targets: Tensor) -> LossSum:
     logits, targets = logits[counted], targets[counted]
     loss = functional.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
     return LossSum(loss, counted.sum(), ((logits > 0) == (targets > 0)).sum())
+
+
+class HiddenVectorHead(nn.Module):
+    """Pretraining, from a cell's vector: the vector of the islands that were hidden from it.
+
+    That is what the pooled layer gave at the start, when it was an SVD of the training cells, less the mean cell:
+    a fixed answer, so that the pooled layer cannot make the question easy. The guess is A z + b + B gelu(C z), which
+    starts as z less the mean cell; the loss is 1 - cosine.
+    """
+
+    mean: Tensor
+
+    def __init__(self, n_islands: int, pooled: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(pooled))
+        self.answer = IslandPool(n_islands, 1, pooled, reads="none").requires_grad_(False)
+        self.linear = nn.Linear(pooled, pooled)
+        self.inner = nn.Linear(pooled, pooled)
+        self.outer = nn.Linear(pooled, pooled, bias=False)
+
+    @torch.no_grad()
+    def start_from(self, pool: IslandPool, mean: Tensor) -> None:
+        """Answers are those of ``pool`` as it is now. mean: [M], its mean vector of the training cells."""
+        self.answer.idf.copy_(pool.idf)
+        self.answer.table.copy_(pool.table)
+        self.mean.copy_(mean)
+        self.linear.weight.copy_(torch.eye(len(mean)))
+        self.linear.bias.copy_(-mean)
+        self.outer.weight.mul_(0.1)
+
+    def forward(self, z_BM: Tensor, islands_S: Tensor, offsets: Tensor, sighted: Tensor) -> LossSum:
+        """The loss summed over the cells that have hidden islands and are ``sighted``.
+
+        z_BM: [B, M]; islands_S: int64 [S], hidden islands, flat; offsets: int64 [B + 1], of the cells in them
+        sighted: bool [B], whether the cell has islands that were not hidden
+        """
+        counted = (sighted & (offsets.diff() > 0)).nonzero().squeeze(-1)
+        answer = self.answer(None, torch.ones_like(islands_S), islands_S, offsets)[counted] - self.mean
+        z = z_BM[counted]
+        guess = at_least_fp32(self.linear(z) + self.outer(functional.gelu(self.inner(z))))
+        cosine = functional.cosine_similarity(guess, at_least_fp32(answer), dim=1)
+        return LossSum((1 - cosine).sum(), (counted >= 0).sum(), (cosine > WITHIN).sum())
 
 
 class CellTypeHead(nn.Module):

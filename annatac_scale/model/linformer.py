@@ -13,7 +13,7 @@ where E^T sums over the tokens that the cell lists. Products associate: the same
 islands alone give the published model called with ``input_mask = token != 0``, all its islands the published
 model. Sources: Wang et al., Linformer, arXiv 2006.04768; that one E with bias is shared: annATAC's code.
 
-Shape letters: T tokens, Q tokens asked for, B cells, N islands, U islands in use in the batch, D width,
+Shape letters: T tokens, Q tokens asked for, B cells, N islands, D width,
 H heads, C channels of a head, K projected rows (k), R = H K rows of all heads.
 """
 
@@ -22,11 +22,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from annatac_scale.errors import ConfigError, ModelError
-from annatac_scale.model.ragged import gather_project, segment_matmul
+from annatac_scale.model.ragged import Cells, project, segment_matmul, table_rows
 from annatac_scale.stream.batch import CLOSED_TOKEN, MASK_TOKEN
 
 N_TOKENS = MASK_TOKEN + 1
@@ -90,17 +89,14 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class _Cells:
-    """The ragged batch as every layer sees it: E's rows in use, and which of them each token takes."""
+class _Attended:
+    """The ragged batch as every layer attends to it."""
 
-    projection: Tensor
-    """[U, K]"""
+    cells: Cells
+    rows: Tensor
+    """[T, K], the tokens' rows of E."""
     bias: Tensor
     """[K]"""
-    rows: Tensor
-    """int64 [T], row of ``projection`` of each token."""
-    offsets: Tensor
-    """int64 [B + 1], on the CPU."""
     closed: "_Closed | None"
 
 
@@ -127,13 +123,14 @@ class _Asked:
 
     positions: Tensor | None
     """int64 [Q], increasing, on the tokens' device; None for all."""
-    offsets: Tensor
-    """int64 [B + 1], cell ``b`` owns ``offsets[b]:offsets[b + 1]`` of the Q; on the CPU."""
+    cells: Cells
+    """Which of the Q a cell owns."""
 
     @classmethod
-    def at(cls, queries: Tensor, offsets: Tensor) -> "_Asked":
+    def at(cls, queries: Tensor, cells: Cells) -> "_Asked":
         """Those at ``queries``, int64 [Q] increasing positions into the T tokens."""
-        return cls(queries, torch.searchsorted(queries.cpu().contiguous(), offsets))
+        offsets = torch.searchsorted(queries.cpu().contiguous(), cells.offsets)
+        return cls(queries.to(cells.device), Cells(offsets, cells.device))
 
     def of(self, x_TD: Tensor) -> Tensor:
         return x_TD if self.positions is None else x_TD.index_select(0, self.positions)
@@ -152,24 +149,23 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.width, inner, bias=False)
         self.output = nn.Linear(inner, config.width)
 
-    def forward(self, x_TD: Tensor, asked: _Asked, cells: _Cells, norm: nn.Module) -> Tensor:
+    def forward(self, x_TD: Tensor, asked: _Asked, attended: _Attended, norm: nn.Module) -> Tensor:
         """What the asked tokens read from their cell, [Q, D]; ``x_TD`` are all its tokens, after ``norm``."""
-        if cells.closed is None:
-            z_BKD = gather_project(cells.projection, x_TD, cells.rows, cells.offsets)
+        if attended.closed is None:
+            z_BKD = project(attended.rows, x_TD, attended.cells)
         else:
-            beyond_TD = x_TD - norm(cells.closed.of_tokens)
-            z_BKD = gather_project(cells.projection, beyond_TD, cells.rows, cells.offsets)
-            z_BKD = z_BKD + cells.closed.of_all(norm)
-        bias_K1 = cells.bias[:, None]
+            beyond_TD = x_TD - norm(attended.closed.of_tokens)
+            z_BKD = project(attended.rows, beyond_TD, attended.cells) + attended.closed.of_all(norm)
+        bias_K1 = attended.bias[:, None]
         keys_BKHC = self._split(self.key(z_BKD) + bias_K1)
         values_BKHC = self._split(self.value(z_BKD) + bias_K1)
         query_HCD = self._split(self.query.weight.t()).permute(1, 2, 0) * self.head_dim**-0.5
         output_HCD = self._split(self.output.weight).permute(1, 2, 0)
         scores_BRD = torch.einsum("bkhc,hcd->bhkd", keys_BKHC, query_HCD).flatten(1, 2)
         values_BRD = torch.einsum("bkhc,hcd->bhkd", values_BKHC, output_HCD).flatten(1, 2)
-        scores_QR = segment_matmul(asked.of(x_TD), scores_BRD.transpose(1, 2), asked.offsets)
+        scores_QR = segment_matmul(asked.of(x_TD), scores_BRD.transpose(1, 2), asked.cells)
         weights_QR = scores_QR.unflatten(1, (self.heads, -1)).softmax(dim=-1).flatten(1)
-        return segment_matmul(weights_QR, values_BRD, asked.offsets) + self.output.bias
+        return segment_matmul(weights_QR, values_BRD, asked.cells) + self.output.bias
 
     def _split(self, x: Tensor) -> Tensor:
         """The last dimension, heads x channels, as two."""
@@ -189,13 +185,13 @@ class Layer(nn.Module):
         )
         self.feed_forward_norm = nn.LayerNorm(config.width)
 
-    def forward(self, x_TD: Tensor, asked: _Asked, cells: _Cells) -> Tensor:
+    def forward(self, x_TD: Tensor, asked: _Asked, attended: _Attended) -> Tensor:
         """The asked tokens after this layer, [Q, D]."""
         x_QD = asked.of(x_TD)
         if self.pre:
-            x_QD = x_QD + self.attention(self.attention_norm(x_TD), asked, cells, self.attention_norm)
+            x_QD = x_QD + self.attention(self.attention_norm(x_TD), asked, attended, self.attention_norm)
             return x_QD + self.feed_forward(self.feed_forward_norm(x_QD))
-        x_QD = self.attention_norm(x_QD + self.attention(x_TD, asked, cells, nn.Identity()))
+        x_QD = self.attention_norm(x_QD + self.attention(x_TD, asked, attended, nn.Identity()))
         return self.feed_forward_norm(x_QD + self.feed_forward(x_QD))
 
 
@@ -251,34 +247,32 @@ class Linformer(nn.Module):
 
         tokens: int64 [T], 0 to 6; islands: int64 [T], strictly increasing within a cell
         offsets: int64 [B + 1], cell ``b`` owns the tokens ``offsets[b]:offsets[b + 1]``; best kept on the CPU
-        queries: int64 [Q], increasing positions into the T tokens, or None for all
+        queries: int64 [Q], increasing positions into the T tokens, or None for all; as ``offsets``
         Returns [T, width] or [Q, width].
         """
-        offsets = offsets.cpu()
-        # One gather for all layers: the dense gradient of E, [N, k], is then formed once a backward.
-        used, rows = torch.unique(islands, return_inverse=True)
-        cells = _Cells(functional.embedding(used, self.projection), self.projection_bias, rows, offsets, None)
-        everything = _Asked(None, offsets)
-        last = everything if queries is None else _Asked.at(queries, offsets)
-        positions = functional.embedding(islands, self.positions)
+        cells = Cells(offsets, self.projection.device)
+        attended = _Attended(cells, table_rows(self.projection, islands), self.projection_bias, None)
+        everything = _Asked(None, cells)
+        last = everything if queries is None else _Asked.at(queries, cells)
+        positions = table_rows(self.positions, islands)
         x = self.token_embedding(tokens) + positions
         if self.depth is not None:
-            x = x + self._depths(offsets).to(x.device)[:, None] * self.depth
+            x = x + self._depths(cells.offsets).to(x.device)[:, None] * self.depth
         if self.config.closed != "none":
-            cells = replace(cells, closed=self._closed(positions))
+            attended = replace(attended, closed=self._closed(positions))
         for layer in self.layers[:-1]:
-            x = self._run(layer, x, everything, cells)
+            x = self._run(layer, x, everything, attended)
             if self.config.closed == "first":
-                cells = replace(cells, closed=None)
-        x = self._run(self.layers[-1], x, last, cells)
+                attended = replace(attended, closed=None)
+        x = self._run(self.layers[-1], x, last, attended)
         hidden: Tensor = self.final_norm(x)
         return hidden
 
-    def _run(self, layer: nn.Module, x_TD: Tensor, asked: _Asked, cells: _Cells) -> Tensor:
+    def _run(self, layer: nn.Module, x_TD: Tensor, asked: _Asked, attended: _Attended) -> Tensor:
         if self.config.checkpoint and torch.is_grad_enabled():
-            computed: Tensor = checkpoint(layer, x_TD, asked, cells, use_reentrant=False)
+            computed: Tensor = checkpoint(layer, x_TD, asked, attended, use_reentrant=False)
             return computed
-        result: Tensor = layer(x_TD, asked, cells)
+        result: Tensor = layer(x_TD, asked, attended)
         return result
 
     def _depths(self, offsets: Tensor) -> Tensor:

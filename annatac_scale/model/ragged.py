@@ -83,18 +83,12 @@ def project(rows: Tensor, x: Tensor, cells: Cells) -> Tensor:
     return result
 
 
-def gather_project(table: Tensor, x: Tensor, islands: Tensor, offsets: Tensor) -> Tensor:
-    """``project`` with the rows of a table at the islands of the tokens."""
-    return project(functional.embedding(islands, table), x, Cells(offsets, x.device))
-
-
-def segment_matmul(x: Tensor, matrices: Tensor, cells: Cells | Tensor) -> Tensor:
+def segment_matmul(x: Tensor, matrices: Tensor, cells: Cells) -> Tensor:
     """Multiply each row by its cell's matrix: row ``i`` of cell ``b`` becomes ``x[i] @ matrices[b]``.
 
     x: [T, D]; matrices: [B, D, M]. Returns [T, M].
     Under autocast both operands are cast to its dtype. Differentiable once.
     """
-    cells = cells if isinstance(cells, Cells) else Cells(cells, x.device)
     x, matrices = _autocast(x, matrices)
     result: Tensor = _SegmentMatmul.apply(x, matrices, cells)
     return result

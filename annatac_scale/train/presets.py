@@ -25,13 +25,14 @@ class PretrainConfig:
     train: TrainOptions
     objective: str = "level+open"
     """What is asked of masked islands, joined by "+": their "level"; whether they are "open", among sampled closed
-    ones; the same of the whole "cell", from the pooled vector of the islands that are not masked."""
+    ones; the same of the whole "cell", from the pooled vector of the islands that are not masked; or, from that, the
+    "vector" of the masked open islands."""
     negatives: int = 1
     """Closed islands drawn for each hidden open one, where "open" or "cell" is asked."""
     nearby: float = 0.0
     """Share of them that are drawn among the neighbours of hidden islands, and not by frequency."""
     pooled: int = 64
-    """Channels of the pooled layer that "cell" trains."""
+    """Channels of the pooled layer that "cell" and "vector" train."""
     reads: str = "gate"
     """What the pooled layer takes from the encoder: a "gate" on each island, "gate+sum", or "none"."""
     mask_fraction: float = 0.15
@@ -78,7 +79,17 @@ class PretrainConfig:
     @property
     def runs_encoder(self) -> bool:
         """Whether a loss looks at the encoder's states."""
-        return self.objectives != ("cell",) or self.reads != "none"
+        return self.asks_tokens or self.reads != "none"
+
+    @property
+    def asks_tokens(self) -> bool:
+        """Whether a loss is of the states of tokens."""
+        return "level" in self.objectives or "open" in self.objectives
+
+    @property
+    def asks_cells(self) -> bool:
+        """Whether a loss is of the vectors of cells."""
+        return "cell" in self.objectives or "vector" in self.objectives
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from annatac_scale.model.folder import (
     vocabulary_islands,
     write_model,
 )
-from annatac_scale.model.heads import LossSum, MaskedCellHead, MaskedIslandHead
+from annatac_scale.model.heads import HiddenVectorHead, LossSum, MaskedCellHead, MaskedIslandHead
 from annatac_scale.model.linformer import Linformer
 from annatac_scale.model.pool import IslandPool
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.schema import N_LEVELS
 from annatac_scale.store.store import IslandStore
-from annatac_scale.stream.batch import MASK_TOKEN, NOT_COUNTED, Batch
+from annatac_scale.stream.batch import CLOSED_TOKEN, MASK_TOKEN, NOT_COUNTED, Batch
 from annatac_scale.stream.loader import BatchStream
 from annatac_scale.stream.masking import ClosedSampler, mask
 from annatac_scale.stream.selection import sequential
@@ -50,6 +50,9 @@ MOST_LEVEL_ONE = 0.97
 VALIDATION_EPOCH = 2**31
 """Masks of the validation cells are those of an epoch that training never reaches: the same each time."""
 
+MEAN_CELLS = 50_000
+"""Training cells, evenly chosen, that the mean cell is formed over."""
+
 _SPLIT = 1
 """Sets the random numbers of the split of cells apart from others of the same seed."""
 
@@ -73,11 +76,13 @@ class MaskedIslandModel(nn.Module):
         super().__init__()
         self.encoder = Encoder(Linformer(config.encoder, n_islands))
         self.token_head = MaskedIslandHead(config.encoder.width, config.objective)
-        self.cell_head = None
-        if "cell" in config.objectives:
+        self.cell_head = MaskedCellHead(n_islands, config.pooled) if "cell" in config.objectives else None
+        self.vector_head = (
+            HiddenVectorHead(n_islands, config.pooled) if "vector" in config.objectives else None
+        )
+        if config.asks_cells:
             self.encoder.pool = IslandPool(n_islands, config.encoder.width, config.pooled, reads=config.reads)
-            self.cell_head = MaskedCellHead(n_islands, config.pooled)
-        self._asks_tokens = config.objectives != ("cell",)
+        self._asks_tokens = config.asks_tokens
         self._runs_encoder = config.runs_encoder
         self.encoder.linformer.requires_grad_(config.runs_encoder)
 
@@ -89,28 +94,72 @@ class MaskedIslandModel(nn.Module):
         if not self._asks_tokens:
             # Hidden islands are asked of the cell's vector alone: no token stands for them.
             tokens = _without_masked(tokens)
-        linformer, losses = self.encoder.linformer, {}
-        if self.cell_head is None:
+        linformer, pool = self.encoder.linformer, self.encoder.pool
+        if pool is None:
             hidden = linformer(*tokens, asked.positions)
             return self.token_head.masked_losses(hidden, asked.levels, asked.opened)
-        assert self.encoder.pool is not None
-        assert asked.opened is not None
+        losses = {}
         hidden = linformer(*tokens) if self._runs_encoder else None
         if self._asks_tokens:
             assert hidden is not None
             losses = self.token_head.masked_losses(hidden[asked.positions], asked.levels, asked.opened)
-        z = self.encoder.pool(hidden, *tokens)
-        return losses | {"cell": self.cell_head(z, asked.islands, asked.cells, asked.opened)}
+        z = pool(hidden, *tokens)
+        if self.cell_head is not None:
+            assert asked.opened is not None
+            losses["cell"] = self.cell_head(z, asked.islands, asked.cells, asked.opened)
+        if self.vector_head is not None:
+            sighted = torch.from_numpy(_n_visible(batch) > 0).to(device)
+            losses["vector"] = self.vector_head(z, *asked.hidden(len(batch)), sighted)
+        return losses
+
+    @torch.no_grad()
+    def start_heads(self, data: "PretrainData") -> None:
+        """Start what depends on the pooled layer's own start."""
+        pool = self.encoder.pool
+        if self.vector_head is not None and pool is not None:
+            chosen = data.training[:: -(-len(data.training) // MEAN_CELLS)]
+            total = torch.zeros_like(self.vector_head.mean)
+            for ids, rows in sequential(data.store, chosen):
+                batch = Batch.from_open(ids, rows.renumber(data.vocabulary.new_of_old()))
+                total += pool(None, *batch_tokens(batch, total.device)).sum(0)
+            self.vector_head.start_from(pool, total / len(chosen))
+
+
+def n_vectors(batch: Batch) -> int:
+    """Cells that have both hidden and visible open islands."""
+    assert batch.level_targets is not None
+    hidden = (batch.tokens == MASK_TOKEN) & (batch.level_targets != NOT_COUNTED)
+    return int(np.count_nonzero((_n_true(hidden, batch) > 0) & (_n_visible(batch) > 0)))
+
+
+def _n_visible(batch: Batch) -> NDArray[np.int64]:
+    """Open islands of each cell that are not hidden, [B]."""
+    return _n_true((batch.tokens > CLOSED_TOKEN) & (batch.tokens < MASK_TOKEN), batch)
+
+
+def _n_true(of_token: NDArray[np.bool_], batch: Batch) -> NDArray[np.int64]:
+    counts = np.concatenate([np.zeros(1, np.int64), np.cumsum(of_token)])
+    return np.diff(counts[batch.offsets])
 
 
 class _Asked(NamedTuple):
-    """What a masked batch asks, on the device: at which tokens, of which islands and cells, and the answers."""
+    """What a masked batch asks, on the device: at which tokens, of which islands and cells, and the answers.
+
+    masked: bool [Q], whether the token is MASK; some stay visible
+    """
 
     positions: Tensor
     islands: Tensor
     cells: Tensor
+    masked: Tensor
     levels: Tensor
     opened: Tensor | None
+
+    def hidden(self, n_cells: int) -> tuple[Tensor, Tensor]:
+        """The hidden open islands, int64 [S], and the offsets of the cells in them, int64 [B + 1]."""
+        at = (self.masked & (self.levels != NOT_COUNTED)).nonzero().squeeze(-1)
+        bounds = torch.arange(n_cells + 1, device=at.device)
+        return self.islands[at], torch.searchsorted(self.cells[at], bounds)
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> "_Asked":
@@ -126,7 +175,8 @@ class _Asked(NamedTuple):
 
         opened = None if batch.open_targets is None else on_device(batch.open_targets[at])
         islands, levels = batch.islands[at], batch.level_targets[at]
-        return cls(on_device(at), on_device(islands), on_device(cells), on_device(levels), opened)
+        masked = torch.from_numpy(batch.tokens[at] == MASK_TOKEN).to(device)
+        return cls(on_device(at), on_device(islands), on_device(cells), masked, on_device(levels), opened)
 
 
 def _without_masked(tokens: Tokens) -> Tokens:
@@ -160,10 +210,14 @@ class PretrainTask:
 
     def parameter_groups(self, options: TrainOptions) -> list[dict[str, Any]]:
         """The tables with a row for each island and all else, each at its rate."""
-        linformer, cell_head = self.module.encoder.linformer, self.module.cell_head
+        linformer, pool, cell_head = (
+            self.module.encoder.linformer,
+            self.module.encoder.pool,
+            self.module.cell_head,
+        )
         tables = [linformer.projection, linformer.positions]
-        if cell_head is not None and self.module.encoder.pool is not None:
-            tables += [self.module.encoder.pool.table, cell_head.table, cell_head.bias]
+        tables += [] if pool is None else [pool.table]
+        tables += [] if cell_head is None else [cell_head.table, cell_head.bias]
         tables = [p for p in tables if p.requires_grad]
         ids = {id(table) for table in tables}
         rest = [p for p in self.module.parameters() if p.requires_grad and id(p) not in ids]
@@ -182,7 +236,8 @@ class PretrainTask:
         of_open = (
             0 if batch.open_targets is None else int(np.count_nonzero(batch.open_targets != NOT_COUNTED))
         )
-        return {name: of_level if name == "level" else of_open for name in self.loss_weights}
+        counts = {"level": of_level, "open": of_open, "cell": of_open, "vector": n_vectors(batch)}
+        return {name: counts[name] for name in self.loss_weights}
 
     @torch.no_grad()
     def validate(self, ranks: Ranks) -> dict[str, float]:
@@ -304,6 +359,7 @@ def pretrain_rank(
     encoder = task.module.encoder
     if ranks.rank == 0 and not run.has("last"):
         initialise(encoder, data, config, progress)
+        task.module.start_heads(data)
     progress.say(
         f"{len(data.training):,} cells to train, {len(data.validation):,} to validate, "
         f"{len(data.vocabulary):,} islands, {_n_trained(encoder):,} parameters of the encoder to train, "
