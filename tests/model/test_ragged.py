@@ -169,6 +169,15 @@ def test_table_rows_add_their_gradient_into_the_one_that_is_there():
     assert relative_error(grad, 4 * added) < 1e-6
 
 
+def test_rows_and_the_whole_table_may_be_used_at_once():
+    table, islands, cotangent = large_table()
+    table.grad = torch.zeros_like(table)
+    ((table_rows(table, islands) * cotangent).sum() + 3 * table.sum()).backward()
+    added = 3 + torch.zeros_like(table).index_add(0, islands, cotangent).detach()
+    assert not table.grad.is_sparse
+    assert relative_error(table.grad, added) < 1e-6
+
+
 def test_the_gradient_is_handed_on_as_its_rows_alone_where_there_is_one_to_add_it_to():
     table, islands, cotangent = large_table()
     table.grad = torch.zeros_like(table)
