@@ -228,7 +228,7 @@ def train(
             f"{len(stream)} steps an epoch: up to {epochs} epochs, for train.min_steps = {options.min_steps}"
         )
     options = replace(options, epochs=epochs)
-    optimizer = torch.optim.AdamW(task.parameter_groups(options), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(task.parameter_groups(options), weight_decay=0.0, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     loop = _Loop(task, stream, options, run, ranks, progress, optimizer)
     state = _resume(loop)
