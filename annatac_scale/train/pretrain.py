@@ -336,10 +336,14 @@ def report_of(run: RunFolder) -> PretrainReport:
     """What a complete pretraining run made."""
     model = read_model(run.model)
     facts = model.info.provenance
-    n_parameters = _n_trained(model.encoder)
     shares = tuple(facts["level_shares"])
     return PretrainReport(
-        run.model, facts["n_training_cells"], len(model.vocabulary), n_parameters, shares, facts["validation"]
+        run.model,
+        facts["n_training_cells"],
+        len(model.vocabulary),
+        facts["n_parameters"],
+        shares,
+        facts["validation"],
     )
 
 
@@ -417,6 +421,7 @@ def _model(data: PretrainData, config: PretrainConfig, encoder: Encoder, figures
             "objective": config.objective,
             "samples": sample_facts(data.store),
             "n_training_cells": len(data.training),
+            "n_parameters": _n_trained(encoder),
             "level_shares": list(data.level_shares),
             "seed": config.train.seed,
             "validation": figures,

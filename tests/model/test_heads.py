@@ -12,9 +12,12 @@ from annatac_scale.model import heads
 from annatac_scale.model.heads import (
     SUBTYPE_HIDDEN,
     CnnHead,
+    HiddenVectorHead,
+    MaskedCellHead,
     MaskedIslandHead,
     PooledHead,
 )
+from annatac_scale.model.pool import IslandPool
 
 N, WIDTH, N_TYPES = 19, 6, 4
 COUNTS = [5, 0, 1, N, 8]
@@ -89,9 +92,9 @@ def test_cnn_head_embeds_a_cell_in_its_last_hidden_layer():
         head.embed(None, *cells)
 
 
-def pooled_head(dtype: torch.dtype = torch.float64, gate: bool = True) -> PooledHead:
+def pooled_head(dtype: torch.dtype = torch.float64, gate: bool = True, reads: str = "gate") -> PooledHead:
     torch.manual_seed(6)
-    head = PooledHead(N, WIDTH, N_TYPES, pooled=5).to(dtype)
+    head = PooledHead(N, WIDTH, N_TYPES, pooled=5, reads=reads).to(dtype)
     head.pool.initialise(torch.rand(N) + 0.5, torch.randn(N, 5))
     with torch.no_grad():
         head.pool.norm.weight.normal_()
@@ -99,14 +102,17 @@ def pooled_head(dtype: torch.dtype = torch.float64, gate: bool = True) -> Pooled
         if gate:
             head.pool.gate.weight.normal_(std=0.2)
             head.pool.gate.bias.normal_(std=0.2)
+        if head.pool.sum is not None:
+            head.pool.sum.weight.normal_()
     return head
 
 
 @DTYPES
 @pytest.mark.parametrize("counts", [COUNTS, [N] * 3], ids=str)
-def test_pooled_head_equals_the_dense_formula_and_looks_at_open_islands_only(counts, dtype):
+@pytest.mark.parametrize("reads", ["gate", "gate+sum"])
+def test_pooled_head_equals_the_dense_formula_and_looks_at_open_islands_only(reads, counts, dtype):
     cells = cells_of(counts, 0, 6)
-    head = pooled_head(dtype).eval()
+    head = pooled_head(dtype, reads=reads).eval()
     weights = plain_linformer.leaves(head)
     states = torch.randn(len(cells[0]), WIDTH, dtype=dtype, requires_grad=True)
     dense = scatter(cells[0], *cells[1:])
@@ -124,11 +130,21 @@ def test_pooled_head_starts_as_the_model_without_encoder_to_the_bit():
     assert relative_error(alone, expected) < 1e-10
 
 
-def test_the_gate_of_a_new_pooled_head_still_gets_a_gradient():
+def test_what_reads_the_encoder_in_a_new_pooled_head_still_gets_a_gradient():
     cells = cells_of(COUNTS, 1)
-    head = PooledHead(N, WIDTH, N_TYPES, island_dropout=0.0)
+    head = PooledHead(N, WIDTH, N_TYPES, island_dropout=0.0, reads="gate+sum")
+    assert not any(parameter.any() for parameter in head.reading_parameters())
     head(torch.randn(len(cells[0]), WIDTH), *cells)[:, 0].sum().backward()
-    assert head.pool.gate.weight.grad.any()
+    assert all(parameter.grad.any() for parameter in head.reading_parameters())
+
+
+def test_a_pooled_head_that_does_not_read_the_encoder_has_nothing_to_read_it_with():
+    head = PooledHead(N, WIDTH, N_TYPES, reads="none")
+    assert not head.reads_encoder
+    assert head.reading_parameters() == []
+    cells = cells_of(COUNTS, 1)
+    head.eval()
+    assert torch.equal(head(torch.randn(len(cells[0]), WIDTH), *cells), head(None, *cells))
 
 
 def test_pooled_head_without_open_islands_is_finite_and_trains():
@@ -281,10 +297,76 @@ def test_the_level_objective_has_no_open_logit():
     assert MaskedIslandHead(WIDTH, "cell").masked_losses(torch.randn(2, WIDTH), targets, targets) == {}
 
 
+def test_the_cell_loss_asks_each_hidden_island_of_its_cells_vector():
+    torch.manual_seed(10)
+    head = MaskedCellHead(N, 5).double()
+    z = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    islands, cells, targets = [4, 7, 0, 7, 18], [0, 0, 2, 2, 2], [1, 0, 1, -100, 0]
+    loss = head(z, torch.tensor(islands), torch.tensor(cells), torch.tensor(targets))
+    total, correct = 0.0, 0
+    for island, cell, target in zip(islands, cells, targets, strict=True):
+        if target == -100:
+            continue
+        inner = z[cell] @ head.inner.weight.T + head.inner.bias
+        bent = torch.tensor([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in inner.tolist()])
+        asking = torch.cat([z[cell], bent]) @ head.outer.weight.T + head.outer.bias
+        logit = (head.table[island] @ asking + head.bias[island]).item()
+        total += math.log1p(math.exp(-logit if target else logit))
+        correct += (logit > 0) == bool(target)
+    assert loss.sum.item() == pytest.approx(total, rel=1e-6)
+    assert (loss.count.item(), loss.correct.item()) == (4, correct)
+    loss.sum.backward()
+    assert not z.grad[1].any()
+    assert z.grad[0].any()
+
+
+def plain_vector(pool, islands):
+    """The pooled vector of open islands, without an encoder, one island at a time."""
+    norm = math.sqrt(sum(pool.idf[i].item() ** 2 for i in islands)) or 1.0
+    z = sum((pool.idf[i].item() / norm * pool.table[i].detach() for i in islands), torch.zeros(5).double())
+    z = z - z.mean()
+    return z / (z.square().mean() + 1e-5).sqrt()
+
+
+def test_the_vector_loss_is_the_distance_to_what_the_pooled_layer_gave_for_the_hidden_islands_at_the_start():
+    torch.manual_seed(11)
+    pool = IslandPool(N, WIDTH, 5, reads="none").double()
+    pool.initialise(torch.rand(N) + 0.5, torch.randn(N, 5))
+    head, mean = HiddenVectorHead(N, 5).double(), torch.randn(5, dtype=torch.float64)
+    head.start_from(pool, mean)
+    with torch.no_grad():
+        pool.table.normal_()
+    z = torch.randn(4, 5, dtype=torch.float64)
+    hidden = [[3, 9], [], [18], [0, 1, 2]]
+    flat, offsets = (
+        torch.tensor([*itertools.chain(*hidden)]),
+        offsets_of([len(islands) for islands in hidden]),
+    )
+    with torch.no_grad():
+        head.outer.weight.zero_()
+    sighted = torch.tensor([True, True, False, True])
+    loss = head(z, flat, offsets, sighted)
+    cosines = [
+        torch.cosine_similarity(z[cell] - mean, plain_vector(head.answer, hidden[cell]) - mean, dim=0)
+        for cell in (0, 3)
+    ]
+    assert loss.sum.item() == pytest.approx(sum(1 - c.item() for c in cosines), rel=1e-6)
+    assert loss.count.item() == 2
+    assert loss.correct.item() == sum(c.item() > 0.5 for c in cosines)
+
+
+def test_the_answers_of_the_vector_loss_are_not_trained():
+    head = HiddenVectorHead(N, 5)
+    z, everywhere = torch.randn(2, 5, requires_grad=True), torch.tensor([True, True])
+    head(z, torch.tensor([1, 2]), offsets_of([1, 1]), everywhere).sum.backward()
+    assert z.grad.any()
+    assert all(p.grad is None and not p.requires_grad for p in head.answer.parameters())
+
+
 def test_objectives_are_checked():
     for text in ("opened", "level+level", "", "level+"):
         with pytest.raises(
-            ConfigError, match=r"objective: found .*, expected level, open, cell, or some of them"
+            ConfigError, match=r"objective: found .*, expected level, open, cell, vector, or some of them"
         ):
             MaskedIslandHead(WIDTH, text)
     head = MaskedIslandHead(WIDTH, "level+open")

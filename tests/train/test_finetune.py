@@ -149,6 +149,38 @@ def test_a_second_fine_tuning_on_the_same_samples_warns_of_its_test_figures(atla
     )
 
 
+def test_a_pooled_head_starts_from_the_pretrained_pooled_layer(atlas, tmp_path):
+    asked = {"objective": "vector", "mask_fraction": 0.5, "mask_level_cap": 0.5, "pooled": 6}
+    model = pretrain(atlas, tmp_path / "pre", small_pretraining(2, **asked)).model
+    head = replace(small_finetuning().head, pooled=6)
+    config = replace(small_finetuning(epochs=1, learning_rate=1e-9, table_learning_rate=1e-9), head=head)
+    report = finetune(atlas, model, "cell_type", tmp_path / "run", config)
+    before, after = read_model(model).encoder.pool, read_model(report.model).typer.head.pool
+    torch.testing.assert_close(after.table, before.table)
+    assert torch.equal(after.idf, before.idf)
+    assert read_model(report.model).info.pool is None
+    with pytest.raises(
+        ConfigError, match=r"head.pooled: found 64, expected the 6 channels .*; use --set head.pooled=6"
+    ):
+        finetune(
+            atlas, model, "cell_type", tmp_path / "other", replace(config, head=replace(head, pooled=64))
+        )
+
+
+def test_a_head_that_does_not_read_the_encoder_leaves_it_as_it_was(atlas, pretrained, tmp_path):
+    head = replace(small_finetuning().head, reads="none")
+    report = finetune(
+        atlas, pretrained, "cell_type", tmp_path / "run", replace(small_finetuning(epochs=2), head=head)
+    )
+    model = read_model(report.model)
+    before = read_model(pretrained).encoder.linformer.state_dict()
+    assert all(
+        torch.equal(before[name], value) for name, value in model.encoder.linformer.state_dict().items()
+    )
+    assert model.typer.head.pool.gate is None
+    assert report.figures["accuracy"] > 0.9
+
+
 def test_a_frozen_encoder_keeps_its_bits_and_the_head_learns(atlas, pretrained, tmp_path):
     config = small_finetuning(epochs=3, freeze_encoder=True, **QUICK)
     report = finetune(atlas, pretrained, "cell_type", tmp_path / "run", config)

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from annatac_scale.errors import AnnatacError, ConfigError, InputError
 from annatac_scale.genome.assembly import Assembly
 from annatac_scale.genome.islands import IslandSpace
-from annatac_scale.model.folder import read_model
+from annatac_scale.model.folder import PoolConfig, read_model
 from annatac_scale.progress import Silent
 from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import create_store
-from annatac_scale.stream.batch import MASK_TOKEN
+from annatac_scale.stream.batch import MASK_TOKEN, Batch
 from annatac_scale.train.checkpoint import RunFolder
 from annatac_scale.train.loop import Ranks
 from annatac_scale.train.presets import pretrain_preset
@@ -47,6 +47,66 @@ def test_open_against_closed_is_learned_where_cell_types_open_islands_of_their_o
     report = pretrain(binary, tmp_path / "run", small_pretraining(3, global_batch_size=8))
     # The best possible is about 0.86: some closed islands that are drawn belong to the cell's own type.
     assert report.figures["open_accuracy"] > 0.8
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"objective": "cell", "reads": "none"}, {"objective": "vector"}, {"objective": "open+cell+vector"}],
+    ids=str,
+)
+def test_hidden_islands_are_learned_from_the_vector_of_the_rest(binary, tmp_path, asked):
+    config = small_pretraining(6, mask_fraction=0.5, mask_keep=0.0, mask_level_cap=0.5, pooled=4, **asked)
+    report = pretrain(binary, tmp_path / "run", config)
+    asked_of_cells = {"cell": 0.8, "vector": 0.9}
+    for name in set(asked["objective"].split("+")) & set(asked_of_cells):
+        assert report.figures[f"{name}_accuracy"] > asked_of_cells[name]
+    model = read_model(report.model)
+    assert model.info.pool == PoolConfig(4, asked.get("reads", "gate"))
+    assert model.encoder.pool.table.shape == (60, 4)
+
+
+def test_a_cells_vector_does_not_know_which_of_its_islands_are_hidden(binary):
+    config = small_pretraining(objective="cell", mask_fraction=0.5, mask_keep=0.0, negatives=3)
+    data = PretrainData.of(binary, config, Silent())
+    torch.manual_seed(0)
+    task = pretrain_task(data, config, ALONE)
+    task.module.eval()
+    batch = task.prepare(next(iter(data.stream(data.training, config.train, ALONE))), 0)
+    visible = batch.tokens != MASK_TOKEN
+    assert 0 < visible.sum() < len(visible)
+    seen = []
+    task.module.encoder.pool.register_forward_hook(lambda module, given, z: seen.append((given, z)))
+    task.module(batch)
+    (((_, tokens, islands, _), z),) = seen
+    assert islands.tolist() == batch.islands[visible].tolist()
+    assert MASK_TOKEN not in tokens
+    # The same cells with every hidden island taken out of the batch have the same vectors.
+    counts = np.concatenate([[0], np.cumsum(visible)])[batch.offsets]
+    rest = Batch(batch.cell_ids, counts, batch.islands[visible], batch.tokens[visible])
+    assert torch.equal(task.module.encoder(rest).embedding, z)
+
+
+def test_without_reading_the_encoder_nothing_of_it_is_trained(binary, tmp_path):
+    config = small_pretraining(1, objective="vector", reads="none", mask_fraction=0.5, mask_level_cap=0.5)
+    data = PretrainData.of(binary, config, Silent())
+    torch.manual_seed(config.train.seed)
+    task = pretrain_task(data, config, ALONE)
+    groups = task.parameter_groups(config.train)
+    trained = {id(p) for group in groups for p in group["params"]}
+    assert trained.isdisjoint({id(p) for p in task.module.encoder.linformer.parameters()})
+    assert id(task.module.encoder.pool.table) in {id(p) for p in groups[1]["params"]}
+    report = pretrain(binary, tmp_path / "run", config)
+    assert report.n_parameters == sum(p.numel() for p in task.module.encoder.pool.parameters())
+
+
+def test_every_trained_weight_is_in_one_group(binary):
+    config = small_pretraining(1, objective="level+open+cell+vector", positions="learned", reads="gate+sum")
+    data = PretrainData.of(binary, config, Silent())
+    module = (task := pretrain_task(data, config, ALONE)).module
+    grouped = [id(p) for group in task.parameter_groups(config.train) for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in module.parameters() if p.requires_grad)
+    tables = {id(p) for p in task.parameter_groups(config.train)[1]["params"]}
+    assert tables == {id(p) for p in module.parameters() if p.requires_grad and p.shape[0] == 60}
 
 
 def test_levels_are_learned_where_each_island_has_its_own(tmp_path):
