@@ -1,0 +1,169 @@
+"""The linear bars: tuned logistic regression, and the same on an SVD of binary x idf.
+
+The tuning is that of ``annatac_scale.baseline`` (its values, grid and folds), computed on sparse rows where there are
+too many cells for its n_cells x n_cells numbers, and with C widened tenfold as long as the best one is at an edge.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from sklearn.decomposition import TruncatedSVD
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+from sklearn.model_selection import StratifiedKFold
+
+from annatac_scale.baseline import INNER_FOLDS, ROW_NORM, STRENGTHS, Tuned
+
+SMALLEST_STRENGTH, LARGEST_STRENGTH = 3e-6, 3e4
+MOST_ROTATED = 2_000
+"""Cells up to which rows are rotated into their own span: the same fits, faster."""
+RANK = 64
+
+Ints = NDArray[np.int64]
+Texts = NDArray[np.str_]
+Rows = sparse.csr_matrix | NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Predicted:
+    """Types of the test cells, and what tuning chose."""
+
+    types: Texts
+    tuned: Tuned
+
+
+def regression(levels: sparse.csr_matrix, types: Texts, train: Ints, test: Ints) -> Predicted:
+    """Logistic regression on the islands. levels: uint8 [n_cells, n_islands]; types: [n_cells]."""
+    rows = {"log": log_rows(levels, train), "idf": idf_rows(levels, train)}
+    if levels.shape[0] <= MOST_ROTATED:
+        rows = {name: _rotated(x) for name, x in rows.items()}
+    return tuned_on(rows, types, train, test)
+
+
+def svd_regression(levels: sparse.csr_matrix, types: Texts, train: Ints, test: Ints) -> Predicted:
+    """Logistic regression on an SVD of the training cells; which values, and which scale, is tuned as well."""
+    rows = {
+        f"{values}, {scale}": SCALES[scale](svd(levels, train, 0, values), train)
+        for values in VALUES
+        for scale in SCALES
+    }
+    return tuned_on(rows, types, train, test)
+
+
+def tuned_on(
+    rows: Mapping[str, Rows], types: Texts, train: Ints, test: Ints, strengths: Iterable[float] = STRENGTHS
+) -> Predicted:
+    """Choose rows, C and class weights by macro F1 over inner folds of the training cells; fit on all of these."""
+    folds = _folds(types[train])
+    scores: dict[Tuned, float] = {}
+    tried: list[float] = []
+    new = sorted(strengths)
+    while new:
+        for name, x in rows.items():
+            for strength in new:
+                for weight in (None, "balanced"):
+                    tuned = Tuned(name, strength, weight)
+                    scores[tuned] = _score(x, types, train, folds, tuned)
+        tried = sorted([*tried, *new])
+        # On ties the first tried, as in annatac_scale.baseline.
+        best = max(scores, key=lambda tuned: scores[tuned])
+        new = _beyond(best.strength, tried)
+    return Predicted(_fit(rows[best.values], types, train, best).predict(rows[best.values][test]), best)
+
+
+def _beyond(best: float, tried: list[float]) -> list[float]:
+    """The next C to try, where the best is at an edge."""
+    if best == tried[0] and best > SMALLEST_STRENGTH:
+        return [best / 10]
+    if best == tried[-1] and best < LARGEST_STRENGTH:
+        return [best * 10]
+    return []
+
+
+def _folds(types: Texts) -> list[tuple[Ints, Ints]]:
+    n_folds = min(INNER_FOLDS, int(np.unique(types, return_counts=True)[1].min()))
+    return list(StratifiedKFold(max(n_folds, 2), shuffle=True, random_state=0).split(types, types))
+
+
+def _score(x: Rows, types: Texts, train: Ints, folds: list[tuple[Ints, Ints]], tuned: Tuned) -> float:
+    predicted = types[train].copy()
+    for inner, outer in folds:
+        predicted[outer] = _fit(x, types, train[inner], tuned).predict(x[train[outer]])
+    return float(f1_score(types[train], predicted, average="macro"))
+
+
+def _fit(x: Rows, types: Texts, rows: Ints, tuned: Tuned) -> LogisticRegression:
+    model = LogisticRegression(C=tuned.strength, class_weight=tuned.class_weight, max_iter=500)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return model.fit(x[rows], types[rows])
+
+
+def log_rows(levels: sparse.csr_matrix, train: Ints) -> sparse.csr_matrix:
+    """log1p of levels, each cell scaled to the median depth of the training cells."""
+    depth = np.maximum(np.asarray(levels.sum(axis=1, dtype=np.float64)).ravel(), 1)
+    return sparse.csr_matrix(
+        sparse.diags(np.median(depth[train]) / depth) @ levels.astype(np.float64)
+    ).log1p()
+
+
+def idf_rows(levels: sparse.csr_matrix, fitted: Ints, norm: float = ROW_NORM) -> sparse.csr_matrix:
+    """binary x idf of the cells ``fitted``, rows of one length."""
+    binary = (levels > 0).astype(np.float64)
+    open_cells = np.maximum(np.asarray(binary[fitted].sum(axis=0)).ravel(), 1)
+    weighted = binary @ sparse.diags(np.log1p(len(fitted) / open_cells))
+    lengths = np.sqrt(np.asarray(weighted.multiply(weighted).sum(axis=1)).ravel())
+    return sparse.csr_matrix(sparse.diags(norm / np.maximum(lengths, 1e-12)) @ weighted)
+
+
+def log_tf_idf_rows(levels: sparse.csr_matrix, fitted: Ints) -> sparse.csr_matrix:
+    """log1p of 10,000 x share of the cell's open islands x cells / cells in which it is open (as in Signac)."""
+    binary = (levels > 0).astype(np.float64)
+    open_cells = np.maximum(np.asarray(binary[fitted].sum(axis=0)).ravel(), 1)
+    depth = np.maximum(np.asarray(binary.sum(axis=1)).ravel(), 1)
+    return sparse.csr_matrix(
+        sparse.diags(1e4 / depth) @ binary @ sparse.diags(len(fitted) / open_cells)
+    ).log1p()
+
+
+def svd(levels: sparse.csr_matrix, fitted: Ints, seed: int, values: str) -> NDArray[np.float64]:
+    """All cells in the leading components of the cells ``fitted``, [n_cells, RANK]; ``values``: one of VALUES."""
+    rows = VALUES[values](levels, fitted)
+    fit = TruncatedSVD(min(RANK, len(fitted) - 1), n_iter=7, random_state=seed).fit(rows[fitted])
+    components: NDArray[np.float64] = fit.transform(rows)
+    return components
+
+
+def unit_rows(z: NDArray[np.floating], fitted: Ints) -> NDArray[np.float64]:
+    """Rows standardised each for itself (LayerNorm), centred on the cells ``fitted``, and scaled to length 1.
+
+    z: [n_cells, channels]
+    """
+    z = np.asarray(z, np.float64)
+    z = (z - z.mean(axis=1, keepdims=True)) / np.maximum(z.std(axis=1, keepdims=True), 1e-12)
+    z = z - z[fitted].mean(axis=0)
+    return z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+
+
+def standard_rows(z: NDArray[np.floating], fitted: Ints) -> NDArray[np.float64]:
+    """Columns with mean 0 and variance 1 over the cells ``fitted``, all over the square root of their number."""
+    z = np.asarray(z, np.float64)
+    spread = np.maximum(z[fitted].std(axis=0), 1e-12)
+    return (z - z[fitted].mean(axis=0)) / spread / z.shape[1] ** 0.5
+
+
+VALUES = {"log": log_rows, "idf": partial(idf_rows, norm=1.0), "log-tf-idf": log_tf_idf_rows}
+SCALES = {"unit": unit_rows, "standard": standard_rows}
+
+
+def _rotated(x: sparse.csr_matrix) -> NDArray[np.float64]:
+    """The rows in the coordinates of their own span, [n_cells, at most n_cells]."""
+    eigenvalues, vectors = np.linalg.eigh((x @ x.T).toarray())
+    kept = eigenvalues > eigenvalues[-1] * 1e-12
+    return vectors[:, kept] * np.sqrt(eigenvalues[kept])

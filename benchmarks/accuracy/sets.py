@@ -1,0 +1,177 @@
+"""The labelled sets: their stores, made once and kept, and which of their cells train and test.
+
+cerebellum, bm0828   five stratified folds (column ``fold``), whose held-out cells are pooled
+granja               donor D6 trains and D5 tests (column ``donor``); 8 and 16 types
+granja_d6, hg19      unlabelled, to pretrain on: granja's D6 alone, and D6 together with bm0828
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import sparse
+from sklearn.model_selection import StratifiedKFold
+
+import annatac_scale as ats
+from annatac_scale.errors import InputError
+from annatac_scale.store.store import IslandStore
+
+FOLDS = 5
+SEED = 0
+"""Of the folds and of the draws of few labels, in all rows the same."""
+DRAWS = 5
+CELLS_A_TYPE = 10
+TRAIN_DONOR, TEST_DONOR = "D6", "D5"
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A labelled file. ``labels``: its columns of types; ``holdout``: column and values that are held out in turn."""
+
+    name: str
+    file: str
+    assembly: str
+    labels: tuple[str, ...]
+    holdout: tuple[str, tuple[str, ...]]
+
+
+_FOLDS = ("fold", tuple(map(str, range(FOLDS))))
+SETS = {
+    data_set.name: data_set
+    for data_set in (
+        DataSet("cerebellum", "cusanovich2018_cerebellum_801.h5ad", "mm9", ("cell_type",), _FOLDS),
+        DataSet("bm0828", "buenrostro2018_BM0828_533.h5ad", "hg19", ("cell_type",), _FOLDS),
+        DataSet(
+            "granja",
+            "granja2019_bmmc_14k.h5ad",
+            "hg19",
+            ("cell_type", "coarse_label"),
+            ("donor", (TEST_DONOR,)),
+        ),
+    )
+}
+PRETRAINING = {"cerebellum": "cerebellum", "bm0828": "bm0828", "granja": "granja_d6"}
+"""The store that models of a set are pretrained on: granja's holds no cell of the donor that tests."""
+
+
+@dataclass(frozen=True)
+class Stores:
+    """Where the labelled files are, and the stores made of them."""
+
+    data: Path
+    work: Path
+
+    def check(self, names: list[str]) -> None:
+        """Raise InputError where the file of a set is missing."""
+        missing = [SETS[name].file for name in names if not (self.data / SETS[name].file).is_file()]
+        if missing:
+            raise InputError(
+                f"--data {self.data}: found no {', '.join(missing)}; expected the labelled h5ad files that "
+                "benchmarks/README.md names; nothing is fetched: give the folder that holds them"
+            )
+
+    def open(self, name: str, select: str) -> IslandStore:
+        """The store of a set or of unlabelled cells, converted where it is not there yet."""
+        path = self.work / "stores" / f"{name}-{select}.zarr"
+        if not (path / "zarr.json").exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _convert(self, name, select, path)
+        return IslandStore.open(path)
+
+
+def _convert(stores: Stores, name: str, select: str, path: Path) -> None:
+    if name in SETS:
+        data_set = SETS[name]
+        obs = stores.work / "stores" / f"{name}.tsv"
+        _cells(anndata.read_h5ad(stores.data / data_set.file).obs, data_set).to_csv(
+            obs, sep="\t", index=False
+        )
+        ats.convert(
+            stores.data / data_set.file,
+            assembly=data_set.assembly,
+            select=select,
+            obs=obs,
+            out=path,
+            qc=False,
+        )
+        return
+    inputs = [_train_donor(stores)]
+    if name == "hg19":
+        inputs.append(stores.data / SETS["bm0828"].file)
+    ats.convert(inputs, assembly="hg19", select=select, out=path, qc=False)
+
+
+def _train_donor(stores: Stores) -> Path:
+    """granja's training donor as a file of its own."""
+    path = stores.work / "stores" / "granja_d6.h5ad"
+    if not path.exists():
+        whole = anndata.read_h5ad(stores.data / SETS["granja"].file)
+        aside = path.with_suffix(".part")
+        whole[whole.obs["donor"] == TRAIN_DONOR].copy().write_h5ad(aside)
+        aside.rename(path)
+    return path
+
+
+def _cells(obs: pd.DataFrame, data_set: DataSet) -> pd.DataFrame:
+    """Columns that the file lacks, by barcode: folds, or the draws of few labels."""
+    table = pd.DataFrame({"barcode": obs.index.astype(str)})
+    if data_set.holdout == _FOLDS:
+        types = obs["cell_type"].to_numpy(str)
+        table["fold"] = 0
+        splitter = StratifiedKFold(FOLDS, shuffle=True, random_state=SEED)
+        for number, (_, test) in enumerate(splitter.split(types, types)):
+            table.loc[test, "fold"] = number
+        return table
+    donor = obs["donor"].to_numpy(str)
+    for column in data_set.labels:
+        for draw in range(DRAWS):
+            table[few_labels(column, draw)] = _drawn(obs[column].to_numpy(str), donor, draw)
+    return table
+
+
+def few_labels(column: str, draw: int) -> str:
+    """Name of the column that keeps the labels of a few training cells, and of all that test."""
+    return f"few_{column}_{draw}"
+
+
+def _drawn(types: NDArray[np.str_], donor: NDArray[np.str_], draw: int) -> NDArray[np.object_]:
+    rng = np.random.default_rng([SEED, draw])
+    kept = donor == TEST_DONOR
+    for name in np.unique(types):
+        of_type = np.flatnonzero((types == name) & (donor == TRAIN_DONOR))
+        kept[rng.choice(of_type, min(CELLS_A_TYPE, len(of_type)), replace=False)] = True
+    return np.where(kept, types.astype(object), "")
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Cells of a store with their types.
+
+    levels: uint8 CSR [n_cells, islands that are open in some cell]; types: str [n_cells], "" where there is none
+    groups: str [n_cells], the column that is held out by
+    """
+
+    levels: sparse.csr_matrix
+    types: NDArray[np.str_]
+    groups: NDArray[np.str_]
+
+    @classmethod
+    def of(cls, store: IslandStore, data_set: DataSet, column: str) -> "Labelled":
+        obs = store.obs([column, data_set.holdout[0]])
+        levels = store.read(np.arange(store.n_cells)).to_csr(store.n_islands)
+        levels = levels[:, np.unique(levels.indices)]
+        types = obs[column].astype(object).fillna("").to_numpy(str)
+        return cls(levels, types, obs[data_set.holdout[0]].to_numpy(str))
+
+    def splits(self, data_set: DataSet) -> Iterator[tuple[str, Ints, Ints]]:
+        """Each value that is held out, its training and its test cells."""
+        known = self.types != ""
+        for value in data_set.holdout[1]:
+            test = self.groups == value
+            yield value, np.flatnonzero(known & ~test), np.flatnonzero(known & test)
