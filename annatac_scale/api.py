@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from annatac_scale.store.csr import ExportReport
     from annatac_scale.store.findings import VerifyReport
     from annatac_scale.store.info import StoreInfo
+    from annatac_scale.train.cost import CostReport
     from annatac_scale.train.finetune import FinetuneReport
     from annatac_scale.train.pretrain import PretrainReport
 
@@ -133,6 +134,8 @@ def info(store: AnyPath, *, digest: Literal[True]) -> str: ...
 def info(
     store: AnyPath, *, verify: Literal[True], workers: int | None = None, progress: Progress | None = None
 ) -> "VerifyReport": ...
+@overload
+def info(store: AnyPath, *, cost: Literal[True], progress: Progress | None = None) -> "CostReport": ...
 def info(
     store: AnyPath,
     *,
@@ -140,18 +143,21 @@ def info(
     plot: AnyPath | None = None,
     digest: bool = False,
     verify: bool = False,
+    cost: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> "StoreInfo | QualityTable | str | VerifyReport":
+) -> "StoreInfo | QualityTable | str | VerifyReport | CostReport":
     """What a store holds and where it came from.
 
     qc: the quality of its cells instead, a line a sample; plot: drawn into this PNG, SVG or PDF file as well
     digest: the digest of the store alone, equal for stores of the same samples
     verify: read all of the store and report whatever is not as the store says; workers: threads for that
+    cost: what pretraining and predicting its cells cost by preset, measured on this machine
     """
     from annatac_scale.store.store import IslandStore
 
-    asked = [name for name, given in {"digest": digest, "qc": qc, "verify": verify}.items() if given]
+    views = {"digest": digest, "qc": qc, "verify": verify, "cost": cost}
+    asked = [name for name, given in views.items() if given]
     if plot is not None and not qc:
         raise InputError(f"--plot {plot}: found without --qc, whose picture it is; expected both; add --qc")
     if workers is not None and not verify:
@@ -162,6 +168,10 @@ def info(
         from annatac_scale.store.verify import verify as run
 
         return run(store, workers, progress)
+    if cost:
+        from annatac_scale.train.cost import cost as measure
+
+        return measure(IslandStore.open(store), progress)
     if digest:
         return IslandStore.open(store).digest
     if qc:

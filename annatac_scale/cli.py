@@ -239,10 +239,14 @@ def convert(context: click.Context, inputs: Sequence[str], as_json: bool, **opti
     "--workers", metavar="N", type=click.IntRange(min=1),
     help="With --verify: threads; default: one a core, at most 8, and 32 for s3://.",
 )  # fmt: skip
+@click.option(
+    "--cost", is_flag=True,
+    help="Show instead what its cells cost by preset: FLOPs, memory, cells/s measured here in some seconds.",
+)  # fmt: skip
 @_json
 @click.pass_context
 def info(context: click.Context, store: str, as_json: bool, **options: Any) -> None:
-    """Show what a store holds and where it came from, or verify it."""
+    """Show what a store holds and where it came from, verify it, or tell what training on it costs."""
     found = api.info(store, progress=TerminalProgress(), **options)
     if isinstance(found, str):
         click.echo(_dumped({"digest": found}) if as_json else found)

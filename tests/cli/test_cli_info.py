@@ -117,3 +117,26 @@ def test_a_damaged_store_is_told_with_exit_code_1(store: Path, tmp_path: Path) -
 
 def test_an_ending_is_refused_before_anything_is_read() -> None:
     assert "x.jpg" in refusal("info", "nosuch", "--qc", "--plot", "x.jpg")
+
+
+def test_cost_is_a_line_a_preset_and_the_same_as_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("annatac_scale.train.cost.LEAST_S", 0.0)
+    monkeypatch.setattr("annatac_scale.train.cost.PRESETS", ("tiny",))
+    path = tmp_path / "atlas.zarr"
+    create_store(path, SPACE, "insertion")
+    cells = OpenIslands(np.arange(4) * 2, np.tile(np.array([3, 7], np.int32), 3), np.ones(6, np.uint8))
+    with SampleWriter(path, "kidney", 3) as writer:
+        writer.write_shard(0, cells)
+        writer.commit(OBS, np.ones(len(SPACE), bool), CONVERSION)
+    lines = done("info", path, "--cost").stdout.splitlines()
+    assert lines[1].split() == ["cells", "3,", "2.0", "open", "islands", "a", "cell"]
+    assert [line.split()[:2] for line in lines if line.startswith("tiny")] == [
+        ["tiny", "all"],
+        ["tiny", "open"],
+    ]
+    report = strict_json(done("info", path, "--cost", "--json").stdout)
+    assert [one["attend"] for one in report["presets"]] == ["all", "open"]
+    assert report["n_islands"] == 2
+    assert "found both --qc and --cost" in refusal("info", path, "--cost", "--qc")
