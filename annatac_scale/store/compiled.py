@@ -13,6 +13,9 @@ compiled = njit(**_OPTIONS)
 """For functions that allocate nothing. numba counts references to each array that a function is given or takes out of a
 tuple, atomically: that took two thirds of the time of counting fragments, and threads wait for each other in it."""
 
+multiplying = njit(fastmath={"contract"}, **_OPTIONS)
+"""For such functions that multiply and add floats: both may be one instruction, which rounds once."""
+
 inlined = njit(forceinline=True, **_OPTIONS)
 """For parts of such a function: a tuple of arrays would be copied, number by number, at each call."""
 
