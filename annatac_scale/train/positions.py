@@ -15,6 +15,7 @@ import numpy as np
 from dask.base import compute
 from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from annatac_scale.errors import ConfigError
 from annatac_scale.progress import Advance, Progress, Silent
@@ -60,28 +61,36 @@ def truncated_svd(
 ) -> Svd:
     """The leading right singular vectors; the same, bit for bit, for any number of workers (threads).
 
-    Passes end when no singular value changes by more than TOLERANCE of its own, and at the latest after PASSES.
+    BLAS, which rounds otherwise with more threads, gets one in each of them. Passes end when
+    no singular value changes by more than TOLERANCE of its own, and at the latest after PASSES.
     """
+    rank = min(rank, len(matrix.cells), len(matrix.vocabulary))
+    with threadpool_limits(1, "blas"):
+        basis, values = _iterated(matrix, rank, seed, workers, progress or Silent())
+    components = basis[:, :rank].copy()
+    largest = np.abs(components).argmax(axis=0)
+    components *= np.where(components[largest, np.arange(rank)] < 0, -1, 1).astype(np.float32)
+    return Svd(components, np.sqrt(values[:rank]).astype(np.float32))
+
+
+def _iterated(
+    matrix: CellMatrix, rank: int, seed: int, workers: int, progress: Progress
+) -> tuple[Floats, NDArray[np.float64]]:
+    """The eigenvectors of X^T X in columns, somewhat more than ``rank``, and its eigenvalues, falling."""
     n_cells, n_islands = len(matrix.cells), len(matrix.vocabulary)
-    rank = min(rank, n_cells, n_islands)
     columns = min(rank + OVERSAMPLING, n_cells, n_islands)
     basis = np.random.default_rng(seed).standard_normal((n_islands, columns), dtype=np.float32)
     iteration = _Iteration(matrix, basis, workers)
     iteration.orthonormalise()
     values, shift = np.zeros(columns), 0.0
     for number in range(1, PASSES + 1):
-        name = f"SVD, pass {number} of at most {PASSES}"
-        with (progress or Silent()).task(name, n_cells, "cells") as advance:
+        with progress.task(f"SVD, pass {number} of at most {PASSES}", n_cells, "cells") as advance:
             iteration.multiply(advance)
         before, values = values, shift + iteration.orthonormalise(shift)
         if np.all(np.abs(values - before)[:rank] <= 2 * TOLERANCE * values[:rank]):
             break
         shift = max(shift, values[-1] / 2)
-    del iteration
-    components = basis[:, :rank].copy()
-    largest = np.abs(components).argmax(axis=0)
-    components *= np.where(components[largest, np.arange(rank)] < 0, -1, 1).astype(np.float32)
-    return Svd(components, np.sqrt(values[:rank]).astype(np.float32))
+    return basis, values
 
 
 class _Iteration:
