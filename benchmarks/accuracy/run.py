@@ -4,7 +4,8 @@
 
 --data holds the labelled h5ad files; nothing is fetched. Every row is a process of its own on one core, and a JSON
 file in WORK/rows named by the digest of its configuration: rows that are there are not run again. A row that failed
-is a row too, with the reason; --again runs such ones again. Ends with one line of JSON.
+is a row too, with the reason; --again runs such ones again. Ends with one line of JSON; page.py --work FOLDER then
+writes the page.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import grid
 from models import Clock
@@ -27,7 +27,6 @@ from sets import Stores
 from annatac_scale.errors import AnnatacError
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "accuracy.json"
 ONE_CORE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
@@ -51,8 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ThreadPoolExecutor(options.jobs) as pool:
         for config in waiting:
             pool.submit(_in_process, config, stores, rows)
-    if options.save:
-        RESULTS.write_text(json.dumps(_merged(rows), indent=1) + "\n")
     failed = [_name(config) for config in configs if rows.failed(config)]
     print(json.dumps({"benchmark": "accuracy", "rows": len(configs), "ran": len(waiting), "failed": failed}))
     return 1 if failed else 0
@@ -71,16 +68,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few short rows of cerebellum, for tests")
     parser.add_argument("--jobs", type=int, default=1, help="rows that run at the same time")
     parser.add_argument("--again", action="store_true", help="run the rows that failed again")
-    parser.add_argument(
-        "--save", action="store_true", help=f"merge all rows of the tables into {RESULTS.name}"
-    )
     parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
-
-
-def _merged(rows: Rows) -> list[dict[str, Any]]:
-    """The rows of all tables that are there; those of settings that are no more are left out."""
-    return [rows.read(config) for table in grid.TABLES for config in grid.configs(table) if rows.has(config)]
 
 
 def _in_process(config: grid.Config, stores: Stores, rows: Rows) -> None:
