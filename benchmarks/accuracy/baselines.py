@@ -5,7 +5,7 @@ too many cells for its n_cells x n_cells numbers, and with C widened tenfold as 
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,6 +28,8 @@ RANK = 64
 Ints = NDArray[np.int64]
 Texts = NDArray[np.str_]
 Rows = sparse.csr_matrix | NDArray[np.float64]
+Maker = Callable[[Ints], Rows]
+"""Rows of all cells, whatever is fitted for them fitted on the given ones."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +45,20 @@ def regression(levels: sparse.csr_matrix, types: Texts, train: Ints, test: Ints)
     rows = {"log": log_rows(levels, train), "idf": idf_rows(levels, train)}
     if levels.shape[0] <= MOST_ROTATED:
         rows = {name: _rotated(x) for name, x in rows.items()}
-    return tuned_on(rows, types, train, test)
+    return tuned_on({name: constant(x) for name, x in rows.items()}, types, train, test)
 
 
 def svd_regression(levels: sparse.csr_matrix, types: Texts, train: Ints, test: Ints) -> Predicted:
-    """Logistic regression on an SVD of the training cells; which values, and which scale, is tuned as well."""
+    """Logistic regression on an SVD of the training cells; which values, and which scale, is tuned as well.
+
+    Inner folds have an SVD of their own: cells that it was fitted on look otherwise than cells that it was not.
+    """
+
+    def scaled(fitted: Ints, values: str, scale: str) -> NDArray[np.float64]:
+        return SCALES[scale](svd(levels, fitted, 0, values), fitted)
+
     rows = {
-        f"{values}, {scale}": SCALES[scale](svd(levels, train, 0, values), train)
+        f"{values}, {scale}": partial(scaled, values=values, scale=scale)
         for values in VALUES
         for scale in SCALES
     }
@@ -57,24 +66,26 @@ def svd_regression(levels: sparse.csr_matrix, types: Texts, train: Ints, test: I
 
 
 def tuned_on(
-    rows: Mapping[str, Rows], types: Texts, train: Ints, test: Ints, strengths: Iterable[float] = STRENGTHS
+    rows: Mapping[str, Maker], types: Texts, train: Ints, test: Ints, strengths: Iterable[float] = STRENGTHS
 ) -> Predicted:
     """Choose rows, C and class weights by macro F1 over inner folds of the training cells; fit on all of these."""
     folds = _folds(types[train])
     scores: dict[Tuned, float] = {}
+    made = {name: [make(train[inner]) for inner, _ in folds] for name, make in rows.items()}
     tried: list[float] = []
     new = sorted(strengths)
     while new:
-        for name, x in rows.items():
+        for name, inner_rows in made.items():
             for strength in new:
                 for weight in (None, "balanced"):
                     tuned = Tuned(name, strength, weight)
-                    scores[tuned] = _score(x, types, train, folds, tuned)
+                    scores[tuned] = _score(inner_rows, types, train, folds, tuned)
         tried = sorted([*tried, *new])
         # On ties the first tried, as in annatac_scale.baseline.
         best = max(scores, key=lambda tuned: scores[tuned])
         new = _beyond(best.strength, tried)
-    return Predicted(_fit(rows[best.values], types, train, best).predict(rows[best.values][test]), best)
+    x = rows[best.values](train)
+    return Predicted(_fit(x, types, train, best).predict(x[test]), best)
 
 
 def _beyond(best: float, tried: list[float]) -> list[float]:
@@ -91,9 +102,11 @@ def _folds(types: Texts) -> list[tuple[Ints, Ints]]:
     return list(StratifiedKFold(max(n_folds, 2), shuffle=True, random_state=0).split(types, types))
 
 
-def _score(x: Rows, types: Texts, train: Ints, folds: list[tuple[Ints, Ints]], tuned: Tuned) -> float:
+def _score(
+    rows: list[Rows], types: Texts, train: Ints, folds: list[tuple[Ints, Ints]], tuned: Tuned
+) -> float:
     predicted = types[train].copy()
-    for inner, outer in folds:
+    for x, (inner, outer) in zip(rows, folds, strict=True):
         predicted[outer] = _fit(x, types, train[inner], tuned).predict(x[train[outer]])
     return float(f1_score(types[train], predicted, average="macro"))
 
@@ -160,6 +173,11 @@ def standard_rows(z: NDArray[np.floating], fitted: Ints) -> NDArray[np.float64]:
 
 VALUES = {"log": log_rows, "idf": partial(idf_rows, norm=1.0), "log-tf-idf": log_tf_idf_rows}
 SCALES = {"unit": unit_rows, "standard": standard_rows}
+
+
+def constant(x: Rows) -> Maker:
+    """Rows that are what they are, whatever the cells."""
+    return lambda _: x
 
 
 def _rotated(x: sparse.csr_matrix) -> NDArray[np.float64]:

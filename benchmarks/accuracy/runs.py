@@ -104,7 +104,7 @@ def _on_frozen(store: IslandStore, vectors: NDArray[np.floating], unlabelled: ND
     """Accuracy and macro F1 of each draw of labels, by scale of the vectors and column of types."""
     found: Figures = {}
     for scale, scaled in baselines.SCALES.items():
-        rows = {"vectors": scaled(vectors, unlabelled)}
+        rows = {"vectors": baselines.constant(scaled(vectors, unlabelled))}
         for column in SETS["granja"].labels:
             evaluations = []
             for train, test, types in _draws(store, column):
