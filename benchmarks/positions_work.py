@@ -71,7 +71,8 @@ def sklearn(task: dict[str, Any]) -> dict[str, Any]:
     matrix = matrix_of(task)
     csr = csr_of(matrix)
     cpu, wall = time.process_time(), time.perf_counter()
-    svd = TruncatedSVD(task["rank"], algorithm="randomized", n_iter=task["n_iter"], random_state=SEED).fit(
+    seed = task.get("seed", SEED)
+    svd = TruncatedSVD(task["rank"], algorithm="randomized", n_iter=task["n_iter"], random_state=seed).fit(
         csr
     )
     figures = figures_of(matrix, cpu, wall)

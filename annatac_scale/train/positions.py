@@ -3,7 +3,7 @@
 Source: annATAC (Cui et al., BMC Biology 2025), "position embedding": the right singular vectors of the training
 matrix. The matrix is never held: a pass costs time in open islands x columns, a column being a singular vector asked
 for or one of OVERSAMPLING more. Memory: two tables of islands x columns in float32, one more for each worker (thread),
-and for each worker 4,000 cells at a time. The iteration is shifted, which is worth two passes of five and costs nothing
+and for each worker 4,000 cells at a time. The iteration is shifted, which costs nothing: five passes do what seven did
 (Feng, Yu, Xie, Tang, "Faster Randomized SVD with Dynamic Shifts", ACM TOMS 2024).
 """
 
@@ -31,6 +31,9 @@ TOLERANCE = 1e-4
 
 CELLS_PER_TASK = 16_000
 """Cells multiplied into one table. Fixed: the order of additions, and with it every bit, does not depend on workers."""
+
+MOST_BYTES = 4 * 2**30
+"""Of the tables of all workers together: where tables are large fewer workers take part (600,000 islands: 8)."""
 
 ROWS_PER_TASK = 8_192
 """Rows of a table that are made orthonormal at a time, at least."""
@@ -98,14 +101,15 @@ class _Iteration:
 
     basis: float32 [n_islands, columns], whose memory it uses
 
-    It holds as much once more for the product, and once for each worker, if there are parts for all of them.
+    It holds as much once more for the product, and once for each worker, as far as there are parts for them and they
+    fit into MOST_BYTES.
     """
 
     def __init__(self, matrix: CellMatrix, basis: Floats, workers: int) -> None:
         self._matrix = matrix
-        self._workers = workers
+        self._workers = max(1, min(workers, MOST_BYTES // max(1, basis.nbytes)))
         self._parts = matrix.parts(CELLS_PER_TASK)
-        self._own = [np.empty_like(basis) for _ in self._parts[:workers]]
+        self._own = [np.empty_like(basis) for _ in self._parts[: self._workers]]
         self._product = basis.copy()
         self.basis = basis
 

@@ -139,8 +139,12 @@ def test_any_number_of_workers_gives_the_same_bits(atlas, monkeypatch, kind):
         assert one.singular_values.tobytes() == other.singular_values.tobytes()
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_there_are_never_more_products_than_workers(atlas, monkeypatch, workers):
+@pytest.mark.parametrize(
+    ("workers", "tables", "n_held"), [(1, 9, 1), (3, 9, 3), (9, 9, 4), (3, 2, 2), (3, 0, 1)]
+)
+def test_there_are_never_more_products_than_workers_parts_and_room(
+    atlas, monkeypatch, workers, tables, n_held
+):
     store, _, cells, vocabulary = atlas
     held, add_products = set(), CellMatrix.add_products
 
@@ -150,10 +154,11 @@ def test_there_are_never_more_products_than_workers(atlas, monkeypatch, workers)
 
     monkeypatch.setattr(CellMatrix, "add_products", watched)
     monkeypatch.setattr(positions, "CELLS_PER_TASK", 60)
+    monkeypatch.setattr(positions, "MOST_BYTES", tables * len(vocabulary) * (RANK + 10) * 4)
     matrix = CellMatrix(store, vocabulary, cells)
     assert len(matrix.parts(60)) == 4
     truncated_svd(matrix, RANK, 0, workers=workers)
-    assert len(held) == workers
+    assert len(held) == n_held
 
 
 def test_rows_made_orthonormal_in_blocks_give_the_same_vectors(atlas, monkeypatch):
