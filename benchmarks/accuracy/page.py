@@ -101,13 +101,9 @@ def _models(lines: Mapping[str, Line]) -> str:
 def _few_labels(rows: Sequence[Row]) -> list[str]:
     """Frozen vectors under regression, then fine-tuned models."""
     parts = []
-    for title, how, scale in (
-        ("Logistic regression on frozen vectors, rows of length 1", "frozen", "unit"),
-        ("Logistic regression on frozen vectors, columns of variance 1", "frozen", "standard"),
-        ("Fine-tuned", "finetuned", ""),
-    ):
-        by_column = {column: signal_lines(rows, how, scale, column) for column in COLUMNS}
-        control = {column: signal_lines(rows, "frozen", "unit", column).get(CONTROL) for column in COLUMNS}
+    for title, how in (("Logistic regression on frozen vectors", "frozen"), ("Fine-tuned", "finetuned")):
+        by_column = {column: signal_lines(rows, how, column) for column in COLUMNS}
+        control = {column: signal_lines(rows, "frozen", column).get(CONTROL) for column in COLUMNS}
         names = list(next(iter(by_column.values())))
         if names:
             parts += [f"### {title}", _table(_few_head(), [_few_line(n, by_column, control) for n in names])]

@@ -100,17 +100,16 @@ def _few_svd(config: Config, models: Models) -> Figures:
         return {"frozen": _on_frozen(store, vectors, unlabelled)}
 
 
-def _on_frozen(store: IslandStore, vectors: NDArray[np.floating], unlabelled: NDArray[np.int64]) -> Figures:
-    """Accuracy and macro F1 of each draw of labels, by scale of the vectors and column of types."""
+def _on_frozen(store: IslandStore, vectors: NDArray[np.floating], unlabelled: Ints) -> Figures:
+    """Accuracy and macro F1 of each draw of labels, by column of types: regression on rows of length 1."""
+    rows = baselines.constant(baselines.unit_rows(vectors, unlabelled))
     found: Figures = {}
-    for scale, scaled in baselines.SCALES.items():
-        rows = {"vectors": baselines.constant(scaled(vectors, unlabelled))}
-        for column in SETS["granja"].labels:
-            evaluations = []
-            for train, test, types in _draws(store, column):
-                done = baselines.tuned_on(rows, types, train, test, FEW_STRENGTHS)
-                evaluations.append(_figures(types[test], done.types))
-            found.setdefault(scale, {})[column] = _listed(evaluations)
+    for column in SETS["granja"].labels:
+        evaluations = []
+        for train, test, types in _draws(store, column):
+            done = baselines.tuned_on({"vectors": rows}, types, train, test, FEW_STRENGTHS)
+            evaluations.append(_figures(types[test], done.types))
+        found[column] = _listed(evaluations)
     return found
 
 

@@ -57,8 +57,8 @@ def _name(config: Mapping[str, Any]) -> str:
     return f"encoder of {attend}{epochs}, {'pretrained' if config['trained'] else 'not pretrained'}"
 
 
-def signal_lines(rows: Iterable[Row], how: str, scale: str, column: str) -> dict[str, Line]:
-    """The lines of few labels by name. how: "frozen" or "finetuned"; scale: of frozen vectors; column: of types."""
+def signal_lines(rows: Iterable[Row], how: str, column: str) -> dict[str, Line]:
+    """The lines of few labels by name. how: "frozen" or "finetuned"; column: of types."""
     lines: dict[str, Line] = {}
     for row in rows:
         config, figures = row["config"], row["figures"].get(how)
@@ -66,7 +66,7 @@ def signal_lines(rows: Iterable[Row], how: str, scale: str, column: str) -> dict
             continue
         name = config["model"] if config.get("trained", True) else f"{config['model']}, as pretraining starts"
         line = lines.setdefault(name, Line(name, {}, {}))
-        found = (figures[scale] if how == "frozen" else figures)[column]
+        found = figures[column]
         for draw, (accuracy, macro_f1) in enumerate(zip(found["accuracy"], found["macro_f1"], strict=True)):
             _put(line, (config["seed"], str(draw)), {"accuracy": accuracy, "macro_f1": macro_f1})
     return lines

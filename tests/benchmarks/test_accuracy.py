@@ -210,11 +210,11 @@ def test_figures_of_few_labels_are_of_draws() -> None:
     saved = [
         {
             "config": {"kind": "few", "model": "cell", "seed": seed, "trained": True},
-            "figures": {"frozen": {"unit": {"t": {k: [v + seed for v in vs] for k, vs in figures.items()}}}},
+            "figures": {"frozen": {"t": {k: [v + seed for v in vs] for k, vs in figures.items()}}},
         }
         for seed in (0, 1)
     ]
-    line = table.signal_lines(saved, "frozen", "unit", "t")["cell"]
+    line = table.signal_lines(saved, "frozen", "t")["cell"]
     assert table.over_draws(line, "accuracy") == pytest.approx([1.0, 1.2])
 
 
