@@ -63,9 +63,10 @@ class EncoderConfig:
     """Tokens expected in a cell, which E's initialisation is scaled by; 0 means all islands."""
     closed: str = "none"
     """Where ``attend`` is "open": closed islands stand in the keys and values of no layer, of the "first", or of
-    "every" layer, with the state that they start from; they are never updated."""
+    "every" layer, with the state that they start from; they are never updated. Closed are all islands that a cell
+    does not list, those that its sample does not measure among them. Did not pay: docs/accuracy.md."""
     depth: bool = False
-    """Add a learned vector, times the log of the cell's open islands, to every token."""
+    """Add a learned vector, times the log of the cell's open islands, to every token. Did not pay either."""
     checkpoint: bool = False
     """Compute the layers' activations again in the backward, instead of keeping them."""
 

@@ -366,8 +366,7 @@ def pretrain_rank(
         task.module.start_heads(data)
     progress.say(
         f"{len(data.training):,} cells to train, {len(data.validation):,} to validate, "
-        f"{len(data.vocabulary):,} islands, {_n_trained(encoder):,} parameters of the encoder to train, "
-        f"attend {config.encoder.attend}"
+        f"{len(data.vocabulary):,} islands, {_n_trained(encoder):,} parameters to train, {_what_is_trained(config)}"
     )
     stream = data.stream(data.training, config.train, ranks)
     figures = train(task, stream, config.train, run, ranks, progress)
@@ -403,6 +402,12 @@ def initialise(encoder: Encoder, data: PretrainData, config: PretrainConfig, pro
     if pool is not None:
         svd = svds["idf"].leading(pool.table.shape[1])
         pool.initialise(torch.from_numpy(idf), torch.from_numpy(svd.components * svd.singular_values))
+
+
+def _what_is_trained(config: PretrainConfig) -> str:
+    if not config.runs_encoder:
+        return "all in the pooled layer; the Linformer is not trained: --set reads=gate lets the pooled layer read it"
+    return f"attend {config.encoder.attend}"
 
 
 def _n_trained(module: nn.Module) -> int:

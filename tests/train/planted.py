@@ -64,7 +64,7 @@ def write_store(path: Path, samples: dict[str, Cells], measured: np.ndarray | No
 def small_pretraining(
     epochs: int = 2, attend: str = "open", positions: str = "frozen", **options: object
 ) -> PretrainConfig:
-    """The tiny preset cut down to a width of 16 and one layer."""
+    """The tiny preset with a width of 16 and one layer, which learns to tell levels and closed islands."""
     preset = pretrain_preset("tiny")
     encoder = replace(
         preset.encoder,
@@ -82,11 +82,18 @@ def small_pretraining(
         "micro_tokens": 400, "warmup_steps": 5,
     }  # fmt: skip
     own = {name: options.pop(name) for name in list(options) if name in PretrainConfig.__dataclass_fields__}
+    asked = {
+        "objective": "level+open",
+        "reads": "gate",
+        "mask_fraction": 0.15,
+        "mask_keep": 0.1,
+        "mask_level_cap": 0.5,
+    }
     return replace(
         preset,
         encoder=encoder,
         train=replace(preset.train, **{**train, **options}),
-        **{"validation_share": 0.1, **own},
+        **{"validation_share": 0.1, **asked, **own},
     )
 
 
@@ -99,7 +106,7 @@ def small_finetuning(head: str = "pooled", epochs: int = 3, **options: object) -
         "warmup_steps": 2,
         "micro_tokens": 1000,
     }
-    small_head = replace(preset.head, pooled=8, hidden=() if head == "pooled" else (16, 8))
+    small_head = replace(preset.head, pooled=8, reads="gate", hidden=() if head == "pooled" else (16, 8))
     own = {name: options.pop(name) for name in list(options) if name in FinetuneConfig.__dataclass_fields__}
     return replace(preset, head=small_head, train=replace(preset.train, **{**train, **options}), **own)
 
