@@ -29,6 +29,9 @@ from annatac_scale.train.presets import PRESETS, PretrainConfig, pretrain_preset
 MOST_ISLANDS = 65_536
 """Rows of the tables that are measured with: a cell's cost does not depend on how many more there are."""
 
+MOST_CELLS = 128
+"""Cells of a call, where their tokens would leave place for more."""
+
 LEAST_S = 0.5
 """Seconds in which a call is repeated, after a small one; the fastest counts, since others may use the machine too."""
 
@@ -197,7 +200,7 @@ def _cells_per_s(
     *,
     trains: bool,
 ) -> float:
-    """Measured with as many cells as a micro-step takes.
+    """Measured with as many cells as a micro-step takes, at most ``MOST_CELLS``.
 
     A cell of more tokens than that is measured shortened to them, and its rate lowered by the share of FLOPs left out.
     """
@@ -206,7 +209,7 @@ def _cells_per_s(
     measured = CellTokens(max(tokens.listed * part, 1.0), tokens.asked * part)
     encoder = Linformer(config.encoder, min(n_islands, MOST_ISLANDS)).to(device)
     bf16 = uses_bf16(config.train.precision, device)
-    n_cells = max(int(most / measured.listed), 1)
+    n_cells = min(max(int(most / measured.listed), 1), MOST_CELLS)
     call = _call(encoder, measured, n_cells, trains=trains, bf16=bf16)
     _call(encoder, CellTokens(2.0, 1.0), 1, trains=trains, bf16=bf16)()  # threads started, gradients in place
     _wait(device)
