@@ -1,4 +1,4 @@
-"""What the presets cost on this machine for the cells of a store: a short measurement beside the arithmetic."""
+"""What the presets' encoders cost on this machine for the cells of a store: a short measurement beside arithmetic."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -43,8 +43,9 @@ _HEAD = (
 
 @dataclass(frozen=True)
 class PresetCost:
-    """One preset on the cells of a store.
+    """The encoder of one preset on the cells of a store.
 
+    in_pretraining: whether the preset's pretraining runs it; where not, figures are those of a pooled layer reading it
     parameters: of the encoder; table_mb: of E, as in its gradient; held_mb: weights, gradients and AdamW's moments
     gflop_training, gflop_forward: a cell, in pretraining (forward and backward) and in prediction
     mb_per_cell: activations of a cell in pretraining, in fp32
@@ -54,6 +55,7 @@ class PresetCost:
 
     preset: str
     attend: str
+    in_pretraining: bool
     parameters: int
     table_mb: float
     held_mb: float
@@ -82,7 +84,7 @@ class PresetCost:
 
 @dataclass(frozen=True)
 class CostReport:
-    """Costs of all presets for the cells of a store.
+    """Costs of all presets' encoders for the cells of a store.
 
     open_per_cell: mean open islands of a cell; n_islands: of the vocabulary that pretraining on all cells would have
     device: what was measured on; threads: of torch, on the CPU; precision: that of forward and backward there
@@ -112,7 +114,8 @@ class CostReport:
             ).rstrip()
             for row in rows
         ]
-        threads = f", {self.threads} threads" if self.device == "cpu" else ""
+        threads = f", {self.threads} thread{'s'[: self.threads > 1]}" if self.device == "cpu" else ""
+        idle = dict.fromkeys(one.preset for one in self.presets if not one.in_pretraining)
         return "\n".join(
             [
                 self.path,
@@ -124,6 +127,10 @@ class CostReport:
                 "",
                 "GFLOP, cells/s: forward and backward of pretraining, then forward of prediction; hours: of a million",
                 "cells for an epoch. Memory: activations in fp32; weights and optimizer are held besides.",
+                *(
+                    f"Preset {name} pretrains without its encoder, far faster, unless it is told to."
+                    for name in idle
+                ),
             ]
         )
 
@@ -136,7 +143,9 @@ def _three_digits(value: float) -> str:
 
 
 def cost(store: IslandStore, progress: Progress | None = None) -> CostReport:
-    """What pretraining and predicting cost by preset and ``attend``; one pass over the store, then some seconds.
+    """What the encoder costs in pretraining and prediction, by preset and ``attend``.
+
+    Takes one pass over the store, then some seconds.
 
     Raises InputError where no island is open in enough cells to be in a vocabulary.
     """
@@ -171,14 +180,15 @@ def _attending(config: PretrainConfig, attend: str) -> PretrainConfig:
 
 
 def _cost_of(config: PretrainConfig, n_open: float, n_islands: int, device: torch.device) -> PresetCost:
-    encoder, masking = config.encoder, config.masking
-    training = CellTokens.to_train(encoder.attend, n_open, n_islands, masking.fraction, masking.negatives)
+    encoder = config.encoder
+    training = _training_tokens(config, n_open, n_islands)
     forward = CellTokens.to_predict(encoder.attend, n_open, n_islands)
     sizes = training_bytes(encoder, n_islands)
     trained = _cells_per_s(config, training, training_flops, n_islands, device, trains=True)
     return PresetCost(
         preset=config.preset,
         attend=encoder.attend,
+        in_pretraining=config.runs_encoder,
         parameters=parameters(encoder, n_islands),
         table_mb=sizes["tables"] / 1e6,
         held_mb=sum(sizes[name] for name in ("weights", "gradients", "optimizer")) / 1e6,
@@ -189,6 +199,14 @@ def _cost_of(config: PretrainConfig, n_open: float, n_islands: int, device: torc
         cells_per_s_forward=_cells_per_s(config, forward, forward_flops, n_islands, device, trains=False),
         hours_per_million=1e6 / trained / 3600,
     )
+
+
+def _training_tokens(config: PretrainConfig, n_open: float, n_islands: int) -> CellTokens:
+    """Those of a mean cell; all are computed where a pooled layer reads them."""
+    masking = config.masking
+    negatives = masking.negatives if config.asks_tokens else 0
+    tokens = CellTokens.to_train(config.encoder.attend, n_open, n_islands, masking.fraction, negatives)
+    return CellTokens(tokens.listed, tokens.listed) if config.asks_cells else tokens
 
 
 def _cells_per_s(

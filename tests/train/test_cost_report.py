@@ -1,6 +1,7 @@
 """What the presets cost for the cells of a store: facts from the store, arithmetic, and rates that were measured."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,23 @@ def test_every_preset_has_its_arithmetic_and_a_measured_rate(report):
         assert one.hours_per_million == pytest.approx(1e6 / one.cells_per_s_training / 3600)
     opened, everything = report.presets[1], report.presets[0]
     assert opened.gflop_forward == everything.gflop_forward  # all three islands are open in the mean cell
+
+
+def test_the_last_layer_is_trimmed_where_only_masked_tokens_are_asked():
+    def tokens(objective: str) -> CellTokens:
+        config = replace(pretrain_preset("tiny"), objective=objective, negatives=2, mask_fraction=0.1)
+        return cost._training_tokens(config, 100.0, 1000)
+
+    assert tokens("level") == CellTokens(100, 10)
+    assert tokens("level+open") == CellTokens(120, 30)
+    assert tokens("open+vector") == CellTokens(120, 120)
+    assert tokens("vector") == CellTokens(100, 100)
+
+
+def test_presets_that_pretrain_without_the_encoder_are_named(report):
+    idle = [name for name in ("tiny", "small") if not pretrain_preset(name).runs_encoder]
+    assert [name for name in ("tiny", "small") if f"Preset {name} pretrains without" in report.text()] == idle
+    assert {one.preset for one in report.presets if not one.in_pretraining} == set(idle)
 
 
 def test_the_report_reads_as_a_table_and_as_json(report):
