@@ -84,7 +84,7 @@ class Bench:
 Case = dict[str, Any]
 
 
-def _medians(found: Mapping[str, Any]) -> float | None:
+def _medians(found: Mapping[str, float] | None) -> float | None:
     return found["median"] if found else None
 
 

@@ -62,8 +62,10 @@ class Task:
     def config(self) -> EncoderConfig:
         """The preset's encoder, attending as asked."""
         chosen = pretrain_preset(self.preset).encoder
-        more = {"checkpoint": True} if self.checkpoint else {}
-        return dataclasses.replace(chosen, attend=self.attend, tokens_per_cell=float(self.n_open), **more)
+        tokens = float(self.n_open)
+        return dataclasses.replace(
+            chosen, attend=self.attend, tokens_per_cell=tokens, checkpoint=self.checkpoint
+        )
 
 
 @dataclass(frozen=True)
