@@ -21,10 +21,10 @@ TASKS = (
     ("granja", "coarse_label"),
     ("granja", "cell_type"),
 )
-EPOCHS = {"pretrain": 6, "finetune": 6}
-SHORT = {"pretrain": 3, "finetune": 3}
-"""Epochs where the encoder attends to all measured islands, 6,000 to 11,000 of a cell, and of its counterpart."""
-MIN_STEPS = 100
+Schedule = Mapping[str, Mapping[str, int]]
+LONG: Schedule = {"pretrain": {"epochs": 6, "min_steps": 150}, "finetune": {"epochs": 4, "min_steps": 100}}
+SHORT: Schedule = {"pretrain": {"epochs": 3, "min_steps": 40}, "finetune": {"epochs": 3, "min_steps": 60}}
+"""Where the encoder attends to all measured islands, 1,000 to 11,000 of a cell, and for its counterpart."""
 ALL_SEEDS = {"cerebellum": 5, "bm0828": 5, "granja": 2}
 """Seeds that attend to all measured islands, of TSS bins: of all bins a cell measures 10,000 to 30,000."""
 
@@ -43,7 +43,7 @@ def quick_configs() -> list[Config]:
         if asked != ("cerebellum", "tss", "open", 0) or config.get("short"):
             continue
         if config["kind"] == "model":
-            config = _merged(config, {"pretrain": {"train": {"epochs": 1}}})
+            config = _merged(config, {"pretrain": {"train": {"epochs": 1, "min_steps": 0}}})
             config = _merged(config, {"finetune": {"train": {"epochs": 1, "min_steps": 20}}})
         chosen.append({"table": "quick", **config})
     return chosen
@@ -66,9 +66,9 @@ def _models() -> Iterator[Config]:
         for select in SELECTIONS
     ]
     for task in tasks:
-        for trained in (False, True):
-            yield _model(task, "encoder", "open", EPOCHS, trained)
-        yield _model(task, "no encoder", "open", EPOCHS, False)
+        for model in ("no encoder", "encoder"):
+            for trained in (False, True):
+                yield _model(task, model, "open", LONG, trained)
     for attend in ("open", "all"):
         for task in tasks:
             if task["select"] == "tss" and task["seed"] < ALL_SEEDS[task["set"]]:
@@ -82,12 +82,15 @@ def _held_out(name: str, seed: int) -> str:
     return values[seed % len(values)]
 
 
-def _model(task: Config, model: str, attend: str, epochs: Mapping[str, int], trained: bool) -> Config:
+def _model(task: Config, model: str, attend: str, schedule: Schedule, trained: bool) -> Config:
     seed = task["seed"]
-    pretrain = {"encoder": {"attend": attend}, "train": {"epochs": epochs["pretrain"]}}
-    finetune: Config = {"train": {"epochs": epochs["finetune"], "min_steps": MIN_STEPS}}
-    if model == "no encoder":
-        finetune["head"] = {"reads": "none"}
+    asked = {"no encoder": ("vector", "none"), "encoder": ("open+vector", "gate")}[model]
+    pretrain = {
+        **dict(zip(("objective", "reads"), asked, strict=True)),
+        "encoder": {"attend": attend},
+        "train": schedule["pretrain"],
+    }
+    finetune = {"head": {"reads": asked[1]}, "train": schedule["finetune"]}
     return {
         "kind": "model",
         **task,

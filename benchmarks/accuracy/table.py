@@ -50,11 +50,11 @@ def models_lines(rows: Iterable[Row], task: Mapping[str, str]) -> dict[str, Line
 def _name(config: Mapping[str, Any]) -> str:
     if config["kind"] != "model":
         return str(config["model"])
+    trained = "pretrained" if config["trained"] else "not pretrained"
     if config["model"] == "no encoder":
-        return "pooled head, no encoder"
+        return f"pooled head, no encoder, {trained}"
     attend = {"open": "open islands", "all": "all islands"}[config["attend"]]
-    epochs = f", {config['pretrain']['train']['epochs']} epochs" if config.get("short") else ""
-    return f"encoder of {attend}{epochs}, {'pretrained' if config['trained'] else 'not pretrained'}"
+    return f"encoder of {attend}{', short' if config.get('short') else ''}, {trained}"
 
 
 def signal_lines(rows: Iterable[Row], how: str, column: str) -> dict[str, Line]:
