@@ -161,14 +161,14 @@ LINEAR = (500, 1000, 2000, 3500, 5000)
 
 
 def linear(bench: Bench) -> Case:
-    """CPU a cell against its open islands: a line by least squares, and the largest deviation from it."""
+    """CPU a cell against its open islands: the line of least relative squares, and the largest deviation from it."""
     sizes = bench.some(LINEAR)
     found = bench.turns(*(bench.run(f"open_{n}", work="train", n_open=n) for n in sizes))
     figures = summaries(found)
     case: Case = {"runs": figures, "bars": {}}
     if all("failed" not in one for one in figures.values()):
         costs = np.array([figures[f"open_{n}"]["cpu_ms_per_cell"]["median"] for n in sizes])
-        slope, start = np.polyfit(sizes, costs, 1)
+        slope, start = np.polyfit(sizes, costs, 1, w=1 / costs)
         line = start + slope * np.array(sizes)
         deviation = float(np.abs(costs / line - 1).max())
         case["ms_per_1000_open"] = round(float(slope) * 1e3, 3)
