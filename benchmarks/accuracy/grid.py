@@ -44,7 +44,7 @@ def quick_configs() -> list[Config]:
             continue
         if config["kind"] == "model":
             config = _merged(config, {"pretrain": {"train": {"epochs": 1, "min_steps": 0}}})
-            config = _merged(config, {"finetune": {"train": {"epochs": 1, "min_steps": 20}}})
+            config = _merged(config, {"finetune": {"train": {"epochs": 1, "min_steps": 60}}})
         chosen.append({"table": "quick", **config})
     return chosen
 
@@ -114,6 +114,7 @@ SIGNAL: Config = {
 
 _CELL: Config = {"objective": "cell", "mask_fraction": 0.3, "mask_level_cap": 1.0, "negatives": 4}
 _TOKENS: Config = {"mask_fraction": 0.15, "mask_keep": 0.1, "negatives": 1}
+_OPEN: Config = {**_TOKENS, "objective": "open"}
 
 VARIANTS: dict[str, Config] = {
     "vector": {},
@@ -123,9 +124,17 @@ VARIANTS: dict[str, Config] = {
     "cell, no encoder": {**_CELL, "reads": "none"},
     "cell, gate and sum": {**_CELL, "reads": "gate+sum"},
     "level (the paper's)": {**_TOKENS, "objective": "level"},
-    "open": {**_TOKENS, "objective": "open"},
+    "open": _OPEN,
     "level+open": {**_TOKENS, "objective": "level+open"},
     "open, 30% masked, 4 negatives": {**_CELL, "objective": "open"},
+    "open, half of the negatives nearby": {**_OPEN, "nearby": 0.5},
+    "open, closed islands in the first layer": {**_OPEN, "encoder": {"closed": "first"}},
+    "open, closed islands in every layer": {**_OPEN, "encoder": {"closed": "every"}},
+    "open, depth feature": {**_OPEN, "encoder": {"depth": True}},
+    "open, post-norm": {**_OPEN, "encoder": {"norm": "post"}},
+    "open, learned positions": {**_OPEN, "encoder": {"positions": "learned"}},
+    "open, E started as published": {**_OPEN, "encoder": {"tokens_per_cell": 9782.0}},
+    "open, width 64, k 32": {**_OPEN, "encoder": {"width": 64, "k": 32, "ff": 256}},
     "open+vector": {"objective": "open+vector"},
     "cell+vector": {"objective": "cell+vector", "negatives": 4},
     "cell, no encoder, 1 negative": {**_CELL, "reads": "none", "negatives": 1},
@@ -156,7 +165,9 @@ VARIANTS: dict[str, Config] = {
 UNTRAINED = ("vector", "level (the paper's)")
 """Variants that are measured as pretraining starts, too: the SVD-initialised pool, and the mean of token states."""
 
-SEVERAL_SEEDS: dict[str, int] = {}
+SEVERAL_SEEDS = dict.fromkeys(
+    ("vector", "vector, no encoder", "cell, no encoder", "level (the paper's)", "open", "open+vector"), 3
+)
 """Seeds of the variants that are worth more than one."""
 
 FINE_TUNED = frozenset(

@@ -242,6 +242,6 @@ def test_a_quick_run_gives_figures_of_every_row_and_runs_none_twice(tmp_path: Pa
     kept = rows.Rows(tmp_path / "work" / "rows")
     for config in grid.quick_configs():
         for split in kept.read(config)["figures"]["splits"].values():
-            assert split["accuracy"] > 0.9
+            assert split["accuracy"] > 0.8
     again = _run(data, tmp_path / "work", "--quick")
     assert json.loads(again.stdout.splitlines()[-1])["ran"] == 0
