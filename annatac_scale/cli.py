@@ -246,7 +246,7 @@ def convert(context: click.Context, inputs: Sequence[str], as_json: bool, **opti
 @_json
 @click.pass_context
 def info(context: click.Context, store: str, as_json: bool, **options: Any) -> None:
-    """Show what a store holds and where it came from, verify it, or tell what training on it costs."""
+    """Show what a store holds, verify it, or tell what training costs."""
     found = api.info(store, progress=TerminalProgress(), **options)
     if isinstance(found, str):
         click.echo(_dumped({"digest": found}) if as_json else found)

@@ -21,7 +21,6 @@ from annatac_scale.store.store import IslandStore
 
 FOLDS = 5
 SEED = 0
-PRETRAIN_EPOCHS = 3
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,7 @@ class _Road:
         )
         self._do("convert", self.input, **options, obs=self.cells)
         self.progress.say(self._do("info", self.store).text())
-        self._do(
-            "pretrain", self.store, out=self.folder / "pretrained", preset="tiny", epochs=PRETRAIN_EPOCHS
-        )
+        self._do("pretrain", self.store, out=self.folder / "pretrained", preset="tiny")
         evaluations = [self._fold(fold) for fold in folds]
         truth, label, bar = (np.concatenate(parts) for parts in zip(*evaluations, strict=True))
         ours, theirs = evaluate_labels(truth, label), evaluate_labels(truth, bar)

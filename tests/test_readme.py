@@ -153,15 +153,26 @@ def test_the_python_lines_run(folder: Path) -> None:
     assert "macro F1" in done.stdout
 
 
-def test_the_lines_of_the_guide_stream_the_store_of_the_readme(folder: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.S)
+def test_the_lines_of_the_guide_stream_and_encode_the_store_of_the_readme(folder: Path) -> None:
+    encoding, streaming = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.S)
     own = folder / "stream"
     own.mkdir()
     (own / "cells.h5ad").symlink_to(folder / "cells.h5ad")
     run("annatac convert cells.h5ad --assembly mm9 --select all --out atlas.zarr", own)
-    done = subprocess.run([sys.executable, "-c", code], cwd=own, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", streaming], cwd=own, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "3 steps an epoch; ['" in done.stdout
+    run("annatac pretrain atlas.zarr --out runs/pre --preset small --epochs 1 --set encoder.layers=1", own)
+    shown = f"{encoding}\nprint(len(batch), hidden.shape, embedding.shape, batch.offsets[-1])"
+    done = subprocess.run([sys.executable, "-c", shown], cwd=own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"(\d+) torch.Size\(\[(\d+), 128\]\) torch.Size\(\[(\d+), 64\]\) (\d+)", done.stdout)
+    assert found
+    n_cells, n_states, n_vectors, n_open = map(int, found.groups())
+    assert n_cells == n_vectors
+    assert n_states == n_open > 0
 
 
 def test_every_file_that_the_readme_links_to_is_there() -> None:

@@ -44,7 +44,8 @@ def undisturbed(atlas, tmp_path_factory):
 
 
 def test_open_against_closed_is_learned_where_cell_types_open_islands_of_their_own(binary, tmp_path):
-    report = pretrain(binary, tmp_path / "run", small_pretraining(3, global_batch_size=8))
+    rates = {"learning_rate": 3e-3, "table_learning_rate": 3e-2}
+    report = pretrain(binary, tmp_path / "run", small_pretraining(6, global_batch_size=8, **rates))
     # The best possible is about 0.86: some closed islands that are drawn belong to the cell's own type.
     assert report.figures["open_accuracy"] > 0.8
 
