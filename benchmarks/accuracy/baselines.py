@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,8 @@ RANK = 64
 
 Ints = NDArray[np.int64]
 Texts = NDArray[np.str_]
-Rows = sparse.csr_matrix | NDArray[np.float64]
+Rows = Any
+"""A sparse matrix or float64 array, [n_cells, channels]."""
 Maker = Callable[[Ints], Rows]
 """Rows of all cells, whatever is fitted for them fitted on the given ones."""
 
@@ -171,7 +173,11 @@ def standard_rows(z: NDArray[np.floating], fitted: Ints) -> NDArray[np.float64]:
     return (z - z[fitted].mean(axis=0)) / spread / z.shape[1] ** 0.5
 
 
-VALUES = {"log": log_rows, "idf": partial(idf_rows, norm=1.0), "log-tf-idf": log_tf_idf_rows}
+VALUES: Mapping[str, Callable[[sparse.csr_matrix, Ints], Rows]] = {
+    "log": log_rows,
+    "idf": partial(idf_rows, norm=1.0),
+    "log-tf-idf": log_tf_idf_rows,
+}
 SCALES = {"unit": unit_rows, "standard": standard_rows}
 
 

@@ -59,7 +59,7 @@ def _bars() -> Iterator[Config]:
 
 def _models() -> Iterator[Config]:
     """By seed, so that a table that is not whole has all its lines; what is slow comes last."""
-    tasks = [
+    tasks: list[Config] = [
         {"set": name, "select": select, "labels": labels, "seed": seed, "holdout": _held_out(name, seed)}
         for seed in range(SEEDS)
         for name, labels in TASKS

@@ -87,13 +87,14 @@ class Models:
         self.clock.seconds |= json.loads(took.read_text())["seconds"]
         return folder / "model"
 
-    def with_pool(self, model: Path, start: Path) -> Path:
-        """The model, where pretraining had no pooled layer with that of ``start``: the SVD of its unlabelled cells."""
-        whole, other = read_model(model), read_model(start)
+    def with_pool(self, model: Path, store: str, select: str, start: Mapping[str, Any]) -> Path:
+        """The model; where pretraining had no pooled layer, with the one that pretraining by ``start`` begins with."""
+        whole = read_model(model)
         if whole.encoder.pool is not None:
             return model
         folder = model.with_name("model_with_pool")
         if not folder.exists():
+            other = read_model(Models(self.stores, Clock()).pretrained(store, select, start, trained=False))
             info = replace(whole.info, pool=other.info.pool)
             encoder = Encoder(whole.encoder.linformer, other.encoder.pool)
             made = Model(info, whole.vocabulary, whole.islands, encoder)

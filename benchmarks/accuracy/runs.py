@@ -83,8 +83,8 @@ def _few(config: Config, models: Models) -> Figures:
     with models.clock.on("regression"):
         figures["frozen"] = _on_frozen(store, vectors, unlabelled)
     if config["finetune"]:
-        start = models.pretrained(config["store"], "all", config["start"], False)
-        figures["finetuned"] = _on_finetuned(config, models, store, models.with_pool(model, start))
+        pooled = models.with_pool(model, config["store"], "all", config["start"])
+        figures["finetuned"] = _on_finetuned(config, models, store, pooled)
     return figures
 
 
