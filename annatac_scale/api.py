@@ -262,7 +262,8 @@ def finetune(
     from annatac_scale.train.finetune import finetune as run
     from annatac_scale.train.presets import FinetuneConfig, finetune_preset
 
-    chosen = finetune_preset(read_model(model).info.preset, head)
+    info = read_model(model).info
+    chosen = finetune_preset(info.preset, head, info.pooled_layer)
     if config is not None:
         chosen = read_toml(FinetuneConfig, config, chosen)
     chosen = override(chosen, _listed(settings))

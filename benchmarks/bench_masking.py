@@ -23,7 +23,8 @@ from store_writer import Cells, Spec
 from turns import ratio, spread
 
 from annatac_scale.stream.batch import NOT_COUNTED, Batch
-from annatac_scale.stream.masking import ClosedSampler, MaskingOptions, mask
+from annatac_scale.stream.masking import MaskingOptions, mask
+from annatac_scale.stream.negatives import ClosedSampler
 
 RESULTS = Path(__file__).with_name("results") / "masking.json"
 SIZES = ((16_657, 500), (16_657, 1_500), (16_657, 5_000), (600_000, 1_500))

@@ -20,9 +20,10 @@ from sklearn.decomposition import TruncatedSVD
 from annatac_scale.progress import Silent
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.store import IslandStore
+from annatac_scale.stream.cell_matrix import CellMatrix
 from annatac_scale.stream.selection import sequential
 from annatac_scale.stream.vocabulary import Vocabulary, count_open
-from annatac_scale.train.positions import CellMatrix, inverse_document_frequency, truncated_svd
+from annatac_scale.train.positions import inverse_document_frequency, truncated_svd
 
 SEED = 0
 

@@ -37,7 +37,6 @@ from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.schema import SHARD_BLOCKS
 from annatac_scale.store.store import IslandStore, Sample
 from annatac_scale.stream.batch import Batch
-from annatac_scale.stream.tokens import TokenLister
 
 BATCH_TOKENS = 16_384
 """Most tokens of a batch of several cells: about 200 MB at the size of the paper's encoder."""
@@ -150,8 +149,8 @@ class _Predictor:
         threshold = info.novel_threshold if novel_threshold is None else novel_threshold
         self._store = store
         self._rule = LabelRule(info.labels, info.temperature, float(threshold))
-        self._attend = info.encoder.attend
-        self._lister = TokenLister(store, model.vocabulary, self._attend)
+        self._attend = model.attend
+        self._lister = model.lister(store)
         self._new_of_old = model.vocabulary.new_of_old()
         self._splits = Splits.beside(model.path)
         self._cells = _SampleCells("", np.empty(0, object), np.empty(0, object))

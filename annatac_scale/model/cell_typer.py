@@ -37,8 +37,8 @@ class HeadConfig:
             raise ConfigError(f"head kind: found {self.kind!r}, expected {', '.join(HEADS)}")
         if self.reads not in READS:
             raise ConfigError(f"head reads: found {self.reads!r}, expected {', '.join(READS)}")
-        if self.pooled < 1 or any(units < 1 for units in self.hidden):
-            raise ConfigError(f"head sizes: found {self.pooled}, {self.hidden}, expected at least 1")
+        if self.pooled < 2 or any(units < 1 for units in self.hidden):
+            raise ConfigError(f"head sizes: found {self.pooled}, {self.hidden}, expected at least 2 and 1")
 
 
 def build_head(config: HeadConfig, encoder: EncoderConfig, n_islands: int, n_types: int) -> CellTypeHead:
@@ -59,9 +59,10 @@ class CellTyper(nn.Module):
         self.linformer = linformer
         self.head = head
 
-    def encoder_and_pool(self) -> Encoder:
+    def encoder_and_pool(self, linformer_trained: bool) -> Encoder:
         """The encoder that this model's logits stand on; it shares the weights."""
-        return Encoder(self.linformer, self.head.pool if isinstance(self.head, PooledHead) else None)
+        pool = self.head.pool if isinstance(self.head, PooledHead) else None
+        return Encoder(self.linformer, pool, linformer_trained)
 
     def forward(self, tokens: Tensor, islands: Tensor, offsets: Tensor) -> Tensor:
         """Logits [B, Y]; arguments as in ``Tokens``."""

@@ -39,7 +39,7 @@ class CellTokens:
 
 
 def forward_flops(config: EncoderConfig, tokens: CellTokens) -> float:
-    """FLOPs of a forward of one cell. What ``closed`` adds is not of a cell: see ``closed_flops``."""
+    """FLOPs of a forward of one cell. What ``closed`` adds is once a call, not once a cell, and left out."""
     return (config.layers - 1) * _layer_flops(config, tokens.listed, tokens.listed) + _layer_flops(
         config, tokens.listed, tokens.asked
     )
@@ -48,12 +48,6 @@ def forward_flops(config: EncoderConfig, tokens: CellTokens) -> float:
 def training_flops(config: EncoderConfig, tokens: CellTokens) -> float:
     """FLOPs of forward and backward of one cell: each product has two gradients, and a third forward if recomputed."""
     return (4 if config.checkpoint else 3) * forward_flops(config, tokens)
-
-
-def closed_flops(config: EncoderConfig, n_islands: int) -> float:
-    """FLOPs that closed islands in the keys add to a forward of a call, however many cells it has."""
-    layers = {"none": 0, "first": 1, "every": config.layers}[config.closed]
-    return 2.0 * layers * n_islands * config.k * config.width
 
 
 def _layer_flops(config: EncoderConfig, listed: float, asked: float) -> float:

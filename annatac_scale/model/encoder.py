@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from annatac_scale.errors import ModelError
 from annatac_scale.model.linformer import Linformer
 from annatac_scale.model.pool import IslandPool, at_least_fp32, cells_of
 from annatac_scale.stream.batch import CLOSED_TOKEN, MASK_TOKEN, Batch
@@ -30,8 +31,8 @@ def batch_tokens(batch: Batch, device: torch.device) -> Tokens:
 class EncodedCells(NamedTuple):
     """What the encoder says of the cells of a batch.
 
-    hidden: [T, width], a state of each open island, in the order of the batch's open tokens; None where the pooled
-        layer was trained without the Linformer
+    hidden: [T, width], a state of each open island, in the order of the batch's open tokens; None where the Linformer
+        was not trained
     embedding: [B, channels], a vector of each cell
     """
 
@@ -43,28 +44,37 @@ class Encoder(nn.Module):
     """Linformer and, where pretraining had one, the pooled layer.
 
     The embedding of a cell is z of the pooled layer; without one it is the mean state of the cell's open islands,
-    zero for a cell that has none.
+    zero for a cell that has none. Where the Linformer was not trained, ``linformer_trained`` False, it is not run.
     """
 
-    def __init__(self, linformer: Linformer, pool: IslandPool | None = None) -> None:
+    def __init__(
+        self, linformer: Linformer, pool: IslandPool | None = None, linformer_trained: bool = True
+    ) -> None:
         super().__init__()
         self.linformer = linformer
         self.pool = pool
+        self.linformer_trained = linformer_trained
 
     def forward(self, batch: Batch) -> EncodedCells:
         """States and embeddings of a batch in the numbers of the model's vocabulary.
 
-        With ``attend`` "all" the batch lists closed tokens for what the cells' sample measures (``TokenLister``).
-        Gradients flow, and dropout follows the mode, as in any module.
+        With ``attend`` "all" the batch lists closed tokens for what the cells' sample measures: ``Model.lister``.
+        Gradients flow, and dropout follows the mode, as in any module. Raises ModelError where none of them is there.
         """
         tokens = batch_tokens(batch, self.linformer.projection.device)
+        runs = self.linformer_trained or self.pool is None or self.pool.reads_encoder
+        if runs and self.linformer.config.attend == "all" and len(batch) and batch.tokens.all():
+            raise ModelError(
+                "the model attends to all islands, and the batch lists none that is closed; expected a token for each "
+                "island that its sample measures: pass batches through model.lister(store) first"
+            )
         is_open = (tokens.tokens > CLOSED_TOKEN) & (tokens.tokens < MASK_TOKEN)
         at = is_open.nonzero().squeeze(-1)
         offsets = torch.searchsorted(at, tokens.offsets.to(at.device))
+        hidden = self.linformer(*tokens, at) if runs else None
         if self.pool is None:
-            hidden = self.linformer(*tokens, at)
+            assert hidden is not None
             return EncodedCells(hidden, _means(hidden, offsets))
-        hidden = self.linformer(*tokens, at) if self.pool.reads_encoder else None
         return EncodedCells(hidden, self.pool(hidden, tokens.tokens[at], tokens.islands[at], offsets))
 
 

@@ -36,6 +36,7 @@ from annatac_scale.model.encoder import Encoder
 from annatac_scale.model.linformer import EncoderConfig, Linformer
 from annatac_scale.model.pool import IslandPool
 from annatac_scale.store.store import IslandStore
+from annatac_scale.stream.tokens import TokenLister
 from annatac_scale.stream.vocabulary import Vocabulary
 
 FORMAT = "annatac_scale.model"
@@ -72,8 +73,17 @@ class ModelInfo:
     labels: tuple[str, ...] = ()
     temperature: float = 1.0
     novel_threshold: float = 0.5
+    linformer_trained: bool = True
+    """Whether pretraining or fine-tuning trained the Linformer, or its weights are those that it began with."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """JSON-able: stores and their digests, options, seed, figures, versions."""
+
+    @property
+    def pooled_layer(self) -> PoolConfig | None:
+        """That of the encoder, or of a fine-tuned model's head; None where there is none."""
+        if self.head is None or self.head.kind != "pooled":
+            return self.pool
+        return PoolConfig(self.head.pooled, self.head.reads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +100,18 @@ class Model:
     """sha256 (hex) of config.json, which covers every file; empty for a model not yet written."""
     path: Path | None = None
     """The folder it was read from."""
+
+    @property
+    def attend(self) -> str:
+        """What tokens its cells list: those that ``info.encoder`` attends to where anything reads them, else "open"."""
+        unread = self.typer is not None and not self.typer.head.reads_encoder
+        if unread or (self.typer is None and not self.info.linformer_trained):
+            return "open"
+        return self.info.encoder.attend
+
+    def lister(self, store: IslandStore) -> TokenLister:
+        """Lists the tokens that ``encoder`` takes, for batches of a store. Raises ModelError for other islands."""
+        return TokenLister(store, self.vocabulary, self.attend)
 
     def check_store(self, store: IslandStore) -> None:
         """Raise ModelError, listing what differs, unless the store has the islands and counting of the model."""
@@ -217,10 +239,10 @@ def _new_model(info: ModelInfo, vocabulary: Vocabulary, islands: pd.DataFrame) -
     linformer = Linformer(info.encoder, n_islands)
     if info.head is None:
         pool = IslandPool(n_islands, width, info.pool.pooled, reads=info.pool.reads) if info.pool else None
-        return Model(info, vocabulary, islands, Encoder(linformer, pool))
+        return Model(info, vocabulary, islands, Encoder(linformer, pool, info.linformer_trained))
     head = build_head(info.head, info.encoder, n_islands, len(info.labels))
     typer = CellTyper(linformer, head)
-    return Model(info, vocabulary, islands, typer.encoder_and_pool(), typer)
+    return Model(info, vocabulary, islands, typer.encoder_and_pool(info.linformer_trained), typer)
 
 
 def _parts(model: Model) -> nn.Module:
@@ -240,7 +262,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if config.get("format") != FORMAT or config.get("version") != FORMAT_VERSION:
         raise ModelError(
             f"{path}/config.json: format {config.get('format')} {config.get('version')}, expected {FORMAT} "
-            f"{FORMAT_VERSION}; upgrade annatac_scale or train the model again"
+            f"{FORMAT_VERSION}; train the model again, or use the version of annatac_scale that wrote it"
         )
     # Names other than these, which might lead out of the folder, are never opened.
     files = config.get("files")
@@ -274,6 +296,7 @@ def _read_info(path: Path, config: dict[str, Any]) -> tuple[ModelInfo, Vocabular
         "space_sha256",
         "n_space",
         "preset",
+        "linformer_trained",
         "provenance",
     )
     info = ModelInfo(

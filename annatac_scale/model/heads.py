@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from annatac_scale.errors import ConfigError
 from annatac_scale.model.pool import IslandPool, at_least_fp32, sum_rows
+from annatac_scale.model.ragged import table_rows
 from annatac_scale.store.schema import N_LEVELS
 from annatac_scale.stream.batch import NOT_COUNTED
 
@@ -120,7 +121,7 @@ class MaskedCellHead(nn.Module):
         open_targets: integer [Q], 1 open, 0 closed, -100 does not count
         """
         asking = self.outer(torch.cat([z_BM, functional.gelu(self.inner(z_BM))], dim=1))
-        rows = functional.embedding(islands_Q, self.table)
+        rows = table_rows(self.table, islands_Q)
         logits = (at_least_fp32(rows) * at_least_fp32(asking)[cells_Q]).sum(-1) + self.bias[islands_Q]
         return open_loss(logits, open_targets)
 

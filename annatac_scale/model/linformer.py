@@ -66,7 +66,7 @@ class EncoderConfig:
     "every" layer, with the state that they start from; they are never updated. Closed are all islands that a cell
     does not list, those that its sample does not measure among them. Did not pay: docs/accuracy.md."""
     depth: bool = False
-    """Add a learned vector, times the log of the cell's open islands, to every token. Did not pay either."""
+    """Add a learned vector, times the log of the cell's visible open islands, to every token. Did not pay either."""
     checkpoint: bool = False
     """Compute the layers' activations again in the backward, instead of keeping them."""
 
@@ -258,7 +258,7 @@ class Linformer(nn.Module):
         positions = table_rows(self.positions, islands)
         x = self.token_embedding(tokens) + positions
         if self.depth is not None:
-            x = x + self._depths(cells.offsets).to(x.device)[:, None] * self.depth
+            x = x + self._depths(tokens, cells)[:, None] * self.depth
         if self.config.closed != "none":
             attended = replace(attended, closed=self._closed(positions))
         for layer in self.layers[:-1]:
@@ -276,11 +276,13 @@ class Linformer(nn.Module):
         result: Tensor = layer(x_TD, asked, attended)
         return result
 
-    def _depths(self, offsets: Tensor) -> Tensor:
-        """Log of the cell's tokens over those expected, of each token, [T]."""
-        counts = offsets.diff()
-        depths = (counts.clamp_min(1).to(self.projection.dtype) / (self.config.tokens_per_cell or 1.0)).log()
-        return torch.repeat_interleave(depths, counts)
+    def _depths(self, tokens: Tensor, cells: Cells) -> Tensor:
+        """Log of the cell's visible open islands over the tokens expected, of each token, [T]."""
+        lengths = cells.offsets.diff().to(tokens.device)
+        cell_of_token = torch.repeat_interleave(torch.arange(len(cells), device=tokens.device), lengths)
+        opened = ((tokens > CLOSED_TOKEN) & (tokens < MASK_TOKEN)).to(self.projection.dtype)
+        counts = opened.new_zeros(len(cells)).index_add(0, cell_of_token, opened)
+        return (counts.clamp_min(1) / (self.config.tokens_per_cell or 1.0)).log()[cell_of_token]
 
     def _closed(self, positions_TD: Tensor) -> _Closed:
         state_D = self.token_embedding.weight[CLOSED_TOKEN]

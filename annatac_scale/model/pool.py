@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from annatac_scale.errors import ConfigError
+from annatac_scale.model.ragged import table_rows
 from annatac_scale.stream.batch import CLOSED_TOKEN, MASK_TOKEN
 
 READS = ("none", "gate", "gate+sum")
@@ -127,8 +128,8 @@ def at_least_fp32(x: Tensor) -> Tensor:
 def sum_rows(table_NM: Tensor, weights_T: Tensor, islands_T: Tensor, offsets: Tensor) -> Tensor:
     """Sum over the tokens of each cell of ``weights`` times the table's rows at ``islands``: [B, M]."""
     return functional.embedding_bag(
-        islands_T,
-        table_NM,
+        torch.arange(len(islands_T), device=islands_T.device),
+        table_rows(table_NM, islands_T),
         offsets.to(islands_T.device),
         mode="sum",
         per_sample_weights=weights_T.to(table_NM.dtype),

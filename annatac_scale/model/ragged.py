@@ -33,11 +33,32 @@ PACKED_BELOW = 500_000
 def table_rows(table: Tensor, islands: Tensor) -> Tensor:
     """Rows of a table that the islands of a batch are a small part of: [T, K] from [N, K] and int64 [T].
 
-    The rows' gradient is added into ``table.grad`` where there is a dense one already, without another [N, K] for
-    each backward; it is handed on as a sparse tensor, which ``torch.autograd.grad`` would then return.
+    Where a backward finds a dense ``table.grad``, the rows' gradient is added into it, without another [N, K]: it is
+    handed on as a sparse tensor, which ``torch.autograd.grad`` would then return.
     """
-    in_place = table.is_leaf and table.grad is not None and not table.grad.is_sparse
-    return functional.embedding(islands, table, sparse=in_place)
+    rows: Tensor = _TableRows.apply(table, islands)
+    return rows
+
+
+class _TableRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table_NK: Tensor, islands_T: Tensor) -> Tensor:
+        ctx.save_for_backward(islands_T)
+        ctx.table = table_NK
+        return functional.embedding(islands_T, table_NK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, drows_TK: Tensor) -> tuple[Tensor | None, None]:
+        (islands_T,) = ctx.saved_tensors
+        table: Tensor = ctx.table
+        # Known only now: a loop may drop the gradients between forward and backward.
+        in_place = table.is_leaf and table.grad is not None and not table.grad.is_sparse
+        if in_place:
+            return torch.sparse_coo_tensor(
+                islands_T[None], drows_TK, table.shape, check_invariants=False
+            ), None
+        return torch.zeros_like(table).index_add_(0, islands_T, drows_TK), None
 
 
 class Cells:

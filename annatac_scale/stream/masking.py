@@ -17,8 +17,7 @@ from annatac_scale.errors import ConfigError
 from annatac_scale.store.compiled import compiled, inlined
 from annatac_scale.store.schema import N_LEVELS
 from annatac_scale.stream.batch import MASK_TOKEN, NOT_COUNTED, Batch
-from annatac_scale.stream.negatives import ClosedSampler as ClosedSampler
-from annatac_scale.stream.negatives import with_negatives
+from annatac_scale.stream.negatives import ClosedSampler, with_negatives
 from annatac_scale.stream.splitmix import GOLDEN, cell_keys, uniform
 
 

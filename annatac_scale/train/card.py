@@ -59,12 +59,23 @@ def _common(info: ModelInfo, vocabulary: Vocabulary) -> list[str]:
     encoder = info.encoder
     space = f"{info.n_space:,} of {info.assembly} ({info.selection}, {info.width_bp} bp), counting {info.counting}"
     sizes = f"width {encoder.width}, {encoder.layers} layers, {encoder.heads} heads of {encoder.head_dim}"
+    untrained = "" if info.linformer_trained else "; not trained"
     return [
         f"- made by {info.provenance['made_by']}, preset {info.preset}, seed {info.provenance['seed']}",
         f"- islands: {len(vocabulary):,} of the {space}",
-        f"- encoder: {sizes}, k {encoder.k}, attend {encoder.attend}",
+        f"- Linformer: {sizes}, k {encoder.k}, attend {encoder.attend}{untrained}",
+        *_pool(info),
         f"- trained on samples: {', '.join(info.provenance['samples'])}",
     ]
+
+
+def _pool(info: ModelInfo) -> list[str]:
+    pool = info.pooled_layer
+    return (
+        []
+        if pool is None
+        else [f"- pooled layer: {pool.pooled} channels, reads of the Linformer: {pool.reads}"]
+    )
 
 
 def _figures(name: str, figures: dict[str, Any]) -> list[str]:

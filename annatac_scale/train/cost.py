@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from annatac_scale.errors import InputError
 from annatac_scale.memory import keep_freed_memory
 from annatac_scale.model.cost import (
     CellTokens,
@@ -153,7 +154,10 @@ def cost(store: IslandStore, progress: Progress | None = None) -> CostReport:
     device = default_device()
     keep_freed_memory()  # as training does
     counts = count_open(store, None, progress)
-    vocabulary = Vocabulary.fit(store, None, pretrain_preset(PRESETS[0]).min_cells, counts)
+    if not store.n_cells:
+        raise InputError(f"{store.path}: holds no cell; add a sample with `annatac convert`")
+    min_cells = min(pretrain_preset(PRESETS[0]).min_cells, store.n_cells)
+    vocabulary = Vocabulary.fit(store, None, min_cells, counts)
     n_open = float(counts[vocabulary.islands].sum() / store.n_cells)
     chosen = [_attending(pretrain_preset(name), attend) for name in PRESETS for attend in CHOICES["attend"]]
     costs = []

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 from torch.nn import functional
 
-from annatac_scale.errors import InputError
+from annatac_scale.errors import ConfigError, InputError
 from annatac_scale.model.calibration import fit_temperature
 from annatac_scale.model.cell_typer import CellTyper, build_head
 from annatac_scale.model.encoder import batch_tokens
@@ -23,6 +23,7 @@ from annatac_scale.model.heads import LossSum, PooledHead
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.batch import Batch
+from annatac_scale.stream.cell_matrix import CellMatrix
 from annatac_scale.stream.loader import BatchStream
 from annatac_scale.stream.selection import sequential
 from annatac_scale.stream.tokens import TokenLister
@@ -30,7 +31,7 @@ from annatac_scale.stream.vocabulary import count_open
 from annatac_scale.train.card import finetuned_card
 from annatac_scale.train.checkpoint import RunFolder
 from annatac_scale.train.loop import Ranks, TrainOptions, micro_batches, train
-from annatac_scale.train.positions import CellMatrix, inverse_document_frequency, truncated_svd
+from annatac_scale.train.positions import inverse_document_frequency, truncated_svd
 from annatac_scale.train.presets import FinetuneConfig
 from annatac_scale.train.provenance import earlier_sight, made_by, run_inputs, sample_facts
 from annatac_scale.train.splits import SPLIT_FILE, LabelledCells, SplitRule, split_cells, write_split
@@ -248,7 +249,8 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
     info = _info(work, fit_temperature(*task.logits(labelled.of("val"))), facts)
     pretrained = work.pretrained
     typer = task.module.typer
-    model = Model(info, pretrained.vocabulary, pretrained.islands, typer.encoder_and_pool(), typer)
+    encoder = typer.encoder_and_pool(info.linformer_trained)
+    model = Model(info, pretrained.vocabulary, pretrained.islands, encoder, typer)
     write_split(run.path / SPLIT_FILE, work.store, labelled)
     write_model(run.model, model, finetuned_card(info, model.vocabulary))
 
@@ -258,12 +260,18 @@ def _task(work: _Work, ranks: Ranks) -> FinetuneTask:
     pretrained, labelled, config = work.pretrained, work.labelled, work.config
     n_types = len(labelled.types)
     head = build_head(config.head, pretrained.info.encoder, len(pretrained.vocabulary), n_types)
+    if config.freeze_encoder and head.reads_encoder and not pretrained.info.linformer_trained:
+        raise ConfigError(
+            f"--freeze-encoder: the head reads the Linformer, which pretraining did not train ({pretrained.path}); "
+            "leave --freeze-encoder out, or pretrain with --set reads=gate or another objective"
+        )
     if config.freeze_encoder or not head.reads_encoder:
         pretrained.encoder.linformer.requires_grad_(False)
     counts = np.bincount(labelled.codes_of(labelled.of("train")), minlength=n_types)
     weights = torch.from_numpy(class_weights(counts, config.class_weights))
     module = CellTypeModel(CellTyper(pretrained.encoder.linformer, head), weights, labelled).to(ranks.device)
-    lister = TokenLister(work.store, pretrained.vocabulary, pretrained.info.encoder.attend)
+    attend = pretrained.info.encoder.attend if head.reads_encoder else "open"
+    lister = TokenLister(work.store, pretrained.vocabulary, attend)
     return FinetuneTask(module, config, lister, work.store, labelled)
 
 
@@ -298,10 +306,13 @@ def class_weights(counts: NDArray[np.int64], rule: str) -> NDArray[np.float32]:
 
 def _info(work: _Work, temperature: float, facts: dict[str, Any]) -> ModelInfo:
     labelled, before = work.labelled, work.pretrained.info.provenance
+    before_trained = work.pretrained.info.linformer_trained
+    reads = work.config.head.kind != "pooled" or work.config.head.reads != "none"
     counts = Counter(labelled.types[code] for code in labelled.codes_of(labelled.of("train")))
     return replace(
         work.pretrained.info,
         pool=None,
+        linformer_trained=before_trained or (reads and not work.config.freeze_encoder),
         head=work.config.head,
         labels=labelled.types,
         temperature=temperature,

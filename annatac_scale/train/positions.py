@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from annatac_scale.errors import ConfigError
 from annatac_scale.progress import Advance, Progress, Silent
-from annatac_scale.stream.cell_matrix import CellMatrix as CellMatrix
+from annatac_scale.stream.cell_matrix import CellMatrix
 
 VALUES = ("levels", "idf")
 """What an open island counts in the SVD: its level, as published; or its idf, rows scaled to length 1."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from annatac_scale.errors import ConfigError
 from annatac_scale.model.cell_typer import HeadConfig
+from annatac_scale.model.folder import PoolConfig
 from annatac_scale.model.heads import objectives_of
 from annatac_scale.model.linformer import EncoderConfig
 from annatac_scale.model.pool import READS
@@ -50,8 +51,12 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.reads not in READS:
             raise ConfigError(f"reads: found {self.reads!r}, expected {', '.join(READS)}")
-        if self.pooled < 1:
-            raise ConfigError(f"pooled: found {self.pooled}, expected at least 1")
+        if self.pooled < 2:
+            raise ConfigError(f"pooled: found {self.pooled}, expected at least 2")
+        if self.asks_closed and self.negatives < 1:
+            raise ConfigError(
+                f"negatives: found {self.negatives}, expected at least 1 where open or cell is asked"
+            )
         if self.position_values not in VALUES:
             raise ConfigError(
                 f"position_values: found {self.position_values!r}, expected {' or '.join(VALUES)}"
@@ -147,8 +152,7 @@ def pretrain_preset(name: str) -> PretrainConfig:
             warmup_steps=50,
         )
         # What paid, and what did not, on real sets: docs/accuracy.md.
-        asked = ("vector", "none") if tiny else ("open+vector", "gate")
-        return PretrainConfig(name, encoder, train, *asked)
+        return PretrainConfig(name, encoder, train, "vector", "none" if tiny else "gate")
     train = TrainOptions(
         epochs=99,
         global_batch_size=900,
@@ -172,10 +176,15 @@ def pretrain_preset(name: str) -> PretrainConfig:
     )
 
 
-def finetune_preset(name: str, head: str | None = None) -> FinetuneConfig:
-    """The fine-tuning configuration for a model of preset ``name``; ``head`` overrides its own."""
+def finetune_preset(name: str, head: str | None = None, pool: PoolConfig | None = None) -> FinetuneConfig:
+    """The fine-tuning configuration for a model of preset ``name``.
+
+    head: another kind than the preset's own; pool: the model's pooled layer, which a pooled head goes on from
+    """
     if name != "paper":
-        chosen = HeadConfig(head or "pooled", island_dropout=0.5, reads="none" if name == "tiny" else "gate")
+        chosen = HeadConfig(head or "pooled", island_dropout=0.5)
+        if pool is not None:
+            chosen = replace(chosen, pooled=pool.pooled, reads=pool.reads)
         # The pooled head starts as a linear model with a good table: its few other parameters may move fast.
         pooled = chosen.kind == "pooled"
         train = TrainOptions(

@@ -1,16 +1,16 @@
-"""Pretraining: masked open islands predicted by the encoder, on the cells of a store."""
+"""Pretraining on the cells of a store: what is asked of masked islands, by encoder and pooled layer."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from annatac_scale.errors import ConfigError, InputError
-from annatac_scale.model.encoder import Encoder, Tokens, batch_tokens
+from annatac_scale.model.encoder import Encoder
 from annatac_scale.model.folder import (
     Model,
     ModelInfo,
@@ -19,23 +19,22 @@ from annatac_scale.model.folder import (
     vocabulary_islands,
     write_model,
 )
-from annatac_scale.model.heads import HiddenVectorHead, LossSum, MaskedCellHead, MaskedIslandHead
-from annatac_scale.model.linformer import Linformer
-from annatac_scale.model.pool import IslandPool
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.schema import N_LEVELS
 from annatac_scale.store.store import IslandStore
-from annatac_scale.stream.batch import CLOSED_TOKEN, MASK_TOKEN, NOT_COUNTED, Batch
+from annatac_scale.stream.batch import Batch
+from annatac_scale.stream.cell_matrix import CellMatrix
 from annatac_scale.stream.loader import BatchStream
-from annatac_scale.stream.masking import ClosedSampler, mask
+from annatac_scale.stream.masking import mask
+from annatac_scale.stream.negatives import ClosedSampler
 from annatac_scale.stream.selection import sequential
 from annatac_scale.stream.tokens import TokenLister
 from annatac_scale.stream.vocabulary import Vocabulary, count_open
 from annatac_scale.train.card import pretrained_card
 from annatac_scale.train.checkpoint import RunFolder
 from annatac_scale.train.loop import Ranks, TrainOptions, micro_batches, train
+from annatac_scale.train.masked_islands import MaskedIslandModel, n_targets
 from annatac_scale.train.positions import (
-    CellMatrix,
     Svd,
     inverse_document_frequency,
     position_table,
@@ -49,9 +48,6 @@ MOST_LEVEL_ONE = 0.97
 
 VALIDATION_EPOCH = 2**31
 """Masks of the validation cells are those of an epoch that training never reaches: the same each time."""
-
-MEAN_CELLS = 50_000
-"""Training cells, evenly chosen, that the mean cell is formed over."""
 
 _SPLIT = 1
 """Sets the random numbers of the split of cells apart from others of the same seed."""
@@ -69,128 +65,11 @@ class PretrainReport:
     figures: dict[str, float]
 
 
-class MaskedIslandModel(nn.Module):
-    """Encoder and the heads of the objective; maps a prepared batch to summed losses."""
-
-    def __init__(self, config: PretrainConfig, n_islands: int) -> None:
-        super().__init__()
-        self.encoder = Encoder(Linformer(config.encoder, n_islands))
-        self.token_head = MaskedIslandHead(config.encoder.width, config.objective)
-        self.cell_head = MaskedCellHead(n_islands, config.pooled) if "cell" in config.objectives else None
-        self.vector_head = (
-            HiddenVectorHead(n_islands, config.pooled) if "vector" in config.objectives else None
-        )
-        if config.asks_cells:
-            self.encoder.pool = IslandPool(n_islands, config.encoder.width, config.pooled, reads=config.reads)
-        self._asks_tokens = config.asks_tokens
-        self._runs_encoder = config.runs_encoder
-        self.encoder.linformer.requires_grad_(config.runs_encoder)
-
-    def forward(self, batch: Batch) -> dict[str, LossSum]:
-        """Losses by name over the targets of a masked batch."""
-        device = self.encoder.linformer.projection.device
-        asked = _Asked.of(batch, device)
-        tokens = batch_tokens(batch, device)
-        if not self._asks_tokens:
-            # Hidden islands are asked of the cell's vector alone: no token stands for them.
-            tokens = _without_masked(tokens)
-        linformer, pool = self.encoder.linformer, self.encoder.pool
-        if pool is None:
-            hidden = linformer(*tokens, asked.positions)
-            return self.token_head.masked_losses(hidden, asked.levels, asked.opened)
-        losses = {}
-        hidden = linformer(*tokens) if self._runs_encoder else None
-        if self._asks_tokens:
-            assert hidden is not None
-            losses = self.token_head.masked_losses(hidden[asked.positions], asked.levels, asked.opened)
-        z = pool(hidden, *tokens)
-        if self.cell_head is not None:
-            assert asked.opened is not None
-            losses["cell"] = self.cell_head(z, asked.islands, asked.cells, asked.opened)
-        if self.vector_head is not None:
-            sighted = torch.from_numpy(_n_visible(batch) > 0).to(device)
-            losses["vector"] = self.vector_head(z, *asked.hidden(len(batch)), sighted)
-        return losses
-
-    @torch.no_grad()
-    def start_heads(self, data: "PretrainData") -> None:
-        """Start what depends on the pooled layer's own start."""
-        pool = self.encoder.pool
-        if self.vector_head is not None and pool is not None:
-            chosen = data.training[:: -(-len(data.training) // MEAN_CELLS)]
-            total = torch.zeros_like(self.vector_head.mean)
-            for ids, rows in sequential(data.store, chosen):
-                batch = Batch.from_open(ids, rows.renumber(data.vocabulary.new_of_old()))
-                total += pool(None, *batch_tokens(batch, total.device)).sum(0)
-            self.vector_head.start_from(pool, total / len(chosen))
-
-
-def n_vectors(batch: Batch) -> int:
-    """Cells that have both hidden and visible open islands."""
-    assert batch.level_targets is not None
-    hidden = (batch.tokens == MASK_TOKEN) & (batch.level_targets != NOT_COUNTED)
-    return int(np.count_nonzero((_n_true(hidden, batch) > 0) & (_n_visible(batch) > 0)))
-
-
-def _n_visible(batch: Batch) -> NDArray[np.int64]:
-    """Open islands of each cell that are not hidden, [B]."""
-    return _n_true((batch.tokens > CLOSED_TOKEN) & (batch.tokens < MASK_TOKEN), batch)
-
-
-def _n_true(of_token: NDArray[np.bool_], batch: Batch) -> NDArray[np.int64]:
-    counts = np.concatenate([np.zeros(1, np.int64), np.cumsum(of_token)])
-    return np.diff(counts[batch.offsets])
-
-
-class _Asked(NamedTuple):
-    """What a masked batch asks, on the device: at which tokens, of which islands and cells, and the answers.
-
-    masked: bool [Q], whether the token is MASK; some stay visible
-    """
-
-    positions: Tensor
-    islands: Tensor
-    cells: Tensor
-    masked: Tensor
-    levels: Tensor
-    opened: Tensor | None
-
-    def hidden(self, n_cells: int) -> tuple[Tensor, Tensor]:
-        """The hidden open islands, int64 [S], and the offsets of the cells in them, int64 [B + 1]."""
-        at = (self.masked & (self.levels != NOT_COUNTED)).nonzero().squeeze(-1)
-        bounds = torch.arange(n_cells + 1, device=at.device)
-        return self.islands[at], torch.searchsorted(self.cells[at], bounds)
-
-    @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> "_Asked":
-        assert batch.level_targets is not None
-        asked = batch.level_targets != NOT_COUNTED
-        if batch.open_targets is not None:
-            asked = asked | (batch.open_targets != NOT_COUNTED)
-        at = np.flatnonzero(asked)
-        cells = np.searchsorted(batch.offsets, at, side="right") - 1
-
-        def on_device(values: NDArray[np.integer]) -> Tensor:
-            return torch.from_numpy(values.astype(np.int64)).to(device)
-
-        opened = None if batch.open_targets is None else on_device(batch.open_targets[at])
-        islands, levels = batch.islands[at], batch.level_targets[at]
-        masked = torch.from_numpy(batch.tokens[at] == MASK_TOKEN).to(device)
-        return cls(on_device(at), on_device(islands), on_device(cells), masked, on_device(levels), opened)
-
-
-def _without_masked(tokens: Tokens) -> Tokens:
-    """The tokens that are not MASK."""
-    kept = (tokens.tokens != MASK_TOKEN).nonzero().squeeze(-1)
-    offsets = torch.searchsorted(kept.cpu(), tokens.offsets)
-    return Tokens(tokens.tokens[kept], tokens.islands[kept], offsets)
-
-
 class PretrainTask:
     """Masked-island pretraining as the loop sees it.
 
     validation: the validation cells, this rank's share of them
-    sampler: draws the closed islands of objective "level+open"
+    sampler: draws the closed islands that objectives "open" and "cell" ask
     """
 
     def __init__(
@@ -231,13 +110,24 @@ class PretrainTask:
         return self._lister(mask(batch, self._config.train.seed, epoch, self._config.masking, self._sampler))
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        """Masked islands, and those asked open or closed."""
-        of_level = int(np.count_nonzero(batch.level_targets != NOT_COUNTED))
-        of_open = (
-            0 if batch.open_targets is None else int(np.count_nonzero(batch.open_targets != NOT_COUNTED))
-        )
-        counts = {"level": of_level, "open": of_open, "cell": of_open, "vector": n_vectors(batch)}
-        return {name: counts[name] for name in self.loss_weights}
+        """Targets by objective."""
+        found = n_targets(batch)
+        return {name: found[name] for name in self.loss_weights}
+
+    def check_targets(self, ranks: Ranks) -> None:
+        """Raise InputError, on every rank, where an objective asks nothing of the validation cells."""
+        totals = dict.fromkeys(self.loss_weights, 0.0)
+        self._validation.set_epoch(0)
+        for batch in self._validation:
+            for name, n in self.counts(self.prepare(batch, VALIDATION_EPOCH)).items():
+                totals[name] += n
+        nothing = [name for name, n in zip(totals, ranks.sum(list(totals.values())), strict=True) if not n]
+        if nothing:
+            raise InputError(
+                f"objective {nothing[0]}: found nothing to ask of the validation cells: too few open islands; "
+                "hold out more cells (--set validation_share=0.2), mask more (--set mask_level_cap=1.0), or convert "
+                "with more islands (--select all)"
+            )
 
     @torch.no_grad()
     def validate(self, ranks: Ranks) -> dict[str, float]:
@@ -363,11 +253,12 @@ def pretrain_rank(
     encoder = task.module.encoder
     if ranks.rank == 0 and not run.has("last"):
         initialise(encoder, data, config, progress)
-        task.module.start_heads(data)
+        task.module.start_heads(data.store, data.vocabulary, data.training)
     progress.say(
         f"{len(data.training):,} cells to train, {len(data.validation):,} to validate, "
-        f"{len(data.vocabulary):,} islands, {_n_trained(encoder):,} parameters to train, {_what_is_trained(config)}"
+        f"{len(data.vocabulary):,} islands, {_n_trained(task.module):,} parameters to train, {_what_is_trained(config)}"
     )
+    task.check_targets(ranks)
     stream = data.stream(data.training, config.train, ranks)
     figures = train(task, stream, config.train, run, ranks, progress)
     if ranks.rank == 0:
@@ -378,7 +269,9 @@ def pretrain_rank(
 def pretrain_task(data: PretrainData, config: PretrainConfig, ranks: Ranks) -> PretrainTask:
     """A new model, its positions still to be placed, and its validation."""
     module = MaskedIslandModel(config, len(data.vocabulary)).to(ranks.device)
-    lister = TokenLister(data.store, data.vocabulary, config.encoder.attend)
+    lister = TokenLister(
+        data.store, data.vocabulary, config.encoder.attend if config.runs_encoder else "open"
+    )
     sampler = None
     if config.asks_closed:
         sampler = ClosedSampler(data.counts, lister.measured, lister.first_cells)
@@ -418,6 +311,7 @@ def _model(data: PretrainData, config: PretrainConfig, encoder: Encoder, figures
     info = ModelInfo(
         **store_identity(data.store),
         preset=config.preset,
+        linformer_trained=config.runs_encoder,
         encoder=config.encoder,
         pool=PoolConfig(config.pooled, config.reads) if encoder.pool is not None else None,
         provenance={

@@ -41,7 +41,7 @@ def toy_model(head: HeadConfig | None, labels: tuple[str, ...] = LABELS, **encod
     if head is not None:
         typer = CellTyper(network, build_head(head, config, len(vocabulary), len(labels)))
         randomise(typer)
-        encoder = typer.encoder_and_pool()
+        encoder = typer.encoder_and_pool(True)
     info = ModelInfo(
         assembly=space.assembly,
         width_bp=space.width_bp,

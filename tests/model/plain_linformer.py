@@ -26,8 +26,8 @@ def encode(weights: Weights, config: EncoderConfig, tokens: Tensor, input_mask: 
     """Hidden states [N, width] of one cell with tokens int64 [N], attending to the islands in bool [N]."""
     x = weights["token_embedding.weight"][tokens] + weights["positions"]
     if config.depth:
-        n_listed = max(int(input_mask.sum()), 1)
-        x = x + weights["depth"] * math.log(n_listed / config.tokens_per_cell) * input_mask[:, None]
+        n_open = max(int(((tokens > 0) & (tokens < 6)).sum()), 1)
+        x = x + weights["depth"] * math.log(n_open / config.tokens_per_cell) * input_mask[:, None]
     closed = weights["token_embedding.weight"][0] + weights["positions"]
     everything = torch.ones_like(input_mask)
     for i in range(config.layers):

@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from annatac_scale.model.cost import (
     CellTokens,
     activation_bytes,
-    closed_flops,
     forward_flops,
     parameters,
     table_parameters,
@@ -61,13 +60,6 @@ def test_layers_computed_again_cost_another_forward():
     config = dataclasses.replace(CONFIG, checkpoint=True)
     cell = mean_cell(None)
     assert training_flops(config, cell) * len(COUNTS) == pytest.approx(counted(config, None, backward=True))
-
-
-@pytest.mark.parametrize(("closed", "layers"), [("none", 0), ("first", 1), ("every", 3)])
-def test_closed_islands_cost_a_product_a_call(closed, layers):
-    config = dataclasses.replace(CONFIG, closed=closed)
-    expected = counted(config, None, backward=False) - counted(CONFIG, None, backward=False)
-    assert closed_flops(config, N_ISLANDS) == expected == layers * 2 * N_ISLANDS * CONFIG.k * CONFIG.width
 
 
 def test_the_published_encoder_at_its_size_costs_what_is_known_of_it():

@@ -3,6 +3,7 @@ import pytest
 import torch
 from model_folders import randomise, toy_batch, toy_model
 
+from annatac_scale.errors import ModelError
 from annatac_scale.model.cell_typer import HeadConfig
 from annatac_scale.model.encoder import Encoder, batch_tokens
 from annatac_scale.model.pool import IslandPool
@@ -50,10 +51,10 @@ def test_without_a_pooled_layer_the_embedding_is_the_mean_state() -> None:
         start += count
 
 
-def test_a_pooled_layer_that_does_not_read_the_encoder_spares_running_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_linformer_that_was_not_trained_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = encoder_with("none")
+    assert encoder(toy_batch(COUNTS)).hidden.shape == (26, 8)
+    encoder.linformer_trained = False
     monkeypatch.setattr(encoder.linformer, "forward", None)
     hidden, embedding = encoder(toy_batch(COUNTS))
     assert hidden is None
@@ -66,6 +67,25 @@ def test_gradients_reach_every_part_that_is_read() -> None:
     assert all(parameter.grad is not None for parameter in encoder.parameters())
     assert encoder.pool.sum.weight.grad.any()
     assert encoder.linformer.projection.grad.any()
+
+
+def test_a_batch_without_closed_tokens_is_refused_where_all_islands_are_attended_to() -> None:
+    encoder = encoder_with("gate", "all")
+    with pytest.raises(ModelError, match=r"lists none that is closed; .* model.lister\(store\)"):
+        encoder(toy_batch(COUNTS))
+    assert len(encoder(toy_batch(())).embedding) == 0
+
+
+def test_loops_that_drop_gradients_between_forward_and_backward_train() -> None:
+    encoder = encoder_with("gate+sum").train()
+    optimizer = torch.optim.AdamW(encoder.parameters(), fused=True)
+    for _ in range(3):
+        loss = encoder(toy_batch(COUNTS)).embedding.square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimizer.step()
+        assert not any(p.grad.is_sparse for p in encoder.parameters())
 
 
 def test_a_fine_tuned_model_gives_the_embedding_that_its_logits_are_linear_in() -> None:

@@ -10,7 +10,8 @@ from annatac_scale.errors import ConfigError
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.stream import splitmix
 from annatac_scale.stream.batch import MASK_TOKEN, Batch
-from annatac_scale.stream.masking import ClosedSampler, MaskingOptions, mask
+from annatac_scale.stream.masking import MaskingOptions, mask
+from annatac_scale.stream.negatives import ClosedSampler
 
 N_ISLANDS = 60
 # No deadline per example: the first one compiles the kernels.

@@ -167,6 +167,38 @@ def test_a_pooled_head_starts_from_the_pretrained_pooled_layer(atlas, tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"objective": "vector", "reads": "none", "pooled": 6}, (6, "none")),
+        ({"objective": "vector", "reads": "gate+sum", "pooled": 7}, (7, "gate+sum")),
+        ({"objective": "open"}, (64, "gate")),
+    ],
+    ids=str,
+)
+def test_a_head_takes_over_what_the_model_has_whatever_its_preset(atlas, tmp_path, asked, expected):
+    model = pretrain(atlas, tmp_path / "pre", small_pretraining(1, mask_fraction=0.5, **asked)).model
+    settings = ["train.min_steps=0"]
+    report = api.finetune(
+        atlas.path, model=model, labels="cell_type", out=tmp_path / "run", epochs=1, settings=settings
+    )
+    head = read_model(report.model).info.head
+    assert (head.pooled, head.reads) == expected
+    again = api.finetune(atlas.path, model=report.model, labels="cell_type", out=tmp_path / "again", epochs=1)
+    assert read_model(again.model).info.head == head
+
+
+def test_an_encoder_that_was_not_trained_is_not_frozen_under_a_head_that_reads_it(atlas, tmp_path):
+    asked = {"objective": "vector", "reads": "none", "mask_fraction": 0.5}
+    model = pretrain(atlas, tmp_path / "pre", small_pretraining(1, **asked)).model
+    with pytest.raises(
+        ConfigError, match="--freeze-encoder: the head reads the Linformer, which pretraining did not"
+    ):
+        finetune(atlas, model, "cell_type", tmp_path / "run", small_finetuning("cnn", freeze_encoder=True))
+    report = finetune(atlas, model, "cell_type", tmp_path / "cnn", small_finetuning("cnn", epochs=1))
+    assert read_model(report.model).info.linformer_trained
+
+
 def test_a_head_that_does_not_read_the_encoder_leaves_it_as_it_was(atlas, pretrained, tmp_path):
     head = replace(small_finetuning().head, reads="none")
     report = finetune(

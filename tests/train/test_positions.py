@@ -8,10 +8,10 @@ from threadpoolctl import threadpool_limits
 
 from annatac_scale.errors import ConfigError
 from annatac_scale.progress import Advance
+from annatac_scale.stream.cell_matrix import CellMatrix
 from annatac_scale.stream.vocabulary import Vocabulary
 from annatac_scale.train import positions
 from annatac_scale.train.positions import (
-    CellMatrix,
     inverse_document_frequency,
     position_table,
     truncated_svd,

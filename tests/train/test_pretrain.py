@@ -66,25 +66,62 @@ def test_hidden_islands_are_learned_from_the_vector_of_the_rest(binary, tmp_path
     assert model.encoder.pool.table.shape == (60, 4)
 
 
-def test_a_cells_vector_does_not_know_which_of_its_islands_are_hidden(binary):
-    config = small_pretraining(objective="cell", mask_fraction=0.5, mask_keep=0.0, negatives=3)
+@pytest.mark.parametrize("attend", ["open", "all"])
+@pytest.mark.parametrize("objective", ["cell", "vector", "open+vector", "level+cell"])
+def test_a_cells_vector_does_not_know_which_of_its_islands_are_hidden(binary, objective, attend):
+    config = small_pretraining(
+        objective=objective, attend=attend, reads="gate+sum", mask_fraction=0.5, mask_keep=0.0
+    )
     data = PretrainData.of(binary, config, Silent())
     torch.manual_seed(0)
     task = pretrain_task(data, config, ALONE)
     task.module.eval()
+    for parameter in task.module.encoder.pool.reading_parameters():
+        torch.nn.init.normal_(parameter)
     batch = task.prepare(next(iter(data.stream(data.training, config.train, ALONE))), 0)
-    visible = batch.tokens != MASK_TOKEN
-    assert 0 < visible.sum() < len(visible)
     seen = []
-    task.module.encoder.pool.register_forward_hook(lambda module, given, z: seen.append((given, z)))
+    task.module.encoder.pool.register_forward_hook(lambda module, given, z: seen.append(z))
     task.module(batch)
-    (((_, tokens, islands, _), z),) = seen
-    assert islands.tolist() == batch.islands[visible].tolist()
-    assert MASK_TOKEN not in tokens
-    # The same cells with every hidden island taken out of the batch have the same vectors.
+    # The same cells with every hidden island closed have the same vectors.
+    visible = (batch.tokens > 0) & (batch.tokens < MASK_TOKEN)
+    assert 0 < visible.sum() < len(visible)
     counts = np.concatenate([[0], np.cumsum(visible)])[batch.offsets]
     rest = Batch(batch.cell_ids, counts, batch.islands[visible], batch.tokens[visible])
-    assert torch.equal(task.module.encoder(rest).embedding, z)
+    if attend == "all":
+        rest = rest.with_closed([np.arange(60, dtype=np.int32)], np.zeros(len(rest), np.int64))
+    torch.testing.assert_close(task.module.encoder(rest).embedding, seen[0])
+
+
+def test_noise_cannot_be_guessed_by_any_objective_of_cells(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = draw_cells(400, binary=True)
+    store = write_store(
+        tmp_path / "noise.zarr", {"s": replace(noise, levels=(rng.random((400, 60)) < 0.3).astype("u1"))}
+    )
+    asked = {"mask_fraction": 0.5, "mask_keep": 0.0, "mask_level_cap": 1.0, "pooled": 8, "reads": "gate+sum"}
+    for name in ("vector", "level+vector"):
+        report = pretrain(store, tmp_path / name, small_pretraining(4, objective=name, **asked))
+        assert report.figures["vector_loss"] > 0.9
+
+
+@pytest.mark.parametrize("objective", ["vector", "open", "cell"])
+def test_a_run_that_would_ask_nothing_is_refused(tmp_path, objective):
+    cells = draw_cells(60)
+    levels = np.eye(60, dtype=np.uint8)[np.arange(60) % 20]
+    store = write_store(tmp_path / "single.zarr", {"s": replace(cells, levels=levels)})
+    config = small_pretraining(1, objective=objective, mask_level_cap=0.5)
+    with pytest.raises(
+        InputError, match=rf"objective {objective}: found nothing to ask .*; hold out more cells"
+    ):
+        pretrain(store, tmp_path / "run", config)
+
+
+def test_the_linformer_is_run_on_open_islands_alone_where_nothing_reads_it(binary):
+    config = small_pretraining(1, objective="vector", reads="none", attend="all", mask_fraction=0.5)
+    data = PretrainData.of(binary, config, Silent())
+    task = pretrain_task(data, config, ALONE)
+    batch = task.prepare(next(iter(data.stream(data.training, config.train, ALONE))), 0)
+    assert 0 not in batch.tokens
 
 
 def test_without_reading_the_encoder_nothing_of_it_is_trained(binary, tmp_path):
@@ -98,6 +135,12 @@ def test_without_reading_the_encoder_nothing_of_it_is_trained(binary, tmp_path):
     assert id(task.module.encoder.pool.table) in {id(p) for p in groups[1]["params"]}
     report = pretrain(binary, tmp_path / "run", config)
     assert report.n_parameters == sum(p.numel() for p in task.module.encoder.pool.parameters())
+    model = read_model(report.model)
+    assert not model.info.linformer_trained
+    assert "not trained" in (report.model / "README.md").read_text()
+    assert (
+        "pooled layer: 64 channels, reads of the Linformer: none" in (report.model / "README.md").read_text()
+    )
 
 
 def test_every_trained_weight_is_in_one_group(binary):
@@ -381,6 +424,12 @@ def test_too_few_cells_or_open_islands_are_refused(tmp_path, levels, message):
 
 
 def test_settings_out_of_range_are_refused():
+    with pytest.raises(
+        ConfigError, match="negatives: found 0, expected at least 1 where open or cell is asked"
+    ):
+        small_pretraining(objective="cell", negatives=0)
+    with pytest.raises(ConfigError, match="pooled: found 1, expected at least 2"):
+        small_pretraining(pooled=1)
     for setting in ({"mask_fraction": 0.0}, {"mask_keep": 1.0}, {"min_cells": 0}, {"validation_share": 1.0}):
         with pytest.raises(ConfigError, match=r"expected"):
             small_pretraining(**setting)
