@@ -152,7 +152,7 @@ def test_rates_have_three_digits(value, text):
 
 
 def test_a_store_without_islands_to_learn_is_refused(quick, tmp_path):
-    with pytest.raises(InputError, match="found no island that is open in 3 or more"):
+    with pytest.raises(InputError, match="found no island that is open in 2 or more"):
         ats.info(write(tmp_path / "atlas.zarr", [[1], [2]]), cost=True)
     with pytest.raises(InputError, match="found both --verify and --cost"):
         ats.info(tmp_path / "atlas.zarr", cost=True, verify=True)
