@@ -84,7 +84,7 @@ def _held_out(name: str, seed: int) -> str:
 
 def _model(task: Config, model: str, attend: str, schedule: Schedule, trained: bool) -> Config:
     seed = task["seed"]
-    asked = {"no encoder": ("vector", "none"), "encoder": ("open+vector", "gate")}[model]
+    asked = {"no encoder": ("vector", "none"), "encoder": ("vector", "gate")}[model]
     pretrain = {
         **dict(zip(("objective", "reads"), asked, strict=True)),
         "encoder": {"attend": attend},
