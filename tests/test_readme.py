@@ -101,6 +101,21 @@ def test_the_figures_of_the_stream_are_those_that_were_saved() -> None:
     assert list(said.groups()) == cpu + memory + disk
 
 
+def test_the_figures_of_the_encoder_are_those_that_were_saved() -> None:
+    bars = json.loads((ROOT / "benchmarks" / "results" / "encoder.json").read_text())["bars"]
+    said = re.search(
+        r"took 1/([0-9.]+) of the CPU .* and 1/([0-9]+) with a cell's 1,500 open islands alone, 1/([0-9]+) with 500",
+        (ROOT / "README.md").read_text(),
+        re.S,
+    )
+    assert said
+    all_islands, open_1500, open_500 = (
+        bars[f"train_{name}"]["found"] for name in ("all", "open_1500", "open_500")
+    )
+    assert list(said.groups()) == [f"{all_islands:.1f}", f"{open_1500:.0f}", f"{open_500:.0f}"]
+    assert bars["flat_600k_over_16k"]["found"] < 1.15
+
+
 def test_the_figures_of_the_guide_are_those_that_were_saved() -> None:
     cases = json.loads((ROOT / "benchmarks" / "results" / "stream.json").read_text())["cases"]
     runs, files = cases["peers"]["runs"], cases["files"]["runs"]
