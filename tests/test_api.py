@@ -205,7 +205,7 @@ def test_flags_win_over_settings_and_these_over_the_file(
 def test_a_head_that_the_settings_contradict_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    info = type("Info", (), {"preset": "tiny"})()
+    info = type("Info", (), {"preset": "tiny", "pooled_layer": None})()
     monkeypatch.setattr(
         "annatac_scale.model.folder.read_model", lambda path: type("Model", (), {"info": info})()
     )
