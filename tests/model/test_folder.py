@@ -255,6 +255,19 @@ def toy_store(path: Path, counting: str = "insertion", **space: object) -> Islan
     return IslandStore.open(path)
 
 
+def test_cells_list_closed_islands_only_where_something_reads_them() -> None:
+    assert toy_model(None).attend == "open"
+    pretrained = toy_model(None, attend="all")
+    assert pretrained.attend == "all"
+    assert replace(pretrained, info=replace(pretrained.info, linformer_trained=False)).attend == "open"
+    for head, expected in (
+        (HeadConfig("cnn"), "all"),
+        (HeadConfig(), "all"),
+        (HeadConfig(reads="none"), "open"),
+    ):
+        assert toy_model(head, attend="all").attend == expected
+
+
 def test_a_store_of_the_models_islands_and_counting_fits(tmp_path: Path) -> None:
     toy_model(None).check_store(toy_store(tmp_path / "s.zarr"))
 

@@ -22,7 +22,7 @@ from annatac_scale.store.writer import create_store
 from annatac_scale.stream.batch import MASK_TOKEN, Batch
 from annatac_scale.train.checkpoint import RunFolder
 from annatac_scale.train.loop import Ranks
-from annatac_scale.train.presets import pretrain_preset
+from annatac_scale.train.presets import PRESETS, pretrain_preset
 from annatac_scale.train.pretrain import VALIDATION_EPOCH, PretrainData, pretrain, pretrain_task
 
 ALONE = Ranks(device=torch.device("cpu"))
@@ -122,6 +122,39 @@ def test_the_linformer_is_run_on_open_islands_alone_where_nothing_reads_it(binar
     task = pretrain_task(data, config, ALONE)
     batch = task.prepare(next(iter(data.stream(data.training, config.train, ALONE))), 0)
     assert 0 not in batch.tokens
+
+
+def test_the_pooled_layer_starts_as_the_svd_of_the_training_cells(binary, tmp_path):
+    asked = {"objective": "vector", "reads": "none", "mask_fraction": 0.5, "pooled": 2}
+    rates = {"learning_rate": 1e-9, "table_learning_rate": 1e-9}
+    config = small_pretraining(1, **asked, **rates)
+    pool = read_model(pretrain(binary, tmp_path / "run", config).model).encoder.pool
+    data = PretrainData.of(binary, config, Silent())
+    dense = binary.read(data.training).to_csr(60).toarray()[:, data.vocabulary.islands]
+    idf = np.log1p(len(dense) / (dense > 0).sum(axis=0))
+    weighted = (dense > 0) * idf
+    weighted /= np.maximum(np.linalg.norm(weighted, axis=1, keepdims=True), 1e-12)
+    _, values, rows = np.linalg.svd(weighted, full_matrices=False)
+    np.testing.assert_allclose(pool.idf, idf, rtol=1e-5)
+    expected = (values[:2, None] * rows[:2]).T
+    signs = np.sign((expected * pool.table.detach().numpy()).sum(axis=0))
+    np.testing.assert_allclose(pool.table.detach().numpy() * signs, expected, atol=2e-3 * values[0])
+
+
+def test_presets_ask_what_the_guide_says():
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
+    for name in PRESETS:
+        (row,) = [line for line in guide.splitlines() if line.startswith(f"| `{name}` |")]
+        _, encoder, attend, batch, objective, reads = (cell.strip() for cell in row.strip("|").split("|"))
+        config = pretrain_preset(name)
+        sizes = config.encoder
+        assert encoder == (
+            f"width {sizes.width}, {sizes.layers} layers, {sizes.heads} heads of {sizes.head_dim}, k {sizes.k}"
+        )
+        assert (attend, int(batch)) == (sizes.attend, config.train.global_batch_size)
+        assert objective == " + ".join(config.objectives)
+        said = {"none": "nothing: the Linformer is not trained", "gate": "the Linformer, as a gate"}
+        assert reads == (said[config.reads] if config.asks_cells else "there is none")
 
 
 def test_without_reading_the_encoder_nothing_of_it_is_trained(binary, tmp_path):
