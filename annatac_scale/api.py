@@ -210,7 +210,8 @@ def pretrain(
 ) -> "PretrainReport":
     """Pretrain an encoder on the cells of a store; the model folder is ``out``/model.
 
-    preset: "tiny", "small" or "paper"; attend: "open" or "all", None for the preset's own
+    preset: "tiny", "small" or "paper"
+    attend: "open" or "all", which trains the Linformer also where the preset does not; None for the preset's own
     config: a TOML file over the preset; settings: ``key=value`` over both, as ``train.learning_rate=1e-3``
     workers: 0 trains in this process, more on Ray Train
     """
@@ -219,10 +220,17 @@ def pretrain(
     from annatac_scale.train.presets import PretrainConfig, pretrain_preset
 
     chosen = pretrain_preset(preset)
+    if attend is not None and not chosen.runs_encoder:
+        chosen = replace(chosen, reads="gate")
     if config is not None:
         chosen = read_toml(PretrainConfig, config, chosen)
     chosen = override(chosen, _listed(settings))
     if attend is not None:
+        if not chosen.runs_encoder:
+            raise ConfigError(
+                f"--attend {attend}: --config or --set says reads = none, which leaves the Linformer out, so that "
+                "nothing attends; leave out one of them"
+            )
         chosen = replace(chosen, encoder=replace(chosen.encoder, attend=attend))
     if epochs is not None:
         chosen = replace(chosen, train=replace(chosen.train, epochs=epochs, min_steps=0))

@@ -265,7 +265,7 @@ def info(context: click.Context, store: str, as_json: bool, **options: Any) -> N
 )  # fmt: skip
 @click.option(
     "--attend", type=click.Choice(["all", "open"]),
-    help="Which islands are tokens; default: open, but all in preset paper.",
+    help="Train the Linformer on tokens of these islands; default: as in the preset.",
 )  # fmt: skip
 @_training_options
 @click.option(

@@ -202,6 +202,26 @@ def test_flags_win_over_settings_and_these_over_the_file(
     ]
 
 
+def test_asking_for_attention_trains_the_linformer_whatever_the_preset(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("annatac_scale.store.store.IslandStore.open", lambda path: path)
+    monkeypatch.setattr(
+        "annatac_scale.train.pretrain.pretrain", lambda store, out, config, progress: seen.append(config)
+    )
+    api.pretrain("x", out="y")
+    api.pretrain("x", out="y", attend="open")
+    api.pretrain("x", out="y", attend="all", settings="reads=gate+sum")
+    assert [(config.reads, config.encoder.attend, config.runs_encoder) for config in seen] == [
+        ("none", "open", False),
+        ("gate", "open", True),
+        ("gate+sum", "all", True),
+    ]
+    with pytest.raises(ConfigError, match="--attend open: --config or --set says reads = none"):
+        api.pretrain("x", out="y", attend="open", settings="reads=none")
+
+
 def test_a_head_that_the_settings_contradict_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

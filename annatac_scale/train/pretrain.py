@@ -117,10 +117,13 @@ class PretrainTask:
     def check_targets(self, ranks: Ranks) -> None:
         """Raise InputError, on every rank, where an objective asks nothing of the validation cells."""
         totals = dict.fromkeys(self.loss_weights, 0.0)
-        self._validation.set_epoch(0)
+        begin = self._validation.state_dict()
         for batch in self._validation:
             for name, n in self.counts(self.prepare(batch, VALIDATION_EPOCH)).items():
                 totals[name] += n
+            if all(totals.values()):
+                break
+        self._validation.load_state_dict(begin)
         nothing = [name for name, n in zip(totals, ranks.sum(list(totals.values())), strict=True) if not n]
         if nothing:
             raise InputError(

@@ -104,6 +104,19 @@ def test_noise_cannot_be_guessed_by_any_objective_of_cells(tmp_path):
         assert report.figures["vector_loss"] > 0.9
 
 
+def test_looking_for_targets_leaves_the_validation_where_it_begins(atlas):
+    config = small_pretraining(global_batch_size=8)
+    data = PretrainData.of(atlas, config, Silent())
+    figures = []
+    for looks in (False, True):
+        torch.manual_seed(0)
+        task = pretrain_task(data, config, ALONE)
+        if looks:
+            task.check_targets(ALONE)
+        figures.append(task.validate(ALONE))
+    assert figures[0] == figures[1]
+
+
 @pytest.mark.parametrize("objective", ["vector", "open", "cell"])
 def test_a_run_that_would_ask_nothing_is_refused(tmp_path, objective):
     cells = draw_cells(60)
