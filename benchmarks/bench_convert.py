@@ -307,10 +307,7 @@ def main() -> None:
         "failed": commands.failures(cases),
         **commands.conditions(),
     }
-    if options.save:
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
-    raise SystemExit(1 if report["failed"] else 0)
+    commands.end(report, RESULTS if options.save else None)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ of JSON.
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -302,10 +301,7 @@ def main() -> None:
         "torch": torch.__version__,
         **commands.conditions(),
     }
-    if options.save:
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
-    raise SystemExit(1 if report["failed"] else 0)
+    commands.end(report, RESULTS if options.save else None)
 
 
 if __name__ == "__main__":

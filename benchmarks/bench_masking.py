@@ -8,7 +8,6 @@ written out in ``plain_masking.py``. Ends with one line of JSON.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -173,9 +172,7 @@ def main() -> None:
         "cpu": cpu_model(),
         **commands.conditions(),
     }
-    if options.save:
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
+    commands.end(report, RESULTS if options.save else None)
 
 
 if __name__ == "__main__":

@@ -235,10 +235,7 @@ def main() -> None:
         "cpu": cpu_model(),
         **commands.conditions(),
     }
-    if options.save:
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
-    raise SystemExit(1 if report["failed"] else 0)
+    commands.end(report, RESULTS if options.save else None)
 
 
 if __name__ == "__main__":

@@ -171,10 +171,7 @@ def main() -> None:
         "failed": [name for name, figures in runs.items() if "failed" in figures],
         **commands.conditions(),
     }
-    if options.save:
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
-    raise SystemExit(1 if report["failed"] else 0)
+    commands.end(report, RESULTS if options.save else None)
 
 
 if __name__ == "__main__":

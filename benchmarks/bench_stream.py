@@ -11,7 +11,6 @@ they are skipped. Ends with one line of JSON.
 """
 
 import argparse
-import json
 import platform
 import tempfile
 from collections.abc import Mapping
@@ -135,10 +134,7 @@ def main() -> None:
         "cpu": cpu_model(),
         **commands.conditions(),
     }
-    if options.save:
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
-    raise SystemExit(1 if report["failed"] else 0)
+    commands.end(report, RESULTS if options.save else None)
 
 
 if __name__ == "__main__":

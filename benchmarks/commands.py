@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fragments import FragmentSet, Genome
 
@@ -97,6 +97,14 @@ def failures(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for name, figures in found["runs"].items()
         if "failed" in figures
     ]
+
+
+def end(report: Mapping[str, Any], results: Path | None) -> NoReturn:
+    """End a benchmark: report kept in ``results`` and printed as one line; the exit code tells whether a run failed."""
+    if results is not None:
+        results.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report))
+    raise SystemExit(1 if report["failed"] else 0)
 
 
 def conditions() -> dict[str, Any]:
