@@ -29,11 +29,15 @@ from annatac_scale.stream.selection import sequential
 from annatac_scale.stream.tokens import TokenLister
 from annatac_scale.stream.vocabulary import count_open
 from annatac_scale.train.card import finetuned_card
-from annatac_scale.train.checkpoint import RunFolder
-from annatac_scale.train.loop import Ranks, TrainOptions, micro_batches, train
+from annatac_scale.train.interruption import interruption
+from annatac_scale.train.loop import Loop, TrainOptions, micro_batches, train
 from annatac_scale.train.positions import inverse_document_frequency, truncated_svd
 from annatac_scale.train.presets import FinetuneConfig
 from annatac_scale.train.provenance import earlier_sight, made_by, run_inputs, sample_facts
+from annatac_scale.train.ranks import Ranks
+from annatac_scale.train.record import Record
+from annatac_scale.train.run_folder import RunFolder
+from annatac_scale.train.run_options import RunOptions
 from annatac_scale.train.splits import SPLIT_FILE, LabelledCells, SplitRule, split_cells, write_split
 
 
@@ -185,9 +189,9 @@ def finetune(
         raise InputError(_too_few(labels, labelled))
     work = _Work(store, pretrained, labels, labelled, config, rule.described)
     run = RunFolder(out, config, _identity(work))
-    with run.use():
+    with run.use(progress.say):
         if run.complete:
-            progress.say(f"{run.path}: complete already; its model stays as it is")
+            progress.say(f"{run.location}: complete already; its model stays as it is")
         else:
             _finetune(work, run, progress)
     return _report(run)
@@ -227,8 +231,6 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
     ranks, options, labelled = Ranks(), work.config.train, work.labelled
     torch.manual_seed(options.seed)
     task = _task(work, ranks)
-    if not run.has("last"):
-        _initialise(task.module.typer, work, progress)
     stream = BatchStream(
         work.store,
         cells=labelled.of("train"),
@@ -237,7 +239,12 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
         seed=options.seed,
         lanes=options.lanes or None,
     )
-    figures = train(task, stream, options, run, ranks, progress)
+    with (
+        Record.of(run, work.store, RunOptions(), ranks, progress) as record,
+        interruption() as asked,
+    ):
+        loop = Loop(task, stream, options, ranks, record, progress, asked)
+        figures = train(loop, lambda: _initialise(task.module.typer, work, progress))
     facts = {
         "labels": work.labels,
         "holdout": work.holdout,
@@ -251,7 +258,7 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
     typer = task.module.typer
     encoder = typer.encoder_and_pool(info.linformer_trained)
     model = Model(info, pretrained.vocabulary, pretrained.islands, encoder, typer)
-    write_split(run.path / SPLIT_FILE, work.store, labelled)
+    write_split(Path(run.location) / SPLIT_FILE, work.store, labelled)
     write_model(run.model, model, finetuned_card(info, model.vocabulary))
 
 
@@ -334,7 +341,7 @@ def _report(run: RunFolder) -> FinetuneReport:
     info = read_model(run.model).info
     facts = info.provenance
     return FinetuneReport(
-        run.model,
+        Path(run.model),
         info.labels,
         facts["split"],
         facts["n_without_label"],
