@@ -143,9 +143,15 @@ class Cluster:
         try:
             ray.init(**options)
         except ConnectionError as error:
+            where = self.address or os.environ["RAY_ADDRESS"]
+            if "AuthenticationError" in str(error.__cause__):
+                raise InputError(
+                    f"--ray {where}: the cluster asks for its token; export RAY_AUTH_MODE=token here as there, and "
+                    "RAY_AUTH_TOKEN where the token is not in ~/.ray/auth_token"
+                ) from error
             raise InputError(
-                f"--ray {self.address or os.environ['RAY_ADDRESS']}: found no Ray cluster there; start one with "
-                "`ray start --head`, or leave --ray out and Ray is started here for the run"
+                f"--ray {where}: found no Ray cluster there; start one with `ray start --head`, or leave --ray out and "
+                "Ray is started here for the run"
             ) from error
         try:
             yield

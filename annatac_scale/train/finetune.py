@@ -14,13 +14,14 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 from torch.nn import functional
 
-from annatac_scale.errors import ConfigError, InputError
+from annatac_scale.errors import ConfigError, InputError, ModelError
 from annatac_scale.model.calibration import fit_temperature
 from annatac_scale.model.cell_typer import CellTyper, build_head
 from annatac_scale.model.encoder import batch_tokens
 from annatac_scale.model.folder import Model, ModelInfo, read_model, write_model
 from annatac_scale.model.heads import LossSum, PooledHead
 from annatac_scale.progress import Progress, Silent
+from annatac_scale.store.place import Location, on_disk
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.batch import Batch
 from annatac_scale.stream.cell_matrix import CellMatrix
@@ -164,23 +165,30 @@ class _Work:
 
 def finetune(
     store: IslandStore,
-    model: Path | str,
+    model: Model | Location,
     labels: str,
-    out: Path | str,
+    out: Location,
     config: FinetuneConfig,
     holdout: float | str = 0.2,
     progress: Progress | None = None,
 ) -> FinetuneReport:
     """Fine-tune a pretrained model on the cells of a store that have a label; the model folder is ``out``/model.
 
+    model: a folder, on a disk or in object storage, or as it was read from one: its encoder is trained in place
     labels: obs column with the cell types; cells without one are left out and counted
+    out: a folder on a disk
     holdout: share of each type's cells, or "column=value", that test and are never trained on
 
     Run again with the same arguments, it goes on after the last complete epoch; a complete run is left as it is.
-    Raises InputError where there are too few labelled cells, ModelError where model and store do not fit.
+    Raises InputError where there are too few labelled cells or ``out`` is a URL, ModelError where model and store do not fit or the model was never written.
     """
     progress = progress or Silent()
-    pretrained = read_model(model)
+    out = on_disk(out, "--out")
+    pretrained = model if isinstance(model, Model) else read_model(model)
+    if not pretrained.digest:
+        raise ModelError(
+            "the model was never written, so the run could not say what it is trained from; write it first"
+        )
     pretrained.check_store(store)
     rule = SplitRule(holdout, config.validation_share, config.calibration_share, config.train.seed)
     labelled = split_cells(store, labels, rule)
