@@ -6,8 +6,8 @@ Two CPU workers pretrain on the packaged cerebellum cells, keeping the state eve
 while after a checkpoint that is newer than the one before, and hits one of the workers, which Ray starts again, or the
 driver, whose command is then given again. Compared are all files of the model folder, bit by bit. The logs of cells of
 the attempts that the final weights come from are put together: each training cell has to come once in each epoch.
-``recovery_s``: from a kill to the first step of the next attempt, in whole seconds or so. Ends with one line of JSON;
-exit 1 where the models differ or a cell came twice or not at all.
+``recovery_s``: from a kill to the first step of the next attempt. Ends with one line of JSON; exit 1 where the models
+differ or a cell came twice or not at all.
 """
 
 import argparse
@@ -161,12 +161,8 @@ def cells_wrong(run: Run, reference: Run) -> int:
 
 def recoveries(run: Run, kills: Sequence[dict[str, Any]]) -> list[float]:
     """Seconds from each kill to the start of the next attempt."""
-    began = [
-        time.mktime(time.strptime(line["began"], "%Y-%m-%dT%H:%M:%SZ")) - time.timezone
-        for line in run.metrics()
-        if "began" in line
-    ]
-    return [round(min(at for at in began if at >= int(kill["at"])) - kill["at"], 1) for kill in kills]
+    began = [line["time"] for line in run.metrics() if "began" in line]
+    return [round(min(at for at in began if at >= kill["at"]) - kill["at"], 1) for kill in kills]
 
 
 def main() -> None:

@@ -225,8 +225,17 @@ def _fit(task: dict[str, Any], cluster: Cluster, progress: Progress) -> None:
                 failure_config=FailureConfig(max_failures=-1),  # the board ends what gets nowhere
             ),
         )
-        failure = _watched(trainer.fit, board, cluster, progress)
-        met, number = board.state()
+        with interruption() as asked:
+            try:
+                failure = _watched(trainer.fit, board, cluster, progress, asked)
+                met, number = board.state()
+            except (
+                ray.exceptions.RayError
+            ) as error:  # the cluster ended before us, as where all get a signal at once
+                lost = f"{task['out']}: the Ray cluster was lost; the same command goes on after the newest checkpoint"
+                if asked.signal:
+                    raise RunInterruptedError(lost, asked.signal) from error
+                raise AnnatacError(lost) from error
         if met is not None:
             kind, message = met
             if kind == RunInterruptedError.__name__:
@@ -240,7 +249,7 @@ def _fit(task: dict[str, Any], cluster: Cluster, progress: Progress) -> None:
 
 
 def _watched(
-    fit: Callable[[], Any], board: _Board, cluster: Cluster, progress: Progress
+    fit: Callable[[], Any], board: _Board, cluster: Cluster, progress: Progress, asked: Interruption
 ) -> BaseException | None:
     """Run ``fit``, show in the meantime what the first worker says, and tell it when this process is asked to end.
 
@@ -249,26 +258,25 @@ def _watched(
     begin, n_shown, told, waiting_said = time.monotonic(), 0, False, False
     pool = ThreadPoolExecutor(1, "ray-train")
     try:
-        with interruption() as asked:
-            fitting = pool.submit(fit)
-            while True:
-                ended = fitting.done()
-                lines, attempts = board.said(n_shown)
-                for line in lines:
-                    progress.say(line)
-                n_shown += len(lines)
-                if ended:
-                    return fitting.exception()
-                if asked.signal and not told:
-                    board.ask(asked.signal)
-                    told = True
-                if not attempts and not waiting_said and time.monotonic() - begin > WAIT_SAID_S:
-                    waiting_said = True
-                    has = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
-                    progress.say(
-                        f"the workers have not begun yet: asked for {cluster.said}, the cluster has {has}"
-                    )
-                wait([fitting], timeout=LOOK_EVERY_S)
+        fitting = pool.submit(fit)
+        while True:
+            ended = fitting.done()
+            lines, attempts = board.said(n_shown)
+            for line in lines:
+                progress.say(line)
+            n_shown += len(lines)
+            if ended:
+                return fitting.exception()
+            if asked.signal and not told:
+                board.ask(asked.signal)
+                told = True
+            if not attempts and not waiting_said and time.monotonic() - begin > WAIT_SAID_S:
+                waiting_said = True
+                has = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
+                progress.say(
+                    f"the workers have not begun yet: asked for {cluster.said}, the cluster has {has}"
+                )
+            wait([fitting], timeout=LOOK_EVERY_S)
     finally:
         pool.shutdown(wait=False)
 

@@ -9,6 +9,7 @@ generator nor scheduler state. It goes on after any step, on any number of ranks
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -22,11 +23,12 @@ from annatac_scale.memory import give_back_freed_memory
 from annatac_scale.model.heads import LossSum
 from annatac_scale.progress import Progress
 from annatac_scale.store.open_islands import OpenIslands
+from annatac_scale.stream.arrangement import StreamState
 from annatac_scale.stream.batch import Batch
 from annatac_scale.stream.loader import BatchStream
 from annatac_scale.train.checkpoint import state_of
 from annatac_scale.train.interruption import ASKING, Interruption
-from annatac_scale.train.metrics import LossTotal, Meter, shown
+from annatac_scale.train.metrics import LossTotal, Meter, StepFacts, shown
 from annatac_scale.train.ranks import Ranks
 from annatac_scale.train.record import Record
 
@@ -186,31 +188,33 @@ def train(loop: Loop, start: Callable[[], None]) -> dict[str, float]:
         while epoch < options.epochs and state.validations_since_gain < options.patience:
             meter = Meter()
             task.module.train()
-            for batch, waited_s in _with_waits(stream):
+            for batch, place, waited_s in _prepared(loop, epoch):
                 factor = rate_factor(options, state.step, len(stream))
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
                 _seed_step(options.seed, state.step, ranks.rank)
                 record.cells(state.step, epoch, batch.cell_ids)
-                prepared = task.prepare(batch, epoch)
-                counts = _counted(loop, prepared)
-                losses = accumulate(module, task, prepared, options, ranks, counts.targets)
+                begin = time.monotonic()
+                counts = _counted(loop, batch)
+                losses = accumulate(module, task, batch, options, ranks, counts.targets)
                 norm = float(nn.utils.clip_grad_norm_(task.module.parameters(), options.clip))
                 if _is_finite(losses, norm):
                     optimizer.step()
                     state.n_skipped_in_a_row = 0
                 else:
-                    _skip_or_stop(loop, state, prepared)
+                    _skip_or_stop(loop, state, batch)
                     losses = {}
                 optimizer.zero_grad(set_to_none=False)
-                meter.add(losses, counts.cells, waited_s)
+                computed_s = time.monotonic() - begin
+                facts = StepFacts(losses, counts.cells, rates[0] * factor, waited_s, computed_s)
+                meter.add(facts)
                 state.step += 1
                 advance(1)
-                record.step(state.step, n_steps, epoch, rates[0] * factor, losses, counts.cells, waited_s)
+                record.step(facts, state.step, n_steps, epoch)
                 if counts.asked:
-                    _leave(loop, state, optimizer, counts.asked)
+                    _leave(loop, state, _checkpoint(loop, state, optimizer, place), counts.asked)
                 if record.is_due(state.step):
-                    record.save(state.step, _checkpoint(loop, state, optimizer), state.bests)
+                    record.save(state.step, _checkpoint(loop, state, optimizer, place), state.bests)
             epoch += 1
             _after_epoch(loop, state, optimizer, epoch, meter)
             give_back_freed_memory()
@@ -234,15 +238,16 @@ def _begin(loop: Loop, optimizer: torch.optim.Optimizer, start: Callable[[], Non
         if loop.ranks.rank == 0:
             start()
         loop.record.began(0, loop.ranks.world_size, [])
-        loop.record.save(0, _checkpoint(loop, _State(), optimizer), [], needed=True)
+        place = loop.stream.state_dict()
+        loop.record.save(0, _checkpoint(loop, _State(), optimizer, place), [], needed=True)
         return _State()
     saved = state_of(data)
     loop.task.module.load_state_dict(saved["module"])
     optimizer.load_state_dict(saved["optimizer"])
     loop.stream.load_state_dict(saved["stream"])
     state = _State(**saved["state"])
-    place = f"epoch {saved['stream']['epoch']}, step {saved['stream']['step']} of {len(loop.stream)}"
-    loop.progress.say(f"resuming {loop.record.location} after {state.step:,} steps: {place}")
+    where = f"epoch {saved['stream']['epoch']}, step {saved['stream']['step']} of {len(loop.stream)}"
+    loop.progress.say(f"resuming {loop.record.location} after {state.step:,} steps: {where}")
     loop.record.began(state.step, loop.ranks.world_size, saved["lineage"])
     return state
 
@@ -262,12 +267,28 @@ def _lay_out_buckets(loop: Loop, module: nn.Module) -> None:
     module.zero_grad(set_to_none=False)
 
 
-def _with_waits(stream: BatchStream) -> Iterator[tuple[Batch, float]]:
-    """The batches, each with the seconds that it was waited for."""
-    begin = time.monotonic()
-    for batch in stream:
-        yield batch, time.monotonic() - begin
-        begin = time.monotonic()
+def _prepared(loop: Loop, epoch: int) -> Iterator[tuple[Batch, StreamState, float]]:
+    """The prepared batches of the rest of an epoch, made one ahead in a thread.
+
+    Each comes with the place of the stream after it, and the seconds that it was waited for.
+    """
+    batches = iter(loop.stream)
+
+    def make() -> tuple[Batch, StreamState] | None:
+        batch = next(batches, None)
+        return None if batch is None else (loop.task.prepare(batch, epoch), loop.stream.state_dict())
+
+    with ThreadPoolExecutor(1, "prepare") as thread:
+        ahead = thread.submit(make)
+        try:
+            while True:
+                begin = time.monotonic()
+                if (found := ahead.result()) is None:
+                    return
+                ahead = thread.submit(make)
+                yield *found, time.monotonic() - begin
+        finally:
+            thread.submit(batches.close).result()  # after what is being made
 
 
 @dataclass(frozen=True)
@@ -380,11 +401,14 @@ def _cells_not_finite(loop: Loop, batch: Batch, step: int) -> list[int]:
     return found
 
 
-def _checkpoint(loop: Loop, state: _State, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _checkpoint(
+    loop: Loop, state: _State, optimizer: torch.optim.Optimizer, place: StreamState
+) -> dict[str, Any]:
+    """All that is needed to go on. place: of the stream, after the last batch that was trained on"""
     return {
         "module": loop.task.module.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "stream": loop.stream.state_dict(),
+        "stream": place,
         "state": vars(state),
         "bests": state.bests,
         "lineage": loop.record.lineage,
@@ -392,10 +416,10 @@ def _checkpoint(loop: Loop, state: _State, optimizer: torch.optim.Optimizer) -> 
     }
 
 
-def _leave(loop: Loop, state: _State, optimizer: torch.optim.Optimizer, number: int) -> None:
+def _leave(loop: Loop, state: _State, checkpoint: dict[str, Any], number: int) -> None:
     """Keep the state and raise RunInterruptedError, on every rank when it is kept."""
     try:
-        loop.record.save(state.step, _checkpoint(loop, state, optimizer), state.bests, needed=True)
+        loop.record.save(state.step, checkpoint, state.bests, needed=True)
         loop.record.settle()
     finally:
         loop.ranks.wait()
@@ -412,7 +436,8 @@ def _after_epoch(
     """Validate, keep the state, log."""
     figures = loop.task.validate(loop.ranks)
     state.judge(figures, epoch, loop.options.min_gain)
-    loop.record.save(state.step, _checkpoint(loop, state, optimizer), state.bests, needed=True)
+    place = loop.stream.state_dict()
+    loop.record.save(state.step, _checkpoint(loop, state, optimizer, place), state.bests, needed=True)
     loop.record.validated(state.step, epoch, figures)
     loop.progress.say(f"epoch {epoch}: {shown(meter.figures())}  |  validation {shown(figures)}")
 

@@ -28,24 +28,37 @@ class LossTotal:
         return LossTotal(self.sum + other.sum, self.count + other.count, self.correct + other.correct)
 
 
-class Meter:
-    """Mean losses and accuracies, speed, and the share of time that went into waiting for data, over some steps.
+@dataclass(frozen=True)
+class StepFacts:
+    """What one step was. losses and n_cells: of the global batch, losses empty where the step was left out
 
-    waiting: how long this rank stood still for a batch
+    rate: learning rate; waited_s: seconds in which this rank stood still for its batch; computed_s: seconds of forward,
+    backward with the exchange of gradients, and optimizer
     """
+
+    losses: Mapping[str, LossTotal]
+    n_cells: int
+    rate: float
+    waited_s: float
+    computed_s: float
+
+
+class Meter:
+    """Means over some steps: losses, accuracies, speed, and the shares of time that waiting and computing took."""
 
     def __init__(self) -> None:
         self._totals: dict[str, LossTotal] = {}
         self._cells = 0
-        self._waited = 0.0
+        self._waited = self._computed = 0.0
         self._start = time.monotonic()
 
-    def add(self, losses: Mapping[str, LossTotal], n_cells: int, waited_s: float) -> None:
-        """Take in a step. n_cells: of the global batch"""
-        for name, loss in losses.items():
+    def add(self, step: StepFacts) -> None:
+        """Take in a step."""
+        for name, loss in step.losses.items():
             self._totals[name] = self._totals.get(name, LossTotal()) + loss
-        self._cells += n_cells
-        self._waited += waited_s
+        self._cells += step.n_cells
+        self._waited += step.waited_s
+        self._computed += step.computed_s
 
     def figures(self) -> dict[str, float]:
         """Figures by name."""
@@ -53,6 +66,7 @@ class Meter:
         figures = {
             "cells_per_s": round(self._cells / seconds, 1),
             "waiting_share": round(self._waited / seconds, 4),
+            "computing_share": round(self._computed / seconds, 4),
         }
         for name, loss in self._totals.items():
             figures[f"{name}_loss"] = loss.sum / max(loss.count, 1.0)
@@ -91,11 +105,11 @@ class MetricsLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a line. Its numbers besides step, epoch and attempt are scalars of TensorBoard."""
-        record = {"attempt": self.attempt, **record}
+        record = {"attempt": self.attempt, **record, "time": round(time.time(), 2)}
         self._lines.write(json.dumps(record) + "\n")
         self._lines.flush()
         for name, value in record.items():
-            if name not in ("attempt", "step") and isinstance(value, int | float):
+            if name not in ("attempt", "step", "time") and isinstance(value, int | float):
                 self._board.add_scalar(name, value, record["step"])
         if self._is_remote and time.monotonic() - self._uploaded > UPLOAD_EVERY_S:
             self._upload()

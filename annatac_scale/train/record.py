@@ -17,7 +17,7 @@ from annatac_scale.progress import Progress, duration
 from annatac_scale.store.place import Location
 from annatac_scale.store.store import IslandStore
 from annatac_scale.train.checkpoint import CHECKPOINTS, Checkpoints
-from annatac_scale.train.metrics import LossTotal, Meter, MetricsLog, shown
+from annatac_scale.train.metrics import Meter, MetricsLog, StepFacts, shown
 from annatac_scale.train.ranks import Ranks
 from annatac_scale.train.run_folder import RunFolder
 from annatac_scale.train.run_options import RunOptions
@@ -76,7 +76,7 @@ class Record:
         if self._checkpoints is not None:
             self._metrics = MetricsLog(self.location)
             self._attempt = self._metrics.attempt
-            self._metrics.write({"step": step, "world_size": world_size, "began": _now()})
+            self._metrics.write({"step": step, "world_size": world_size, "began": True})
         self._attempt = int(self._ranks.sum([float(self._attempt)])[0])
         self.lineage = [[attempt, first] for attempt, first in lineage if first < step]
         self.lineage.append([self._attempt, step])
@@ -93,25 +93,16 @@ class Record:
         self._cells.write(json.dumps({"step": step, "epoch": epoch, "cells": cell_ids.tolist()}) + "\n")
         self._cells.flush()
 
-    def step(
-        self,
-        step: int,
-        n_steps: int,
-        epoch: int,
-        rate: float,
-        losses: Mapping[str, LossTotal],
-        n_cells: int,
-        waited_s: float,
-    ) -> None:
-        """Take in a step; log and say it when it is time. step: how many there were; n_cells: of the global batch"""
+    def step(self, facts: StepFacts, step: int, n_steps: int, epoch: int) -> None:
+        """Take in a step; log and say it when it is time. step: how many there were, of ``n_steps``"""
         if self._metrics is None:
             return
-        self._window.add(losses, n_cells, waited_s)
+        self._window.add(facts)
         if step % self._options.log_steps == 0:
             figures = self._window.figures()
-            self._metrics.write({"step": step, "epoch": epoch, "rate": rate, **figures})
+            self._metrics.write({"step": step, "epoch": epoch, "rate": facts.rate, **figures})
             self._window = Meter()
-            self._say(step, n_steps, epoch, rate, figures)
+            self._say(step, n_steps, epoch, facts.rate, figures)
 
     def _say(self, step: int, n_steps: int, epoch: int, rate: float, figures: Mapping[str, float]) -> None:
         since, at = self._said
@@ -171,10 +162,6 @@ class Record:
             self._checkpoints.close()
         if self._metrics is not None:
             self._metrics.close()
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 @contextmanager

@@ -267,6 +267,18 @@ def test_cells_without_a_label_are_left_out_whole_numbers_are_labels(atlas, pret
     assert len(pq.read_table(tmp_path / "run" / "split.parquet")) == 300
 
 
+def test_a_model_that_was_read_is_fine_tuned_as_its_folder_is_but_not_an_unwritten_one(
+    atlas, pretrained, tmp_path
+):
+    config = small_finetuning(epochs=1)
+    finetune(atlas, pretrained, "cell_type", tmp_path / "folder", config)
+    finetune(atlas, read_model(pretrained), "cell_type", tmp_path / "read", config)
+    assert files_of(tmp_path / "read" / "model") == files_of(tmp_path / "folder" / "model")
+    with pytest.raises(ModelError, match="the model was never written"):
+        finetune(atlas, replace(read_model(pretrained), digest=""), "cell_type", tmp_path / "no", config)
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_type_with_one_cell_trains(atlas, pretrained, tmp_path):
     labels = atlas.obs(["cell_type"])["cell_type"].to_numpy(object)
     labels[17] = "rare"

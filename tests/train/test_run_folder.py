@@ -1,14 +1,21 @@
 import json
+from dataclasses import replace
 
 import pytest
-from planted import small_finetuning, small_pretraining
+import torch
+from planted import Lines, StopAfter, files_of, small_finetuning, small_pretraining
 
 from annatac_scale.config import read_toml
 from annatac_scale.errors import ConfigError, InputError
 from annatac_scale.progress import Silent
+from annatac_scale.store import leases
+from annatac_scale.store.place import place_of
+from annatac_scale.train import run_folder
 from annatac_scale.train.checkpoint import checkpoint_name
 from annatac_scale.train.presets import FinetuneConfig, PretrainConfig, finetune_preset, pretrain_preset
+from annatac_scale.train.pretrain import pretrain
 from annatac_scale.train.run_folder import RunFolder
+from annatac_scale.train.run_options import RunOptions
 
 IDENTITY = {"kind": "pretrain", "samples": {"s0": "abc"}}
 SAY = Silent().say
@@ -117,3 +124,70 @@ def test_a_run_json_that_was_edited_is_an_error(tmp_path):
         run_at(tmp_path / "run").use(SAY),
     ):
         pass
+
+
+def test_a_run_in_object_storage_is_the_run_on_disk(atlas, s3, tmp_path):
+    url = f"{s3.bucket()}/runs/a"
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(atlas, url, small_pretraining(3), StopAfter(2))
+    assert not place_of(url).size("model/config.json")
+    progress = Lines()
+    report = pretrain(atlas, url, small_pretraining(3), progress)
+    assert any(line.startswith(f"resuming {url} after 24 steps") for line in progress.lines)
+    local = pretrain(atlas, tmp_path / "run", small_pretraining(3))
+    assert replace(report, model=local.model) == local
+    names = place_of(local.model).names()
+    assert [name for name in s3.keys(f"{url}/model")] == names
+    for name in names:
+        assert s3.get(f"{url}/model/{name}") == (local.model / name).read_bytes(), name
+    lines = [json.loads(line) for line in s3.get(f"{url}/metrics.jsonl").splitlines()]
+    assert [(x["attempt"], x["step"]) for x in lines if "began" in x] == [(1, 0), (2, 24)]
+    assert [x["epoch"] for x in lines if "validation_score" in x] == [1, 2, 3]
+    assert any(name.startswith("tensorboard/") for name in s3.keys(url))
+    assert not [name for name in s3.keys(url) if "lock" in name]
+
+
+def test_a_run_in_object_storage_that_is_in_use_is_refused(s3, monkeypatch):
+    monkeypatch.setattr(leases, "REFRESH_S", 0.05)
+    monkeypatch.setattr(run_folder, "_LOOK_S", 0.2)
+    url, said = f"{s3.bucket()}/run", []
+    with (
+        run_at(url).use(SAY),
+        pytest.raises(InputError, match="another process is using this run"),
+        run_at(url).use(said.append),
+    ):
+        pass
+    assert said == [f"{url}: in use, or its user died; waiting to see which, a minute or some"]
+    with run_at(url).use(SAY):
+        pass
+
+
+def test_logs_of_cells_are_for_disks(atlas, s3):
+    with pytest.raises(ConfigError, match="--log-cells: found --out s3://.*, expected a folder on a disk"):
+        pretrain(atlas, f"{s3.bucket()}/run", small_pretraining(1), options=RunOptions(log_cells=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"checkpoint_minutes": 0.0},
+        {"checkpoint_steps": -1},
+        {"keep": 0},
+        {"log_steps": 0},
+        {"on_nan": "ignore"},
+    ],
+)
+def test_options_of_a_run_out_of_range_are_refused_by_name(options):
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"(--)?{name.replace('_', '[-_]')}"):
+        RunOptions(**options)
+
+
+def test_options_of_a_run_may_change_from_one_attempt_to_the_next(atlas, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(atlas, tmp_path / "run", small_pretraining(2), StopAfter(1), RunOptions(keep=1))
+    options = RunOptions(keep=9, checkpoint_steps=5, on_nan="skip", deterministic=True)
+    report = pretrain(atlas, tmp_path / "run", small_pretraining(2), options=options)
+    undisturbed = pretrain(atlas, tmp_path / "undisturbed", small_pretraining(2))
+    assert files_of(report.model) == files_of(undisturbed.model)
+    assert not torch.are_deterministic_algorithms_enabled()
