@@ -29,6 +29,28 @@ def is_url(location: Location) -> bool:
     return isinstance(location, str) and "://" in location
 
 
+def location_of(given: Location) -> Location:
+    """A location as users give it: a URL stays text, as a Path would make one slash of its two; all else is a Path."""
+    return given if is_url(given) else Path(given)
+
+
+def on_disk(given: Location, option: str) -> Path:
+    """The path of what can only lie on a disk. ``option``: what it was given as. Raises InputError for a URL."""
+    if is_url(given):
+        raise InputError(f"{option} {given}: found an URL; expected a path on a disk; give one, then copy it")
+    return Path(given)
+
+
+def parent_of(location: Location) -> Location | None:
+    """The folder that a location is in; None for a whole bucket. Raises InputError for a URL of something else."""
+    if not is_url(location):
+        return Path(location).absolute().parent
+    from annatac_scale.store.objects import split_url
+
+    bucket, key = split_url(str(location))
+    return f"{bucket}/{key}".rpartition("/")[0] if key else None
+
+
 def joined(location: Location, name: str) -> Location:
     """What is called ``name`` (relative, "/"-separated) below a location; of the same type."""
     if isinstance(location, str) and is_url(location):
