@@ -198,9 +198,9 @@ def _quality(store: "Location", plot: AnyPath | None) -> "QualityTable":
 
 
 def pretrain(
-    store: AnyPath,
+    store: "Location",
     *,
-    out: AnyPath,
+    out: "Location",
     preset: str = "tiny",
     attend: str | None = None,
     epochs: int | None = None,

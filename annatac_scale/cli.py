@@ -281,7 +281,7 @@ def info(context: click.Context, store: "Location", as_json: bool, **options: An
 
 @main.command()
 @_store
-@_folder("--out", required=True, help="Folder of the run; the model is FOLDER/model.")
+@_place("--out", required=True, help="Folder of the run; the model is FOLDER/model.")
 @click.option(
     "--preset", default="tiny", type=click.Choice(["tiny", "small", "paper"]),
     help="Size, objective and rates; paper: as published.",
@@ -313,7 +313,7 @@ def info(context: click.Context, store: "Location", as_json: bool, **options: An
 @click.option("--log-steps", default=20, metavar="N", help="Steps between two lines of metrics.jsonl.")
 @click.option("--log-cells", is_flag=True, help="Write which cells each rank saw in which step.")
 @click.option("--deterministic", is_flag=True, help="On GPUs, only kernels that repeat their bits.")
-def pretrain(store: Path, **options: Any) -> None:
+def pretrain(store: "Location", **options: Any) -> None:
     """Pretrain an encoder on the cells of a store.
 
     Alone on a laptop, under torchrun, or on a Ray cluster: the results are the same. Run again, the same command goes

@@ -36,4 +36,4 @@ class RunOptions:
             raise ConfigError(f"--checkpoint-steps {self.checkpoint_steps}: expected at least 0")
         for name in ("keep", "log_steps"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: found {getattr(self, name)}, expected at least 1")
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")

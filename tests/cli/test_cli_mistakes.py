@@ -158,7 +158,9 @@ MISTAKES = {
     "one store too many": ("info {store} {other}", "unexpected extra argument", "`annatac info --help`"),
     "no such preset": (f"{PRETRAIN} --preset huge", "'huge' is not one of 'tiny', 'small', 'paper'"),
     "no epochs": (f"{PRETRAIN} --epochs 0", "'--epochs': 0 is not in the range x>=1"),
-    "fewer than no workers": (f"{PRETRAIN} --workers -1", "'--workers': -1 is not in the range x>=0"),
+    "fewer than no workers": (f"{PRETRAIN} --workers -1", "--workers -1: expected N or MIN:MAX"),
+    "no time between checkpoints": (f"{PRETRAIN} --checkpoint-minutes 0", "--checkpoint-minutes 0.0: expected more"),
+    "no checkpoint kept": (f"{PRETRAIN} --keep 0", "--keep 0: expected at least 1"),
 }  # fmt: skip
 
 

@@ -137,7 +137,7 @@ def test_a_run_in_object_storage_is_the_run_on_disk(atlas, s3, tmp_path):
     local = pretrain(atlas, tmp_path / "run", small_pretraining(3))
     assert replace(report, model=local.model) == local
     names = place_of(local.model).names()
-    assert [name for name in s3.keys(f"{url}/model")] == names
+    assert s3.keys(f"{url}/model") == names
     for name in names:
         assert s3.get(f"{url}/model/{name}") == (local.model / name).read_bytes(), name
     lines = [json.loads(line) for line in s3.get(f"{url}/metrics.jsonl").splitlines()]
@@ -163,7 +163,7 @@ def test_a_run_in_object_storage_that_is_in_use_is_refused(s3, monkeypatch):
 
 
 def test_logs_of_cells_are_for_disks(atlas, s3):
-    with pytest.raises(ConfigError, match="--log-cells: found --out s3://.*, expected a folder on a disk"):
+    with pytest.raises(ConfigError, match=r"--log-cells: found --out s3://.*, expected a folder on a disk"):
         pretrain(atlas, f"{s3.bucket()}/run", small_pretraining(1), options=RunOptions(log_cells=True))
 
 
@@ -179,7 +179,7 @@ def test_logs_of_cells_are_for_disks(atlas, s3):
 )
 def test_options_of_a_run_out_of_range_are_refused_by_name(options):
     (name,) = options
-    with pytest.raises(ConfigError, match=f"(--)?{name.replace('_', '[-_]')}"):
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} .*: expected"):
         RunOptions(**options)
 
 
