@@ -14,7 +14,7 @@ import pytest
 from scipy import sparse
 
 import annatac_scale as ats
-import annatac_scale.train.finetune  # noqa: F401 (it must not be read for the first time while read_model is patched)
+import annatac_scale.train.finetune
 from annatac_scale import api
 from annatac_scale.cli import main
 from annatac_scale.errors import AnnatacError, ConfigError, InputError, StoreError
