@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WITH := $(if $(CONSTRAINT),-c $(CONSTRAINT))
 
-.PHONY: demo demo-full test lint bench clean
+.PHONY: demo demo-full test test-slurm test-nodes lint bench clean
 
 demo: $(READY)
 	$(BIN)/annatac demo --out $(OUT)
@@ -19,6 +19,14 @@ demo-full: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Needs Debian's packages slurm-wlm and munge; skips without them.
+test-slurm: $(READY)
+	$(BIN)/python -m pytest -m slurm
+
+# Needs root and iproute2, for network namespaces; skips without them.
+test-nodes: $(READY)
+	$(BIN)/python -m pytest -m nodes
 
 lint: $(READY)
 	$(BIN)/ruff check

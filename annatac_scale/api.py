@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from annatac_scale.store.csr import ExportReport
     from annatac_scale.store.findings import VerifyReport
     from annatac_scale.store.info import StoreInfo
+    from annatac_scale.store.place import Location
     from annatac_scale.train.cost import CostReport
     from annatac_scale.train.finetune import FinetuneReport
     from annatac_scale.train.pretrain import PretrainReport
 
 AnyPath = Path | str
+"""A path; what is called a Location may be a URL of object storage as well."""
 
 
 def islands(
@@ -125,19 +127,19 @@ def _join(
 
 
 @overload
-def info(store: AnyPath) -> "StoreInfo": ...
+def info(store: "Location") -> "StoreInfo": ...
 @overload
-def info(store: AnyPath, *, qc: Literal[True], plot: AnyPath | None = None) -> "QualityTable": ...
+def info(store: "Location", *, qc: Literal[True], plot: AnyPath | None = None) -> "QualityTable": ...
 @overload
-def info(store: AnyPath, *, digest: Literal[True]) -> str: ...
+def info(store: "Location", *, digest: Literal[True]) -> str: ...
 @overload
 def info(
-    store: AnyPath, *, verify: Literal[True], workers: int | None = None, progress: Progress | None = None
+    store: "Location", *, verify: Literal[True], workers: int | None = None, progress: Progress | None = None
 ) -> "VerifyReport": ...
 @overload
-def info(store: AnyPath, *, cost: Literal[True], progress: Progress | None = None) -> "CostReport": ...
+def info(store: "Location", *, cost: Literal[True], progress: Progress | None = None) -> "CostReport": ...
 def info(
-    store: AnyPath,
+    store: "Location",
     *,
     qc: bool = False,
     plot: AnyPath | None = None,
@@ -181,7 +183,7 @@ def info(
     return describe(IslandStore.open(store))
 
 
-def _quality(store: AnyPath, plot: AnyPath | None) -> "QualityTable":
+def _quality(store: "Location", plot: AnyPath | None) -> "QualityTable":
     from annatac_scale.report.quality import QualityTable, read_quality
     from annatac_scale.store.store import IslandStore
 
@@ -196,28 +198,33 @@ def _quality(store: AnyPath, plot: AnyPath | None) -> "QualityTable":
 
 
 def pretrain(
-    store: AnyPath,
+    store: "Location",
     *,
-    out: AnyPath,
+    out: "Location",
     preset: str = "tiny",
     attend: str | None = None,
     epochs: int | None = None,
     config: AnyPath | None = None,
     settings: Sequence[str] | str = (),
-    workers: int = 0,
+    workers: int | str = 0,
+    ray: str | None = None,
     gpus: bool = False,
     progress: Progress | None = None,
+    **options: Any,
 ) -> "PretrainReport":
     """Pretrain an encoder on the cells of a store; the model folder is ``out``/model.
 
     preset: "tiny", "small" or "paper"
     attend: "open" or "all", which trains the Linformer also where the preset does not; None for the preset's own
     config: a TOML file over the preset; settings: ``key=value`` over both, as ``train.learning_rate=1e-3``
-    workers: 0 trains in this process, more on Ray Train
+    workers: 0 trains in this process, or as one of those that torchrun started; N or "MIN:MAX" on Ray Train
+    ray: the cluster to train on, "auto" or HOST:PORT; None: RAY_ADDRESS's, else one that is started here for the run
+    options: as in ``train.run_options.RunOptions``, as checkpoint_minutes=5
     """
     from annatac_scale.config import override, read_toml
     from annatac_scale.store.store import IslandStore
     from annatac_scale.train.presets import PretrainConfig, pretrain_preset
+    from annatac_scale.train.run_options import RunOptions
 
     chosen = pretrain_preset(preset)
     if attend is not None and not chosen.runs_encoder:
@@ -234,19 +241,21 @@ def pretrain(
         chosen = replace(chosen, encoder=replace(chosen.encoder, attend=attend))
     if epochs is not None:
         chosen = replace(chosen, train=replace(chosen.train, epochs=epochs, min_steps=0))
-    if workers or gpus:
-        from annatac_scale.train.cluster import pretrain_on_ray
+    how = RunOptions(**options)
+    if workers or gpus or ray is not None:
+        from annatac_scale.train.cluster import Cluster, pretrain_on_ray
 
-        return pretrain_on_ray(Path(store), Path(out), chosen, max(workers, 1), gpus, progress)
+        cluster = Cluster.of(workers or 1, gpus, ray)
+        return pretrain_on_ray(store, out, chosen, cluster, progress, how)
     from annatac_scale.train.pretrain import pretrain as run
 
-    return run(IslandStore.open(store), out, chosen, progress=progress)
+    return run(IslandStore.open(store), out, chosen, progress, how)
 
 
 def finetune(
-    store: AnyPath,
+    store: "Location",
     *,
-    model: AnyPath,
+    model: "Location",
     labels: str,
     out: AnyPath,
     head: str | None = None,
@@ -259,6 +268,7 @@ def finetune(
 ) -> "FinetuneReport":
     """Fine-tune a pretrained model on the labelled cells of a store; the model folder is ``out``/model.
 
+    store, model: on a disk or in object storage; out: on a disk
     labels: obs column with the cell types
     head: "pooled", "cnn" or "subtype"; None for "pooled", but "cnn" after preset paper
     holdout: share of each type's cells that test, or "column=value": all cells with that value test
@@ -270,7 +280,8 @@ def finetune(
     from annatac_scale.train.finetune import finetune as run
     from annatac_scale.train.presets import FinetuneConfig, finetune_preset
 
-    info = read_model(model).info
+    pretrained = read_model(model)
+    info = pretrained.info
     chosen = finetune_preset(info.preset, head, info.pooled_layer)
     if config is not None:
         chosen = read_toml(FinetuneConfig, config, chosen)
@@ -281,25 +292,28 @@ def finetune(
         chosen = replace(chosen, freeze_encoder=True)
     if epochs is not None:
         chosen = replace(chosen, train=replace(chosen.train, epochs=epochs, min_steps=0))
-    return run(IslandStore.open(store), model, labels, out, chosen, holdout, progress)
+    return run(IslandStore.open(store), pretrained, labels, out, chosen, holdout, progress)
 
 
 def predict(
-    store: AnyPath,
+    store: "Location",
     *,
-    model: AnyPath,
+    model: "Location",
     out: AnyPath,
     novel_threshold: float | None = None,
     write_h5ad: AnyPath | None = None,
     progress: Progress | None = None,
 ) -> "PredictReport":
-    """Label every cell of a store; ``out`` becomes a folder of Parquet tables."""
+    """Label every cell of a store; ``out`` becomes a folder of Parquet tables.
+
+    store, model: on a disk or in object storage; out, write_h5ad: on a disk
+    """
     from annatac_scale.annotate.predict import predict as run
 
     return run(store, model, out, novel_threshold=novel_threshold, write_h5ad=write_h5ad, progress=progress)
 
 
-def evaluate(labels: AnyPath, *, store: AnyPath, truth: str, cells: str = "test") -> "EvaluationReport":
+def evaluate(labels: AnyPath, *, store: "Location", truth: str, cells: str = "test") -> "EvaluationReport":
     """Compare predicted labels with an obs column of the store, on held-out cells ("test") or on "all"."""
     from annatac_scale.annotate.evaluate import evaluate as run
 
@@ -307,7 +321,7 @@ def evaluate(labels: AnyPath, *, store: AnyPath, truth: str, cells: str = "test"
 
 
 def export(
-    store: AnyPath,
+    store: "Location",
     *,
     out: AnyPath,
     samples: Sequence[str] | str = (),
@@ -331,8 +345,9 @@ def demo(
 ) -> list[dict[str, Any]]:
     """The whole road on the data that the package ships; returns the figures, a dict a data set."""
     from annatac_scale.demonstration import run_demo
+    from annatac_scale.store.place import on_disk
 
-    return run_demo(Path(out), full, progress or Silent())
+    return run_demo(on_disk(out, "--out"), full, progress or Silent())
 
 
 def _listed(texts: Sequence[str] | str) -> Sequence[str]:

@@ -2,18 +2,22 @@
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from annatac_scale import api
-from annatac_scale.errors import AnnatacError
+from annatac_scale.errors import AnnatacError, RunInterruptedError
 from annatac_scale.terminal import TerminalProgress
+
+if TYPE_CHECKING:
+    from annatac_scale.store.place import Location
 
 NOT_SOUND = 1
 USER_ERROR = 2
@@ -47,6 +51,9 @@ def _one_line_errors() -> Iterator[None]:
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "annatac"
         raise _Refused(f"{error.format_message().rstrip('.?')}; see `{command} --help`") from error
+    except RunInterruptedError as error:
+        click.echo(f"annatac: {error}", err=True)
+        sys.exit(128 + error.number)
     except AnnatacError as error:
         raise _Refused(str(error)) from error
     except OSError as error:
@@ -83,14 +90,30 @@ def main() -> None:
     """Annotate the cell types of scATAC-seq atlases: convert, pretrain, fine-tune, predict, evaluate."""
 
 
-_file = partial(click.option, type=Path, metavar="FILE")
-_folder = partial(click.option, type=Path, metavar="FOLDER")
+class _LocationType(click.ParamType):
+    """A Path, but for a URL, which stays text: a Path would make one slash of its two."""
+
+    name = "location"
+
+    def convert(
+        self, value: "Location", param: click.Parameter | None, ctx: click.Context | None
+    ) -> "Location":
+        """As store.place.location_of."""
+        from annatac_scale.store.place import location_of
+
+        return location_of(value)
+
+
+_LOCATION = _LocationType()
+_file = partial(click.option, type=_LOCATION, metavar="FILE")
+_folder = partial(click.option, type=_LOCATION, metavar="FOLDER")
+_place = partial(click.option, type=_LOCATION, metavar="FOLDER|URL")
 _text = partial(click.option, metavar="FILE")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def _store(command: Any) -> Any:
-    return click.argument("store", type=Path)(command)
+    return click.argument("store", type=_LOCATION)(command)
 
 
 def _together(*options: Any) -> Any:
@@ -134,7 +157,7 @@ _training_options = _together(
 @main.command()
 @_islands_options(assembly_needed=True)
 @_file("--out", help="Write the islands here (tsv.gz).")
-def islands(out: Path | None, **options: Any) -> None:
+def islands(out: "Location | None", **options: Any) -> None:
     """Show the islands of an assembly, or write them."""
     space = api.islands(out=out, progress=TerminalProgress(), **options)
     click.echo(
@@ -227,7 +250,7 @@ def convert(context: click.Context, inputs: Sequence[str], as_json: bool, **opti
 
 
 @main.command()
-@click.argument("store")
+@_store
 @click.option("--qc", is_flag=True, help="Show the quality of the cells instead, one line a sample.")
 @_file("--plot", help="With --qc: draw it as well; the ending says which of png, svg and pdf.")
 @click.option("--digest", is_flag=True, help="Print the store's digest alone.")
@@ -245,7 +268,7 @@ def convert(context: click.Context, inputs: Sequence[str], as_json: bool, **opti
 )  # fmt: skip
 @_json
 @click.pass_context
-def info(context: click.Context, store: str, as_json: bool, **options: Any) -> None:
+def info(context: click.Context, store: "Location", as_json: bool, **options: Any) -> None:
     """Show what a store holds, verify it, or tell what training costs."""
     found = api.info(store, progress=TerminalProgress(), **options)
     if isinstance(found, str):
@@ -258,7 +281,7 @@ def info(context: click.Context, store: str, as_json: bool, **options: Any) -> N
 
 @main.command()
 @_store
-@_folder("--out", required=True, help="Folder of the run; the model is FOLDER/model.")
+@_place("--out", required=True, help="Folder of the run; the model is FOLDER/model.")
 @click.option(
     "--preset", default="tiny", type=click.Choice(["tiny", "small", "paper"]),
     help="Size, objective and rates; paper: as published.",
@@ -269,27 +292,44 @@ def info(context: click.Context, store: str, as_json: bool, **options: Any) -> N
 )  # fmt: skip
 @_training_options
 @click.option(
-    "--workers",
-    default=0,
-    metavar="N",
-    type=click.IntRange(min=0),
-    help="Processes on Ray Train; 0: this one, without Ray.",
-)
+    "--workers", default="0", metavar="N|MIN:MAX",
+    help="Processes on Ray Train, or as many as there are places for; 0: this one, or torchrun's.",
+)  # fmt: skip
+@click.option(
+    "--ray", metavar="auto|HOST:PORT",
+    help="A running Ray cluster; default: RAY_ADDRESS's, else one that is started here for the run.",
+)  # fmt: skip
 @click.option("--gpus", is_flag=True, help="One GPU a worker.")
-def pretrain(store: Path, **options: Any) -> None:
+@click.option(
+    "--checkpoint-minutes", default=10.0, type=float, metavar="M",
+    help="Keep the state when so much time has gone by, besides each epoch's end.",
+)  # fmt: skip
+@click.option("--checkpoint-steps", default=0, metavar="N", help="And after every N steps; 0: by time alone.")
+@click.option("--keep", default=3, metavar="N", help="Newest checkpoints that stay, besides the best.")
+@click.option(
+    "--on-nan", default="stop", type=click.Choice(["stop", "skip"]),
+    help="A loss that is not finite: name the cells and stop, or leave the step out.",
+)  # fmt: skip
+@click.option("--log-steps", default=20, metavar="N", help="Steps between two lines of metrics.jsonl.")
+@click.option("--log-cells", is_flag=True, help="Write which cells each rank saw in which step.")
+@click.option("--deterministic", is_flag=True, help="On GPUs, only kernels that repeat their bits.")
+def pretrain(store: "Location", **options: Any) -> None:
     """Pretrain an encoder on the cells of a store.
 
-    Run again, the same command goes on after the last complete epoch.
+    Alone on a laptop, under torchrun, or on a Ray cluster: the results are the same. Run again, the same command goes
+    on after the newest checkpoint, on as many workers as there are then.
     """
+    options["workers"] = 0 if options["workers"] == "0" else options["workers"]
     report = api.pretrain(store, progress=TerminalProgress(), **options)
-    click.echo(
-        f"{report.model}: {report.n_cells:,} cells, {report.n_islands:,} islands, {_figures(report.figures)}"
-    )
+    if os.environ.get("RANK", "0") == "0":  # of those that torchrun started, the first one speaks for all
+        click.echo(
+            f"{report.model}: {report.n_cells:,} cells, {report.n_islands:,} islands, {_figures(report.figures)}"
+        )
 
 
 @main.command()
 @_store
-@_folder("--model", required=True, help="The pretrained model.")
+@_place("--model", required=True, help="The pretrained model.")
 @click.option("--labels", required=True, metavar="COLUMN", help="obs column with the cell types.")
 @_folder("--out", required=True, help="Folder of the run; the model is FOLDER/model.")
 @click.option(
@@ -303,7 +343,7 @@ def pretrain(store: Path, **options: Any) -> None:
 )  # fmt: skip
 @click.option("--freeze-encoder", is_flag=True, help="Train the head alone.")
 @_training_options
-def finetune(store: Path, **options: Any) -> None:
+def finetune(store: "Location", **options: Any) -> None:
     """Fine-tune a pretrained model on the labelled cells of a store.
 
     Run again, the same command goes on after the last complete epoch.
@@ -316,14 +356,14 @@ def finetune(store: Path, **options: Any) -> None:
 
 @main.command()
 @_store
-@_folder("--model", required=True, help="The fine-tuned model.")
+@_place("--model", required=True, help="The fine-tuned model.")
 @_folder("--out", required=True, help="Folder for the labels, a Parquet data set.")
 @click.option(
     "--novel-threshold", metavar="SHARE", type=float,
     help="Confidence below which a cell is Novel_cell_type; 0: none is; default: the model's own, 0.5.",
 )  # fmt: skip
 @_file("--write-h5ad", help="Also write the h5ad that was converted, with the labels in its obs.")
-def predict(store: Path, **options: Any) -> None:
+def predict(store: "Location", **options: Any) -> None:
     """Label every cell of a store.
 
     Run again, the same command goes on after the last complete part.
@@ -333,27 +373,27 @@ def predict(store: Path, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("labels", type=Path)
-@_folder("--store", required=True, help="The store with the true types.")
+@click.argument("labels", type=_LOCATION)
+@_place("--store", required=True, help="The store with the true types.")
 @click.option("--truth", required=True, metavar="COLUMN", help="obs column with the true types.")
 @click.option(
     "--cells", default="test", type=click.Choice(["test", "all"]), help="Held-out test cells, or all cells."
 )
 @_json
-def evaluate(labels: Path, as_json: bool, **options: Any) -> None:
+def evaluate(labels: "Location", as_json: bool, **options: Any) -> None:
     """Compare the labels of predict with the truth, on held-out cells."""
     report = api.evaluate(labels, **options)
     click.echo(_dumped(report.to_dict()) if as_json else "\n".join(report.text()))
 
 
 @main.command()
-@click.argument("store")
+@_store
 @click.option(
     "--out", required=True, metavar="FILE.h5ad|FOLDER.zarr", help="Where to; the ending says what it is."
 )
 @click.option("--samples", multiple=True, metavar="NAME", help="Only these, NAME or NAME,NAME; repeatable.")
 @click.option("--overwrite", is_flag=True, help="Replace an AnnData that is there.")
-def export(store: str, **options: Any) -> None:
+def export(store: "Location", **options: Any) -> None:
     """Write the cells of a store as a standard AnnData, levels as CSR."""
     click.echo(api.export(store, progress=TerminalProgress(), **options).text())
 
@@ -362,7 +402,7 @@ def export(store: str, **options: Any) -> None:
 @_folder("--out", default=Path("demo"), help="Folder to work in.")
 @click.option("--full", is_flag=True, help="All five folds of each data set, pooled.")
 @_json
-def demo(out: Path, full: bool, as_json: bool) -> None:
+def demo(out: "Location", full: bool, as_json: bool) -> None:
     """Run the whole road on real data that the package ships."""
     figures = api.demo(out, full=full, progress=TerminalProgress())
     if as_json:

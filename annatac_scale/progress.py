@@ -46,3 +46,16 @@ class Silent:
     ) -> Iterator[Advance]:
         """Count nothing."""
         yield Advance()
+
+
+def duration(seconds: float) -> str:
+    """About how long, no finer than anybody can tell: ``about 40 s``, ``about 12 min``, ``about 3 h 20 min``."""
+    if seconds < 57.5:
+        return f"about {max(5 * round(seconds / 5), 5)} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"about {minutes} min"
+    hours, minutes = divmod(10 * round(minutes / 10), 60)
+    if hours < 48:
+        return f"about {hours} h {minutes} min" if minutes else f"about {hours} h"
+    return f"about {round(hours / 24)} days"

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from annatac_scale.progress import Advance
+from annatac_scale.progress import Advance, duration
 
 PLAIN_LINE_EVERY_S = 30.0
 _MOST_SAMPLES_SHOWN = 5
@@ -228,16 +228,3 @@ def _short(number: float, unit: str) -> str:
     digits = 1 if power and number < 99.95 else 0
     space = "" if unit == "B" or not power else " "
     return f"{number:.{digits}f} {_PREFIXES[power]}{space}{unit}"
-
-
-def duration(seconds: float) -> str:
-    """About how long, no finer than anybody can tell: ``about 40 s``, ``about 12 min``, ``about 3 h 20 min``."""
-    if seconds < 57.5:
-        return f"about {max(5 * round(seconds / 5), 5)} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"about {minutes} min"
-    hours, minutes = divmod(10 * round(minutes / 10), 60)
-    if hours < 48:
-        return f"about {hours} h {minutes} min" if minutes else f"about {hours} h"
-    return f"about {round(hours / 24)} days"

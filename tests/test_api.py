@@ -14,12 +14,14 @@ import pytest
 from scipy import sparse
 
 import annatac_scale as ats
+import annatac_scale.train.finetune
 from annatac_scale import api
 from annatac_scale.cli import main
 from annatac_scale.errors import AnnatacError, ConfigError, InputError, StoreError
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.ingest.convert import ConvertOptions
 from annatac_scale.store.store import IslandStore
+from annatac_scale.train.run_options import RunOptions
 
 COMMANDS = ["islands", "convert", "info", "pretrain", "finetune", "predict", "evaluate", "export", "demo"]
 
@@ -70,6 +72,8 @@ def defaults_of(name: str) -> dict[str, Any]:
     given = {parameter.name: parameter.default for parameter in parameters}
     if name == "convert":
         given |= {field.name: field.default for field in dataclasses.fields(ConvertOptions)}
+    if name == "pretrain":
+        given |= {field.name: field.default for field in dataclasses.fields(RunOptions)}
     return given
 
 
@@ -187,7 +191,7 @@ def test_flags_win_over_settings_and_these_over_the_file(
     seen = []
     monkeypatch.setattr("annatac_scale.store.store.IslandStore.open", lambda path: path)
     monkeypatch.setattr(
-        "annatac_scale.train.pretrain.pretrain", lambda store, out, config, progress: seen.append(config)
+        "annatac_scale.train.pretrain.pretrain", lambda store, out, config, *rest: seen.append(config)
     )
     options = {
         "out": tmp_path / "run",
@@ -208,7 +212,7 @@ def test_asking_for_attention_trains_the_linformer_whatever_the_preset(
     seen: list[Any] = []
     monkeypatch.setattr("annatac_scale.store.store.IslandStore.open", lambda path: path)
     monkeypatch.setattr(
-        "annatac_scale.train.pretrain.pretrain", lambda store, out, config, progress: seen.append(config)
+        "annatac_scale.train.pretrain.pretrain", lambda store, out, config, *rest: seen.append(config)
     )
     api.pretrain("x", out="y")
     api.pretrain("x", out="y", attend="open")

@@ -7,8 +7,8 @@ import threading
 import pytest
 from rich.console import Console
 
-from annatac_scale.progress import Silent
-from annatac_scale.terminal import PLAIN_LINE_EVERY_S, TerminalProgress, duration
+from annatac_scale.progress import Silent, duration
+from annatac_scale.terminal import PLAIN_LINE_EVERY_S, TerminalProgress
 
 SAMPLES = {f"s{i}": 1_000_000 for i in range(200)}
 

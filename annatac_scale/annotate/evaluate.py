@@ -16,6 +16,7 @@ from annatac_scale.annotate.metrics import Evaluation, evaluate_labels
 from annatac_scale.errors import InputError
 from annatac_scale.model.calibration import expected_calibration_error
 from annatac_scale.model.labels import label_texts
+from annatac_scale.store.place import Location, on_disk
 from annatac_scale.store.store import IslandStore
 from annatac_scale.train.splits import SPLITS
 
@@ -142,22 +143,23 @@ class EvaluationReport:
 
 
 def evaluate(
-    labels: Path | str,
-    store: IslandStore | Path | str,
+    labels: Location,
+    store: IslandStore | Location,
     truth: str,
     *,
     cells: str = "test",
 ) -> EvaluationReport:
     """Compare a labels data set with the true types of its cells.
 
-    labels: folder that ``predict`` wrote, complete; truth: obs column of the store; cells: "test", those that
-    fine-tuning held out, or "all"
+    labels: folder on a disk that ``predict`` wrote, complete; store: may lie in object storage
+    truth: obs column of the store; cells: "test", those that fine-tuning held out, or "all"
 
-    Raises InputError where parts or cells are missing, no cell was held out, or no cell has a truth.
+    Raises InputError where the labels are a URL, parts or cells are missing, no cell was held out, or no cell has a
+    truth.
     """
     if cells not in CELLS:
         raise InputError(f"--cells: found {cells!r}, expected {' or '.join(CELLS)}")
-    folder = LabelsFolder.open_complete(labels)
+    folder = LabelsFolder.open_complete(on_disk(labels, "labels"))
     store = store if isinstance(store, IslandStore) else IslandStore.open(store)
     rows, chances, n_by_split = _rows(folder, cells)
     true_types = _true_types(folder, store, truth, rows)

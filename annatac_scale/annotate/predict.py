@@ -34,6 +34,7 @@ from annatac_scale.model.folder import Model, read_model
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.export import write_obs_into_h5ad
 from annatac_scale.store.open_islands import OpenIslands
+from annatac_scale.store.place import Location, is_url, on_disk
 from annatac_scale.store.schema import SHARD_BLOCKS
 from annatac_scale.store.store import IslandStore, Sample
 from annatac_scale.stream.batch import Batch
@@ -72,39 +73,43 @@ class PredictReport:
 
 
 def predict(
-    store: IslandStore | Path | str,
-    model: Model | Path | str,
-    out: Path | str,
+    store: IslandStore | Location,
+    model: Model | Location,
+    out: Location,
     *,
     novel_threshold: float | None = None,
-    write_h5ad: Path | str | None = None,
+    write_h5ad: Location | None = None,
     progress: Progress | None = None,
 ) -> PredictReport:
     """Tell the type of every cell of a store, into the labels data set ``out`` (columns: LabelRule.schema).
 
+    store, model: may lie in object storage; out, write_h5ad: only on a disk
     novel_threshold: a cell whose confidence is below it is named Novel_cell_type, 0 names none; None: the model's own
     write_h5ad: where to write the h5ad that the one sample was converted from, with the labels in its obs
 
     Parts that are there already are skipped: the same command goes on after an interruption. ``split`` is copied from
     split.parquet beside the model folder. Raises ModelError where the model has no cell types, does not fit the store
     or is another one than made the labels in ``out``; InputError where ``out`` holds something else or labels made
-    with other options, and where ``write_h5ad`` asks for the impossible; ConfigError for a threshold out of range.
+    with other options, where ``out`` or ``write_h5ad`` is a URL, and where ``write_h5ad`` asks for the impossible;
+    ConfigError for a threshold out of range.
     """
     progress = progress or Silent()
+    out = on_disk(out, "--out")
+    h5ad = None if write_h5ad is None else on_disk(write_h5ad, "--write-h5ad")
     store = store if isinstance(store, IslandStore) else IslandStore.open(store)
     if not isinstance(model, Model):
         model = read_model(model, "cuda" if torch.cuda.is_available() else "cpu")
     predictor = _Predictor(store, model, novel_threshold)
-    source = None if write_h5ad is None else _h5ad_source(store, Path(write_h5ad))
+    source = None if h5ad is None else _h5ad_source(store, h5ad)
     with labels_writer(out, predictor.manifest) as folder:
         n_skipped = _write_parts(folder, predictor, progress)
         report = _report(folder, store, n_skipped)
     for name, share in report.dropped.items():
         progress.say(f"{name}: {share:.1%} of the open islands are not in the model's vocabulary")
-    if source is None or write_h5ad is None:
+    if source is None or h5ad is None:
         return report
-    write_obs_into_h5ad(source, _obs_columns(folder), write_h5ad)
-    return replace(report, h5ad=Path(write_h5ad))
+    write_obs_into_h5ad(source, _obs_columns(folder), h5ad)
+    return replace(report, h5ad=h5ad)
 
 
 def _write_parts(folder: LabelsFolder, predictor: "_Predictor", progress: Progress) -> int:
@@ -231,23 +236,29 @@ def _h5ad_source(store: IslandStore, out: Path) -> Path:
             "file; leave the option out and join the table by sample and barcode"
         )
     conversion = store.samples[names[0]].conversion
-    paths = [Path(entry["path"]) for entry in conversion.get("inputs", []) if entry["role"] == "data"]
+    paths = [entry["path"] for entry in conversion.get("inputs", []) if entry["role"] == "data"]
     if conversion.get("kind") != "h5ad" or not paths:
         raise InputError(
             f"--write-h5ad: found sample {names[0]!r} converted from {conversion.get('kind') or 'no file'}, expected "
             "an h5ad file; leave the option out and join the table by barcode"
         )
-    if not paths[0].exists():
+    if is_url(paths[0]):
         raise InputError(
-            f"{paths[0]}: not there any more, expected the file that sample {names[0]!r} was converted from; put it "
+            f"--write-h5ad: found sample {names[0]!r} converted from {paths[0]}, expected an h5ad file on a disk; "
+            "leave the option out and join the table by barcode"
+        )
+    source = Path(paths[0])
+    if not source.exists():
+        raise InputError(
+            f"{source}: not there any more, expected the file that sample {names[0]!r} was converted from; put it "
             "back or leave out --write-h5ad"
         )
-    if out.exists() and out.samefile(paths[0]):
+    if out.exists() and out.samefile(source):
         raise InputError(
             f"--write-h5ad {out}: found the file that sample {names[0]!r} was converted from, expected another one, as "
             "the input stays what it was; choose another path"
         )
-    return paths[0]
+    return source
 
 
 def _obs_columns(folder: LabelsFolder) -> pd.DataFrame:

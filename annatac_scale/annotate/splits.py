@@ -6,7 +6,6 @@ the x_sha256 of each sample as it was in fine-tuning: the split is said of those
 
 import hashlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from annatac_scale.errors import ModelError
+from annatac_scale.store.place import Location, joined, parent_of, place_of
 from annatac_scale.store.store import Sample
 from annatac_scale.train.splits import SPLIT_FILE, STORE_DIGESTS
 
@@ -23,27 +23,35 @@ from annatac_scale.train.splits import SPLIT_FILE, STORE_DIGESTS
 class Splits:
     """The split of a model's fine-tuning; one without a file knows no cell."""
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
+    def __init__(self, file: Location = "", data: bytes | None = None) -> None:
+        self._file = file
         self.sha256 = ""
         self._digests: dict[str, str] = {}
-        if path is None:
+        if data is None:
             return
         try:
-            self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-            self._table = pq.read_table(path, columns=["sample", "barcode", "split"])
+            self.sha256 = hashlib.sha256(data).hexdigest()
+            self._table = pq.read_table(pa.BufferReader(data), columns=["sample", "barcode", "split"])
             self._digests = json.loads(self._table.schema.metadata[STORE_DIGESTS])
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise ModelError(
-                f"{path}: cannot be read ({error!r}); expected the split that `annatac finetune` wrote beside the "
+                f"{file}: cannot be read ({error!r}); expected the split that `annatac finetune` wrote beside the "
                 "model; fetch it again, or delete it to predict without"
             ) from error
 
     @classmethod
-    def beside(cls, model_path: Path | None) -> "Splits":
-        """The split beside a model folder, if there is one. Raises ModelError where the file is damaged."""
-        path = None if model_path is None else model_path.absolute().parent / SPLIT_FILE
-        return cls(path if path is not None and path.exists() else None)
+    def beside(cls, model: Location | None) -> "Splits":
+        """The split beside a model folder, if there is one.
+
+        Raises ModelError where the file is damaged, StoreError where it is there and is not given.
+        """
+        folder = None if model is None else parent_of(model)
+        if folder is None:
+            return cls()
+        try:
+            return cls(joined(folder, SPLIT_FILE), place_of(folder).read(SPLIT_FILE))
+        except FileNotFoundError:
+            return cls()
 
     def of(self, sample: Sample, barcodes: NDArray[np.object_]) -> NDArray[np.object_]:
         """The split of a sample's cells, object [n], None for a cell that was not in the fine-tuning."""
@@ -54,7 +62,7 @@ class Splits:
         if not split.index.is_unique:
             twice = split.index[split.index.duplicated()][0]
             raise ModelError(
-                f"{self._path}: sample {sample.name!r} has cell {twice!r} twice; run finetune again"
+                f"{self._file}: sample {sample.name!r} has cell {twice!r} twice; run finetune again"
             )
         found = split.reindex(barcodes).to_numpy(object)
         found[pd.isna(found)] = None

@@ -8,15 +8,18 @@
     calibration.json       temperature (fine-tuned models)
     README.md              the model card
 
-A folder is written aside and renamed; reading checks every file against config.json, and that against a digest of
-its own content. The model card alone may be edited.
+It lies on a disk, where it is written aside and renamed, or below a URL in object storage, where config.json is put
+last and commits: a folder without it is no model. Reading takes each file once and checks it against config.json, and
+that against a digest of its own content. The model card alone may be edited.
 """
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from annatac_scale.config import from_dict, to_dict
@@ -35,6 +38,8 @@ from annatac_scale.model.cell_typer import CellTyper, HeadConfig, build_head
 from annatac_scale.model.encoder import Encoder
 from annatac_scale.model.linformer import EncoderConfig, Linformer
 from annatac_scale.model.pool import IslandPool
+from annatac_scale.store.files import move
+from annatac_scale.store.place import Location, joined, location_of, place_of
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.tokens import TokenLister
 from annatac_scale.stream.vocabulary import Vocabulary
@@ -43,6 +48,7 @@ FORMAT = "annatac_scale.model"
 FORMAT_VERSION = 2
 POSITIONS = "positions"
 _POSITIONS_KEY = "linformer.positions"
+_CONFIG, _CARD = "config.json", "README.md"
 _FILES = frozenset({"weights.safetensors", "positions.safetensors", "islands.tsv.gz"})
 _TYPER_FILES = _FILES | {"labels.json", "calibration.json"}
 
@@ -98,8 +104,8 @@ class Model:
     typer: CellTyper | None = None
     digest: str = ""
     """sha256 (hex) of config.json, which covers every file; empty for a model not yet written."""
-    path: Path | None = None
-    """The folder it was read from."""
+    path: Location | None = None
+    """The folder, on a disk or in object storage, that it was read from."""
 
     @property
     def attend(self) -> str:
@@ -147,23 +153,32 @@ def vocabulary_islands(space: IslandSpace, vocabulary: Vocabulary) -> pd.DataFra
     )
 
 
-def write_model(path: Path | str, model: Model, card: str) -> None:
+def write_model(location: Location, model: Model, card: str) -> None:
     """Write a model folder, replacing one that is there; ``card`` is the text of its README.md.
 
-    Raises ModelError where ``path`` holds something else.
+    On a disk it is written aside and renamed, so that it is there whole or not at all. In object storage the old model
+    ends first, and the new one begins when all of it is there: whoever is stopped between leaves no model.
+
+    Raises ModelError where ``location`` holds something else, StoreError where it cannot be written.
     """
-    path = Path(path)
-    if path.exists() and not (path / "config.json").exists() and not (path.is_dir() and _is_empty(path)):
-        raise ModelError(f"{path}: exists and is not a model folder; choose another --out")
+    location = location_of(location)
+    if isinstance(location, Path):
+        _write_on_disk(location, _encoded(model, card))
+    else:
+        _write_in_storage(location, _encoded(model, card))
+
+
+def _write_on_disk(path: Path, files: Mapping[str, bytes]) -> None:
+    if path.exists() and not (path / _CONFIG).exists() and not (path.is_dir() and _is_empty(path)):
+        raise _something_else(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
-        _write_files(aside, model, card)
+        place_of(aside).write_all(files)
         if path.exists():
             os.replace(path, old)
-        os.replace(aside, path)
+        move(aside, path)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -173,17 +188,35 @@ def _is_empty(folder: Path) -> bool:
     return next(folder.iterdir(), None) is None
 
 
-def _write_files(folder: Path, model: Model, card: str) -> None:
+def _write_in_storage(url: str, files: Mapping[str, bytes]) -> None:
+    place = place_of(url)
+    ours = {_CONFIG, _CARD, *_TYPER_FILES}
+    there = place.names()
+    # Files of a model without config.json are those of a writer that was stopped.
+    if _CONFIG not in there and not ours.issuperset(there):
+        raise _something_else(url)
+    for name in (_CONFIG, *(ours - files.keys())):
+        if name in there:
+            place.remove(name)
+    place.write_all({name: data for name, data in files.items() if name != _CONFIG})
+    place.write(_CONFIG, files[_CONFIG])
+
+
+def _something_else(location: Location) -> ModelError:
+    return ModelError(f"{location}: exists and is not a model folder; choose another --out")
+
+
+def _encoded(model: Model, card: str) -> dict[str, bytes]:
+    """The files of a model folder, by name."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in _parts(model).state_dict().items()}
-    for name, tensors in (("positions", {POSITIONS: state.pop(_POSITIONS_KEY)}), ("weights", state)):
-        # Written as bytes: save_file gives its owner alone the right to read.
-        (folder / f"{name}.safetensors").write_bytes(save(tensors))
-    _write_islands(folder / "islands.tsv.gz", model)
+    files = {
+        "positions.safetensors": save({POSITIONS: state.pop(_POSITIONS_KEY)}),
+        "weights.safetensors": save(state),
+        "islands.tsv.gz": _encoded_islands(model),
+    }
     if model.typer is not None:
-        (folder / "labels.json").write_text(json.dumps(list(model.info.labels), indent=1) + "\n")
         calibration = {"temperature": model.info.temperature, "novel_threshold": model.info.novel_threshold}
-        (folder / "calibration.json").write_text(json.dumps(calibration, indent=1) + "\n")
-    (folder / "README.md").write_text(card)
+        files |= {"labels.json": _json(list(model.info.labels)), "calibration.json": _json(calibration)}
     config = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -192,45 +225,80 @@ def _write_files(folder: Path, model: Model, card: str) -> None:
         "pool": None if model.info.pool is None else to_dict(model.info.pool),
         "head": None if model.info.head is None else to_dict(model.info.head),
         "vocabulary_sha256": model.vocabulary.sha256,
-        "files": {file.name: _sha256(file) for file in sorted(folder.iterdir()) if file.name != "README.md"},
+        "files": {name: _sha256(files[name]) for name in sorted(files)},
     }
     for key in ("labels", "temperature", "novel_threshold"):
         del config[key]
     config["sha256"] = _content_sha256(config)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return {**files, _CARD: card.encode(), _CONFIG: _json(config)}
 
 
-def _write_islands(path: Path, model: Model) -> None:
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _encoded_islands(model: Model) -> bytes:
     table = model.islands.assign(island=model.vocabulary.islands)[
         ["island", "chrom", "start", "end", "genes"]
     ]
-    with path.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
+    raw = io.BytesIO()
+    with gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
         file.write(table.to_csv(sep="\t", index=False).encode())
+    return raw.getvalue()
 
 
-def read_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
-    """Read a model folder.
+def read_model(location: Location, device: torch.device | str = "cpu") -> Model:
+    """Read a model folder, on a disk or below a URL of object storage.
 
-    Raises ModelError when a file is missing, cut short or edited, or of a newer format. Nothing in the folder is
-    executed.
+    Raises ModelError when a file is missing, cut short or edited, or of a newer format; StoreError when the disk or
+    the object storage does not give it; InputError for a URL of something else. Nothing in the folder is executed.
     """
-    path = Path(path)
-    config = _read_config(path)
+    folder = _Folder(location_of(location))
     try:
-        info, vocabulary = _read_info(path, config)
-        table = pd.read_csv(
-            path / "islands.tsv.gz", sep="\t", keep_default_na=False, dtype={"chrom": str, "genes": str}
-        )
-        state = load_file(path / "weights.safetensors")
-        state[_POSITIONS_KEY] = load_file(path / "positions.safetensors")[POSITIONS]
+        info = _read_info(folder)
+        vocabulary, islands = _read_vocabulary(folder, info)
+        state = load(folder.read("weights.safetensors"))
+        state[_POSITIONS_KEY] = load(folder.read("positions.safetensors"))[POSITIONS]
     except (OSError, KeyError, TypeError, ValueError, ConfigError, SafetensorError) as error:
-        raise ModelError(f"{path}: not a whole model folder ({error}); fetch or train it again") from error
-    islands = table[["chrom", "start", "end", "genes"]]
+        raise ModelError(
+            f"{folder.location}: not a whole model folder ({error}); fetch or train it again"
+        ) from error
     model = _new_model(info, vocabulary, islands)
-    _load(path, _parts(model), state)
+    _load(folder.location, _parts(model), state)
     _parts(model).to(device).eval()
-    digest = _sha256(path / "config.json")
-    return replace(model, digest=digest, path=path)
+    return replace(model, digest=folder.digest, path=folder.location)
+
+
+class _Folder:
+    """The files of a model folder, each compared with the sha256 that config.json has of it when it is read.
+
+    config: what config.json says; digest: sha256 (hex) of its bytes
+    """
+
+    def __init__(self, location: Location) -> None:
+        self.location = location
+        self._place = place_of(location)
+        try:
+            text = self._place.read(_CONFIG)
+        except FileNotFoundError as error:
+            raise ModelError(
+                f"{location}: no model folder here (found no config.json, which is written last); give the folder with "
+                "config.json"
+            ) from error
+        self.digest = _sha256(text)
+        self.config = _parsed(joined(location, _CONFIG), text)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file that config.json was found to list. Raises ModelError where they are others."""
+        try:
+            data = self._place.read(name)
+        except FileNotFoundError:
+            data = None
+        if data is None or _sha256(data) != self.config["files"][name]:
+            raise ModelError(
+                f"{joined(self.location, name)}: missing, cut short or edited; fetch or train the model again"
+            )
+        return data
 
 
 def _new_model(info: ModelInfo, vocabulary: Vocabulary, islands: pd.DataFrame) -> Model:
@@ -250,21 +318,22 @@ def _parts(model: Model) -> nn.Module:
     return model.encoder if model.typer is None else model.typer
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _parsed(file: Location, text: bytes) -> dict[str, Any]:
+    """What config.json says, checked against its own digest. ``file``: for messages"""
     try:
-        config: dict[str, Any] = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
+        config: dict[str, Any] = json.loads(text)
+    except ValueError as error:
         raise ModelError(
-            f"{path}: no model folder here ({error}); give the folder with config.json"
+            f"{file}: cannot be read as JSON ({error}); fetch or train the model again"
         ) from error
     if not isinstance(config, dict):
-        raise ModelError(f"{path}/config.json: found no JSON object; fetch or train the model again")
+        raise ModelError(f"{file}: found no JSON object; fetch or train the model again")
     if config.get("format") != FORMAT or config.get("version") != FORMAT_VERSION:
         raise ModelError(
-            f"{path}/config.json: format {config.get('format')} {config.get('version')}, expected {FORMAT} "
-            f"{FORMAT_VERSION}; train the model again, or use the version of annatac_scale that wrote it"
+            f"{file}: format {config.get('format')} {config.get('version')}, expected {FORMAT} {FORMAT_VERSION}; "
+            "train the model again, or use the version of annatac_scale that wrote it"
         )
-    # Names other than these, which might lead out of the folder, are never opened.
+    # Names other than these, which might lead out of the folder, are refused; and only these are ever opened.
     files = config.get("files")
     expected = _FILES if config.get("head") is None else _TYPER_FILES
     if (
@@ -272,21 +341,18 @@ def _read_config(path: Path) -> dict[str, Any]:
         or files.keys() != expected
         or config.get("sha256") != _content_sha256(config)
     ):
-        raise ModelError(f"{path}/config.json: cut short or edited; fetch or train the model again")
-    for name, sha256 in files.items():
-        if not (path / name).is_file() or _sha256(path / name) != sha256:
-            raise ModelError(f"{path / name}: missing, cut short or edited; fetch or train the model again")
+        raise ModelError(f"{file}: cut short or edited; fetch or train the model again")
     return config
 
 
-def _read_info(path: Path, config: dict[str, Any]) -> tuple[ModelInfo, Vocabulary]:
-    head = config["head"]
+def _read_info(folder: _Folder) -> ModelInfo:
+    config, head = folder.config, folder.config["head"]
     typing: dict[str, Any] = {}
     if head is not None:
         typing = {
             "head": from_dict(HeadConfig, head, place="head."),
-            "labels": tuple(json.loads((path / "labels.json").read_text())),
-            **json.loads((path / "calibration.json").read_text()),
+            "labels": tuple(json.loads(folder.read("labels.json"))),
+            **json.loads(folder.read("calibration.json")),
         }
     plain = (
         "assembly",
@@ -299,27 +365,38 @@ def _read_info(path: Path, config: dict[str, Any]) -> tuple[ModelInfo, Vocabular
         "linformer_trained",
         "provenance",
     )
-    info = ModelInfo(
+    return ModelInfo(
         **{key: config[key] for key in plain},
         encoder=from_dict(EncoderConfig, config["encoder"], place="encoder."),
         pool=None if config["pool"] is None else from_dict(PoolConfig, config["pool"], place="pool."),
         **typing,
     )
-    table = pd.read_csv(path / "islands.tsv.gz", sep="\t", usecols=["island"])
+
+
+def _read_vocabulary(folder: _Folder, info: ModelInfo) -> tuple[Vocabulary, pd.DataFrame]:
+    """The vocabulary, and its islands as in ``Model``."""
+    table = pd.read_csv(
+        io.BytesIO(folder.read("islands.tsv.gz")),
+        sep="\t",
+        compression="gzip",
+        keep_default_na=False,
+        dtype={"chrom": str, "genes": str},
+    )
     islands = table["island"].to_numpy(np.int32)
     vocabulary = Vocabulary(info.space_sha256, info.n_space, islands)
     in_order = (np.diff(islands, prepend=-1, append=info.n_space) > 0).all()
-    if not in_order or vocabulary.sha256 != config["vocabulary_sha256"]:
-        raise ModelError(f"{path}/islands.tsv.gz: not the vocabulary of the model; fetch or train it again")
-    return info, vocabulary
+    if not in_order or vocabulary.sha256 != folder.config["vocabulary_sha256"]:
+        file = joined(folder.location, "islands.tsv.gz")
+        raise ModelError(f"{file}: not the vocabulary of the model; fetch or train it again")
+    return vocabulary, table[["chrom", "start", "end", "genes"]]
 
 
-def _load(path: Path, module: nn.Module, state: dict[str, Tensor]) -> None:
+def _load(location: Location, module: nn.Module, state: dict[str, Tensor]) -> None:
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
-        raise ModelError(f"{path}: the weights do not fit config.json: {first}") from error
+        raise ModelError(f"{location}: the weights do not fit config.json: {first}") from error
 
 
 def _content_sha256(config: dict[str, Any]) -> str:
@@ -328,5 +405,5 @@ def _content_sha256(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

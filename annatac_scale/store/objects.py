@@ -81,8 +81,8 @@ class Prefix:
         except FileNotFoundError:
             return None
 
-    def write(self, name: str, data: bytes) -> None:
-        """As in Place."""
+    def write(self, name: str, data: bytes | memoryview, wait: bool = False) -> None:
+        """As in Place; always waited for."""
         with telling(self._url(name), "written"):
             obstore().put(self._client, self._key(name), data, use_multipart=len(data) >= _PARTS_FROM)
 

@@ -29,6 +29,28 @@ def is_url(location: Location) -> bool:
     return isinstance(location, str) and "://" in location
 
 
+def location_of(given: Location) -> Location:
+    """A location as users give it: a URL stays text, as a Path would make one slash of its two; all else is a Path."""
+    return given if is_url(given) else Path(given)
+
+
+def on_disk(given: Location, option: str) -> Path:
+    """The path of what can only lie on a disk. ``option``: what it was given as. Raises InputError for a URL."""
+    if is_url(given):
+        raise InputError(f"{option} {given}: found an URL; expected a path on a disk; give one, then copy it")
+    return Path(given)
+
+
+def parent_of(location: Location) -> Location | None:
+    """The folder that a location is in; None for a whole bucket. Raises InputError for a URL of something else."""
+    if not is_url(location):
+        return Path(location).absolute().parent
+    from annatac_scale.store.objects import split_url
+
+    bucket, key = split_url(str(location))
+    return f"{bucket}/{key}".rpartition("/")[0] if key else None
+
+
 def joined(location: Location, name: str) -> Location:
     """What is called ``name`` (relative, "/"-separated) below a location; of the same type."""
     if isinstance(location, str) and is_url(location):
@@ -60,10 +82,10 @@ class Place(Protocol):
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where there is no such file."""
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | memoryview, wait: bool = False) -> None:
         """Write a file, whole or not at all though the process be killed; makes folders.
 
-        On a local disk it is not waited for: only after a power cut may a file be there and not hold what it should.
+        wait: until a local disk has it; else a file may, after a power cut only, be there and not hold what it should
         """
 
     def write_all(self, files: Mapping[str, bytes], copies: Mapping[str, str] | None = None) -> None:
@@ -141,18 +163,20 @@ class Folder:
             return None
         return found.st_size if stat.S_ISREG(found.st_mode) else None
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | memoryview, wait: bool = False) -> None:
         """As in Place."""
         path = self._path(name)
         folder, base = os.path.split(path)
         aside = os.path.join(folder, f".{base}.{uuid.uuid4().hex}{PARTIAL}")
         try:
             try:
-                write_new(aside, data)
+                write_new(aside, data, wait)
             except FileNotFoundError:
                 os.makedirs(folder, exist_ok=True)
-                write_new(aside, data)
+                write_new(aside, data, wait)
             os.replace(aside, path)
+            if wait:
+                sync(folder or ".")
         except OSError as error:
             self.remove(os.path.relpath(aside, self.location))
             raise as_store_error(error, path, "written") from error
@@ -231,7 +255,7 @@ def _link(source: str, target: str) -> None:
         sync(target)
 
 
-def write_new(path: str, data: bytes, wait: bool = False) -> None:
+def write_new(path: str, data: bytes | memoryview, wait: bool = False) -> None:
     """Write a file that nobody reads yet; the folder must be there. wait: until it is on disk"""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:

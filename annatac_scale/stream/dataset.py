@@ -1,6 +1,6 @@
 """The stream as a torch dataset."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -23,13 +23,13 @@ class IslandStream(BatchStream, IterableDataset[Batch]):
     _in_epoch = False
     """In a worker: whether a pass was begun and not ended."""
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         worker = get_worker_info()
         if worker is None:
             return super().__iter__()
         return self._of_worker(worker.id, worker.num_workers)
 
-    def _of_worker(self, worker: int, n_workers: int) -> Iterator[Batch]:
+    def _of_worker(self, worker: int, n_workers: int) -> Generator[Batch, None, None]:
         if self._in_epoch:
             # Its batches may have been made but never seen, and other workers may be elsewhere.
             self.set_epoch(self._epoch + 1)

@@ -150,7 +150,7 @@ class BatchStream:
         self._arrangement = arrangement
         self._epoch, self._step = state["epoch"], state["step"]
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         return self._each(self._batch)
 
     def encoded(self) -> Iterator[EncodedBatch]:
@@ -159,7 +159,7 @@ class BatchStream:
 
     def _each(
         self, make: Callable[[Ints, EncodedRows], Made], share: int = 0, shares: int = 1
-    ) -> Iterator[Made]:
+    ) -> Generator[Made, None, None]:
         """What ``make`` makes of the batches from here on; of these, every ``shares``-th from number ``share`` on."""
         steps = range(self._step + share, len(self), shares)
         plan = self._arrangement.order.epoch(self._epoch)

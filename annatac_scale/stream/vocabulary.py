@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from annatac_scale.errors import InputError, ModelError
 from annatac_scale.progress import Progress, Silent
+from annatac_scale.store.schema import N_LEVELS
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.selection import sequential
 
@@ -95,11 +96,18 @@ def count_open(
 
     cells: int64 cell ids, None for all
     """
-    counts = np.zeros(store.n_islands, np.int64)
+    return count_levels(store, cells, progress).sum(0)
+
+
+def count_levels(
+    store: IslandStore, cells: NDArray[np.integer] | None = None, progress: Progress | None = None
+) -> Ints:
+    """In how many of the cells each island is at level 1 to 5, int64 [5, n_islands]; arguments as of ``count_open``."""
+    counts = np.zeros((N_LEVELS, store.n_islands), np.int64)
     n_cells = store.n_cells if cells is None else len(cells)
     with (progress or Silent()).task("Counting open islands", n_cells, "cells") as advance:
         for ids, rows in sequential(store, cells):
-            _count(rows.islands, counts)
+            _count(rows.islands, rows.levels, counts)
             advance(len(ids))
     return counts
 
@@ -115,6 +123,6 @@ def _measured_in_some(store: IslandStore, cells: NDArray[np.integer] | None) -> 
 
 
 @njit(nogil=True, cache=True)
-def _count(islands: NDArray[np.int32], counts: Ints) -> None:
-    for island in islands:
-        counts[island] += 1
+def _count(islands: NDArray[np.int32], levels: NDArray[np.uint8], counts: Ints) -> None:
+    for i in range(len(islands)):
+        counts[levels[i] - 1, islands[i]] += 1

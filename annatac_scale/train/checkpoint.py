@@ -1,169 +1,170 @@
-"""A run's folder: its configuration, log and checkpoints. Checkpoints are written aside and renamed.
+"""Checkpoints of a run: written in a thread, whole or not at all, and read with an eye for damage.
 
-run.json              what the run is of; a run with other settings or inputs is refused
-config.toml           the configuration; ``--config`` takes it back
-metrics.jsonl         one line a logged step or validation
-checkpoints/last.pt   where to go on; best.pt: the weights that validated best
-model/                the model folder, written last: a run that has one is complete
+A checkpoint is one file, ``step-000001234.pt``: weights, optimizer, and where loop and stream are, as ``torch.save``
+writes them and ``torch.load(weights_only=True)`` takes them back. None is ever changed. The newest few stay, with the
+best one of each: its weights are those that the run would end with.
 """
 
-import fcntl
-import json
-import os
-import shutil
+import io
+import re
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from annatac_scale.config import to_dict, to_toml
-from annatac_scale.errors import ConfigError, InputError, ModelError
+from annatac_scale.errors import ModelError, StoreError
+from annatac_scale.store.place import Place
 
-_CHECKPOINTS = "checkpoints"
-_BEFORE_THE_RUN = frozenset({".lock", "config.toml", ".run.json.part", ".config.toml.part"})
-"""What a folder may hold in which a run was killed before it began."""
+CHECKPOINTS = "checkpoints"
+_NAME = re.compile(r"step-(\d{9})\.pt")
 
 
-class RunFolder:
-    """The folder of one training run.
+def checkpoint_name(step: int) -> str:
+    """File name of the checkpoint after a step."""
+    return f"step-{step:09d}.pt"
 
-    config: the configuration, a frozen dataclass
-    identity: JSON-able facts that a resumed run must share with the first one: digests of its inputs
+
+def checkpoint_steps(place: Place) -> list[int]:
+    """Steps after which there is a checkpoint, increasing."""
+    return [int(found[1]) for name in place.names() if (found := _NAME.fullmatch(name))]
+
+
+class Checkpoints:
+    """The checkpoints of a run, for the one process that writes them.
+
+    place: the folder they lie in
+    keep: newest ones that stay
+    say: takes what the user should know, as that one could not be written
     """
 
-    def __init__(self, path: Path | str, config: Any, identity: Mapping[str, Any]) -> None:
-        self.path = Path(path)
-        self.model = self.path / "model"
-        self._config = config
-        self._identity = json.loads(json.dumps({"config": to_dict(config), **identity}))
+    def __init__(self, place: Place, keep: int, say: Callable[[str], None]) -> None:
+        self._place, self._keep, self._say = place, keep, say
+        self._writer = ThreadPoolExecutor(1, "checkpoints")
+        self._writing: Future[None] | None = None
+        self._must_succeed = False
 
-    @contextmanager
-    def use(self) -> Iterator["RunFolder"]:
-        """Hold the folder for this process, and make it where there is none.
+    def save(self, step: int, state: Mapping[str, Any], bests: Sequence[int], needed: bool = False) -> None:
+        """Copy the state after a step, and write it in a thread; waits for the one before.
 
-        Raises InputError when it holds something else or another process uses it; ConfigError when it holds a run
-        of another configuration or other inputs.
+        state: nested dicts and lists of tensors and plain values
+        bests: steps at which the run was better than ever before, increasing; ``step`` may be the last of them
+        needed: whether the run cannot do without: then a failure is an error, raised when it is next looked at
+
+        Raises StoreError where a needed one before could not be written; of another one the user is told.
         """
-        self._check_kind()
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(f"{self.path}: another process is using this run; wait for it") from error
-            self._begin()
-            yield self
-        finally:
-            os.close(lock)
-
-    def _check_kind(self) -> None:
-        if not self.path.exists() or (self.path / "run.json").exists():
-            return
-        if not self.path.is_dir() or any(file.name not in _BEFORE_THE_RUN for file in self.path.iterdir()):
-            raise InputError(f"{self.path}: exists and holds no run; choose another --out")
-
-    def _begin(self) -> None:
-        started = self.path / "run.json"
-        # A run that never got as far as a checkpoint has nothing to lose: another may take its place.
-        if started.exists() and (self.complete or (self.path / _CHECKPOINTS / "last.pt").exists()):
-            self._check_identity(_read_json(started))
-        else:
-            _write_aside(self.path / "config.toml", to_toml(self._config))
-            _write_aside(started, json.dumps(self._identity, indent=1) + "\n")
-        (self.path / _CHECKPOINTS).mkdir(exist_ok=True)
-        for left_over in self.path.glob(f".{self.model.name}.*"):
-            shutil.rmtree(left_over, ignore_errors=True)
-
-    def _check_identity(self, found: Mapping[str, Any]) -> None:
-        here, there = _flat(self._identity), _flat(found)
-        differing = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
-        if differing:
-            shown = "; ".join(
-                f"{key.removeprefix('config.')} {_short(there.get(key))} (now {_short(here.get(key))})"
-                for key in differing[:5]
-            )
-            more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-            raise ConfigError(
-                f"{self.path}: holds a run with other settings or inputs: {shown}{more}; "
-                "use the same ones to resume it, or choose another --out"
-            )
+        self.settle()
+        self._must_succeed = needed
+        self._writing = self._writer.submit(self._write, step, _on_cpu(state), list(bests))
 
     @property
-    def complete(self) -> bool:
-        """Whether the run ended and wrote its model."""
-        return (self.model / "config.json").exists()
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is on its way."""
+        return self._writing is not None and not self._writing.done()
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def has(self, name: str) -> bool:
-        """Whether there is a checkpoint ``name``."""
-        return self._checkpoint(name).exists()
-
-    def save(self, name: str, state: Mapping[str, Any]) -> None:
-        """Write checkpoint ``name``: nested dicts of tensors and plain values."""
-        target = self._checkpoint(name)
-        aside = target.with_suffix(".part")
-        with aside.open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, target)
-
-    def load(self, name: str) -> dict[str, Any]:
-        """Read checkpoint ``name``. Raises ModelError when it is damaged, FileNotFoundError when there is none."""
-        source = self._checkpoint(name)
+    def settle(self) -> None:
+        """Wait until what was saved is written. Raises StoreError as ``save`` does."""
+        if self._writing is None:
+            return
+        writing, self._writing = self._writing, None
         try:
+            writing.result()
+        except StoreError as error:
+            if self._must_succeed:
+                raise
+            self._say(f"checkpoint not written, training goes on: {error}")
+
+    def close(self) -> None:
+        """Wait for what is being written, and end the thread; errors are no longer of interest."""
+        self._writer.shutdown(wait=True)
+
+    def _write(self, step: int, state: Any, bests: list[int]) -> None:
+        file = io.BytesIO()
+        torch.save(state, file)
+        self._place.write(checkpoint_name(step), file.getbuffer(), wait=True)
+        self._drop_old(bests)
+
+    def _drop_old(self, bests: list[int]) -> None:
+        there = checkpoint_steps(self._place)
+        newest = there[-self._keep :]
+        stay = {
+            *newest,
+            *(best for step in newest if (best := best_until(step, bests)) is not None),
+        }
+        for step in there:
+            if step not in stay:
+                self._place.remove(checkpoint_name(step))
+
+    def newest(self) -> bytes | None:
+        """The newest checkpoint that is whole, and whose best one is; None where there is none at all.
+
+        Those that are damaged are removed, saying so. Raises ModelError where all of them are damaged.
+        """
+        damaged: list[int] = []
+        for step in reversed(checkpoint_steps(self._place)):
+            try:
+                data = self.read(step)
+                best = best_until(step, state_of(data, self._path(step))["bests"])
+                if best is not None and best != step:
+                    state_of(self.read(best), self._path(best))
+            except ModelError as error:
+                self._say(f"{error}; going back to the checkpoint before it")
+                damaged.append(step)
+                continue
+            # They would take the places of newer ones, as training comes to their steps again.
+            for broken in damaged:
+                self._place.remove(checkpoint_name(broken))
+            return data
+        if damaged:
+            raise ModelError(
+                f"{self._place.location}: none of {len(damaged)} checkpoints is whole; remove this folder to train "
+                "from the start, or choose another --out"
+            )
+        return None
+
+    def read(self, step: int) -> bytes:
+        """The bytes of a checkpoint. Raises ModelError when it is damaged or gone."""
+        try:
+            data = self._place.read(checkpoint_name(step))
             # torch does not look at the sums that it writes.
-            with zipfile.ZipFile(source) as archive:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-            state: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=True)
-        except (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError, UnpicklingError) as error:
-            found = " ".join(str(error).split())[:200]
-            raise ModelError(
-                f"{source}: damaged checkpoint ({found}); delete {source.parent} to train from the start"
-            ) from error
-        return state
+        except (zipfile.BadZipFile, EOFError, RuntimeError, FileNotFoundError) as error:
+            raise ModelError(f"{self._path(step)}: damaged ({_one_line(error)})") from error
+        return data
 
-    def _checkpoint(self, name: str) -> Path:
-        return self.path / _CHECKPOINTS / f"{name}.pt"
+    def _path(self, step: int) -> str:
+        return f"{self._place.location}/{checkpoint_name(step)}"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def state_of(data: bytes, path: str = "checkpoint") -> dict[str, Any]:
+    """The state in a checkpoint's bytes, its tensors on the CPU. Raises ModelError, naming ``path``, if damaged."""
     try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); choose another --out") from error
-    return found if isinstance(found, dict) else {}
+        state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError, UnpicklingError) as error:
+        raise ModelError(f"{path}: damaged ({_one_line(error)})") from error
+    return state
 
 
-def _write_aside(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text)
-    os.replace(aside, path)
+def best_until(step: int, bests: Sequence[int]) -> int | None:
+    """The last of ``bests`` that is not after ``step``."""
+    return max((best for best in bests if best <= step), default=None)
 
 
-def _short(value: Any) -> str:
-    """The value for a message; of a digest the first digits."""
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:12]}..."
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, its keys dotted."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
+def _on_cpu(value: Any) -> Any:
+    """The value with a copy of each of its tensors."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_on_cpu(item) for item in value]
+    return value

@@ -1,19 +1,20 @@
-"""Pretraining on Ray Train: the same loop, one process a worker, gradients summed over the workers.
+"""Pretraining on Ray Train: the same loop, one process a worker, on one machine or many.
 
-Every worker opens the store itself and reads its own lanes. The run's folder holds all state, so that a worker group
-which Ray starts again after a failure goes on from the last checkpoint. Store and folder must be on a file system that
-all workers share.
+Every worker opens the store itself and reads its own lanes. The run's folder holds all state: when Ray starts the
+workers again, as many as there are places for, they go on from the newest checkpoint. Store and folder must be on a
+file system that all machines share, or in object storage.
 """
 
-import json
 import logging
 import os
-import shutil
-import signal
+import tempfile
 import threading
+import time
+import traceback
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,218 +24,319 @@ import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from annatac_scale import errors
 from annatac_scale.config import from_dict, to_dict
-from annatac_scale.errors import AnnatacError, ConfigError
+from annatac_scale.errors import AnnatacError, ConfigError, InputError, RunInterruptedError
 from annatac_scale.progress import Progress, Silent
+from annatac_scale.store.place import Location, is_url
 from annatac_scale.store.store import IslandStore
-from annatac_scale.train.checkpoint import RunFolder
-from annatac_scale.train.loop import Ranks
+from annatac_scale.train.board import Board
+from annatac_scale.train.checkpoint import CHECKPOINTS, checkpoint_steps
+from annatac_scale.train.interruption import Interruption, interruption
 from annatac_scale.train.presets import PretrainConfig
 from annatac_scale.train.pretrain import PretrainReport, pretrain_folder, pretrain_rank, report_of
+from annatac_scale.train.ranks import COLLECTIVE_TIMEOUT_S, Ranks
+from annatac_scale.train.run_options import RunOptions
 
-RESTARTS = 3
-"""Times that Ray starts the workers again after a failure before it gives up."""
+LOOK_EVERY_S = 0.5
+"""Seconds between two looks at the board, by the driver and by the first worker."""
 
-COLLECTIVE_TIMEOUT_S = 6 * 3600
-"""Workers wait for the first one, which computes the positions."""
+WAIT_SAID_S = 60.0
+"""Seconds without an attempt after which the user is told that the cluster has no place for the workers."""
 
-SHOW_EVERY_S = 0.5
-"""Seconds between two looks at what the workers said."""
-
-
-def pretrain_on_ray(
-    store: Path,
-    out: Path,
-    config: PretrainConfig,
-    workers: int,
-    gpus: bool = False,
-    progress: Progress | None = None,
-) -> PretrainReport:
-    """Pretrain with ``workers`` processes on Ray; errors and the result are those of ``pretrain``.
-
-    Uses the cluster that this process is connected to, else the one that RAY_ADDRESS names, else one that it starts on
-    this machine for the time of the run. Raises ConfigError when there are too few cells in a batch or GPUs for the
-    workers, AnnatacError when the workers failed more often than Ray restarts them.
-    """
-    progress = progress or Silent()
-    group = _Workers(workers, gpus)
-    group.check(config)
-    store, out = store.resolve(), out.resolve()
-    run = pretrain_folder(IslandStore.open(store), out, config, workers)
-    with run.use():
-        if run.complete:
-            progress.say(f"{run.path}: complete already; its model stays as it is")
-        else:
-            progress.say(f"Ray Train: starting {workers} workers, {'one GPU each' if gpus else 'on CPUs'}")
-            with _scratch(run) as scratch, _shown(scratch / _LINES, progress):
-                arguments = {"store": str(store), "out": str(out), "config": to_dict(config)}
-                _fit({**arguments, "scratch": str(scratch)}, group)
-                _raise_what_workers_met(scratch)
-    return report_of(run)
-
-
-_LINES, _ERROR = "lines.txt", "error.json"
+_RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # they need the internet
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # After a lost machine Ray waits that long for its workers, which never come, before it goes on with others.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+}
+"""Unless the user's environment says otherwise."""
 
 
 @dataclass(frozen=True)
-class _Workers:
-    """How many processes, and what each one gets."""
+class Cluster:
+    """The workers of a run, and the Ray cluster that they are on.
 
-    count: int
-    gpus: bool
+    fewest, most: workers; where these differ, as many as there are places for, at each start of the workers
+    gpus: one GPU a worker
+    address: of a cluster; "auto": the one that RAY_ADDRESS names or that runs on this machine; None: the one that this
+        process is connected to or that RAY_ADDRESS names, else one that is started here for the time of the run
+    """
+
+    fewest: int
+    most: int
+    gpus: bool = False
+    address: str | None = None
+
+    @classmethod
+    def of(cls, workers: str | int, gpus: bool = False, address: str | None = None) -> "Cluster":
+        """From "N" or "MIN:MAX". Raises ConfigError for anything else, and for addresses of Ray's client."""
+        fewest, colon, most = str(workers).partition(":")
+        try:
+            found = cls(int(fewest), int(most if colon else fewest), gpus, address)
+        except ValueError:
+            found = cls(0, 0)
+        if not 1 <= found.fewest <= found.most:
+            raise ConfigError(f"--workers {workers}: expected N or MIN:MAX, as 4 or 4:16, from 1 on")
+        if address is not None and address.startswith("ray://"):
+            raise ConfigError(
+                f"--ray {address}: expected auto or HOST:PORT of a cluster that this machine belongs to; from outside, "
+                "use `ray job submit -- annatac pretrain ... --ray auto`"
+            )
+        return found
 
     @property
     def starts_ray(self) -> bool:
         """Whether there is no cluster at hand."""
-        return not ray.is_initialized() and "RAY_ADDRESS" not in os.environ
+        return self.address is None and not ray.is_initialized() and "RAY_ADDRESS" not in os.environ
 
     def check(self, config: PretrainConfig) -> None:
         """Raise ConfigError where there cannot be as many."""
-        most = config.train.global_batch_size
-        if not 1 <= self.count <= most:
-            raise ConfigError(f"--workers {self.count}: expected 1 to the global batch size, {most}")
+        batch = config.train.global_batch_size
+        if self.most > batch:
+            raise ConfigError(f"--workers {self.most}: expected 1 to the global batch size, {batch}")
         there = torch.cuda.device_count()
-        if self.gpus and self.starts_ray and there < self.count:
+        if self.gpus and self.starts_ray and there < self.fewest:
             raise ConfigError(
-                f"--workers {self.count} --gpus: this machine has {there} GPUs, expected one for each worker; ask for "
-                "fewer, leave --gpus out, or set RAY_ADDRESS to a cluster"
+                f"--workers {self.fewest} --gpus: this machine has {there} GPUs, expected one for each worker; ask for "
+                "fewer, leave --gpus out, or name a cluster with --ray"
             )
+
+    @property
+    def said(self) -> str:
+        """How many workers of what kind, in words."""
+        count = str(self.most) if self.fewest == self.most else f"{self.fewest} to {self.most}"
+        return f"{count} workers, {'one GPU each' if self.gpus else 'on CPUs'}"
 
     @property
     def cpus(self) -> int:
         """CPUs of a worker, which Ray makes its number of threads: on this machine its even share of all."""
-        return max(1, (os.cpu_count() or 1) // self.count) if self.starts_ray else 1
+        return max(1, (os.cpu_count() or 1) // self.most) if self.starts_ray else 1
+
+    @property
+    def scaling(self) -> ScalingConfig:
+        """The same for Ray Train."""
+        number: Any = self.most if self.fewest == self.most else (self.fewest, self.most)
+        return ScalingConfig(
+            num_workers=number,
+            use_gpu=self.gpus,
+            resources_per_worker={"CPU": self.cpus, **({"GPU": 1} if self.gpus else {})},
+        )
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Ray, connected to or started, for the time of the context."""
+        if ray.is_initialized():
+            yield
+            return
+        for name, value in _RAY_SETTINGS.items():
+            os.environ.setdefault(name, value)
+        options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+        if self.starts_ray:
+            # Without an address Ray would join any cluster that it finds a trace of on this machine, dead ones too.
+            cpus = self.most * self.cpus
+            options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+        elif self.address is not None:
+            options["address"] = self.address
+        try:
+            ray.init(**options)
+        except ConnectionError as error:
+            where = self.address or os.environ["RAY_ADDRESS"]
+            if "AuthenticationError" in str(error.__cause__):
+                raise InputError(
+                    f"--ray {where}: the cluster asks for its token; export RAY_AUTH_MODE=token here as there, and "
+                    "RAY_AUTH_TOKEN where the token is not in ~/.ray/auth_token"
+                ) from error
+            raise InputError(
+                f"--ray {where}: found no Ray cluster there; start one with `ray start --head`, or leave --ray out and "
+                "Ray is started here for the run"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
-@contextmanager
-def _ray(workers: _Workers) -> Iterator[None]:
-    """Ray, connected to or started."""
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # they need the internet
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if workers.starts_ray:
-        # Without an address Ray would join any cluster that it finds a trace of on this machine, dead ones too.
-        options |= {"address": "local", "num_cpus": workers.count * workers.cpus, "include_dashboard": False}
-    ray.init(**options)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+def pretrain_on_ray(
+    store: Location,
+    out: Location,
+    config: PretrainConfig,
+    cluster: Cluster,
+    progress: Progress | None = None,
+    options: RunOptions | None = None,
+) -> PretrainReport:
+    """Pretrain on the workers of a Ray cluster; errors and the result are those of ``pretrain``.
+
+    A worker or machine that is lost is made up for: the workers start again, at least ``cluster.fewest``, and go on
+    from the newest checkpoint. Raises ConfigError when there are too few cells in a batch or GPUs for the workers,
+    AnnatacError when the workers end again and again at the same step, RunInterruptedError when a signal asked this
+    process to end.
+    """
+    options, progress = options or RunOptions(), progress or Silent()
+    cluster.check(config)
+    # Workers have working folders of their own.
+    store, out = (place if is_url(place) else Path(place).resolve() for place in (store, out))
+    run = pretrain_folder(IslandStore.open(store), out, config)
+    with run.use(progress.say):
+        if run.complete:
+            progress.say(f"{run.location}: complete already; its model stays as it is")
+        else:
+            progress.say(f"Ray Train: starting {cluster.said}")
+            task = {
+                "store": str(store),
+                "out": str(run.location),
+                "config": to_dict(config),
+                "options": to_dict(options),
+            }
+            _fit(task, cluster, progress)
+    return report_of(run)
 
 
-@contextmanager
-def _scratch(run: RunFolder) -> Iterator[Path]:
-    """A folder in the run's for what lasts no longer than the workers."""
-    folder = run.path / ".ray"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+class _Board:
+    """The board as workers and driver call it, over Ray."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            return ray.get(getattr(self._actor, name).remote(*arguments))
+
+        return call
 
 
-def _fit(arguments: dict[str, Any], workers: _Workers) -> None:
-    """Run ``_worker`` on all workers. Raises AnnatacError when Ray gives up."""
-    resources = {"CPU": workers.cpus, **({"GPU": 1} if workers.gpus else {})}
-    with _ray(workers):
+def _fit(task: dict[str, Any], cluster: Cluster, progress: Progress) -> None:
+    """Run ``_worker`` on all workers; raise what they met."""
+    with cluster.connected(), tempfile.TemporaryDirectory(prefix="annatac-ray-") as scratch:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        board = _Board(actor)
         trainer = TorchTrainer(
             _worker,
-            train_loop_config=arguments,
+            train_loop_config={**task, "board": actor},
             torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
-            scaling_config=ScalingConfig(
-                num_workers=workers.count, use_gpu=workers.gpus, resources_per_worker=resources
-            ),
+            scaling_config=cluster.scaling,
             run_config=RunConfig(
-                # The same name would make Ray resume its own state; ours is in the run's folder.
+                # The same name would make Ray resume its own state, which is none; ours is in the run's folder.
                 name=uuid.uuid4().hex,
-                storage_path=arguments["scratch"],
-                failure_config=FailureConfig(max_failures=RESTARTS),
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=-1),  # the board ends what gets nowhere
             ),
         )
-        try:
-            with _interruptible():
-                trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            reason = str(error).strip().splitlines()[-1]
+        with interruption() as asked:
+            try:
+                failure = _watched(trainer.fit, board, cluster, progress, asked)
+                met, number = board.state()
+            except (
+                ray.exceptions.RayError
+            ) as error:  # the cluster ended before us, as where all get a signal at once
+                lost = f"{task['out']}: the Ray cluster was lost; the same command goes on after the newest checkpoint"
+                if asked.signal:
+                    raise RunInterruptedError(lost, asked.signal) from error
+                raise AnnatacError(lost) from error
+        if met is not None:
+            kind, message = met
+            if kind == RunInterruptedError.__name__:
+                raise RunInterruptedError(message, number)
+            raise getattr(errors, kind)(message)
+        if failure is not None:
+            reason = str(failure).strip().splitlines()[-1]
             raise AnnatacError(
-                f"{arguments['out']}: the workers failed: {reason}; run the command again to resume"
-            ) from error
+                f"{task['out']}: the workers failed: {reason}; run the command again to resume"
+            ) from failure
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C is KeyboardInterrupt, as ever: Ray takes it over for good and makes it an orderly end of the process."""
-    handler = signal.getsignal(signal.SIGINT)
+def _watched(
+    fit: Callable[[], Any], board: _Board, cluster: Cluster, progress: Progress, asked: Interruption
+) -> BaseException | None:
+    """Run ``fit``, show in the meantime what the first worker says, and tell it when this process is asked to end.
+
+    Returns what ``fit`` raised. It has a thread of its own, where Ray leaves the handlers of signals alone.
+    """
+    begin, n_shown, told, waiting_said = time.monotonic(), 0, False, False
+    pool = ThreadPoolExecutor(1, "ray-train")
     try:
-        yield
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
+        fitting = pool.submit(fit)
+        while True:
+            ended = fitting.done()
+            lines, attempts = board.said(n_shown)
+            for line in lines:
+                progress.say(line)
+            n_shown += len(lines)
+            if ended:
+                return fitting.exception()
+            if asked.signal and not told:
+                board.ask(asked.signal)
+                told = True
+            if not attempts and not waiting_said and time.monotonic() - begin > WAIT_SAID_S:
+                waiting_said = True
+                has = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
+                progress.say(
+                    f"the workers have not begun yet: asked for {cluster.said}, the cluster has {has}"
+                )
+            wait([fitting], timeout=LOOK_EVERY_S)
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
+        pool.shutdown(wait=False)
 
 
-def _worker(arguments: dict[str, Any]) -> None:
-    """What each worker runs. An error that a restart would meet again is noted, not raised: Ray would restart it."""
+def _worker(task: dict[str, Any]) -> None:
+    """What each worker runs. An error of ours is noted on the board, so that Ray's next attempt ends at once."""
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), get_device())
-    scratch = Path(arguments["scratch"])
-    progress = _Lines(scratch / _LINES) if ranks.rank == 0 else Silent()
+    board = _Board(task["board"])
+    if board.state()[0] is not None:
+        return
+    progress = _Said(board) if ranks.rank == 0 else Silent()
     try:
-        config = from_dict(PretrainConfig, arguments["config"])
-        store = IslandStore.open(arguments["store"])
-        run = pretrain_folder(store, arguments["out"], config, ranks.world_size)
-        pretrain_rank(store, run, config, ranks, progress)
-    except AnnatacError as error:
-        note = json.dumps({"kind": type(error).__name__, "message": str(error)})
-        (scratch / _ERROR).write_text(note)
-
-
-def _raise_what_workers_met(scratch: Path) -> None:
-    if (scratch / _ERROR).exists():
-        met = json.loads((scratch / _ERROR).read_text())
-        raise getattr(errors, met["kind"])(met["message"])
-
-
-class _Lines(Silent):
-    """Writes lines to a file that the driver shows."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def say(self, line: str) -> None:
-        """Append the line."""
-        with self._path.open("a") as file:
-            file.write(f"{line}\n")
+        config = from_dict(PretrainConfig, task["config"])
+        options = from_dict(RunOptions, task["options"])
+        store = IslandStore.open(task["store"])
+        run = pretrain_folder(store, task["out"], config)
+        if ranks.rank == 0:
+            board.begin(max(checkpoint_steps(run.place.below(CHECKPOINTS)), default=0))
+            if board.state()[0] is not None:
+                raise AnnatacError("the workers end again and again at the same step")
+        with _asked(board, ranks) as asked:
+            pretrain_rank(store, run, config, options, ranks, progress, asked)
+    except RunInterruptedError as error:  # on every rank
+        board.fail(type(error).__name__, str(error))
+    except AnnatacError as error:  # others may wait for this rank: Ray has to end them
+        board.fail(type(error).__name__, str(error))
+        raise
+    except Exception:
+        board.met(traceback.format_exc().strip().splitlines()[-1])
+        raise
 
 
 @contextmanager
-def _shown(lines: Path, progress: Progress) -> Iterator[None]:
-    """Show in the meantime what the first worker says."""
-    done = threading.Event()
-    n_shown = 0
-
-    def show() -> None:
-        nonlocal n_shown
-        said = lines.read_text().split("\n")[:-1] if lines.exists() else []
-        for line in said[n_shown:]:
-            progress.say(line)
-        n_shown = len(said)
+def _asked(board: _Board, ranks: Ranks) -> Iterator[Interruption]:
+    """Whether the driver asks to end; one rank that knows is enough."""
+    asked, done = Interruption(), threading.Event()
 
     def watch() -> None:
-        while not done.wait(SHOW_EVERY_S):
-            show()
-        show()
+        while not done.wait(LOOK_EVERY_S):
+            with suppress(ray.exceptions.RayError):
+                asked.ask(board.state()[1])
 
     thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
+    if ranks.rank == 0:
+        thread.start()
     try:
-        yield
+        yield asked
     finally:
         done.set()
-        thread.join()
+        if ranks.rank == 0:
+            thread.join()
+
+
+class _Said(Silent):
+    """Says lines on the board."""
+
+    def __init__(self, board: _Board) -> None:
+        self._board = board
+
+    def say(self, line: str) -> None:
+        """Say the line."""
+        self._board.say(line)

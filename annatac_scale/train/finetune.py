@@ -14,13 +14,14 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 from torch.nn import functional
 
-from annatac_scale.errors import ConfigError, InputError
+from annatac_scale.errors import ConfigError, InputError, ModelError
 from annatac_scale.model.calibration import fit_temperature
 from annatac_scale.model.cell_typer import CellTyper, build_head
 from annatac_scale.model.encoder import batch_tokens
 from annatac_scale.model.folder import Model, ModelInfo, read_model, write_model
 from annatac_scale.model.heads import LossSum, PooledHead
 from annatac_scale.progress import Progress, Silent
+from annatac_scale.store.place import Location, on_disk
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.batch import Batch
 from annatac_scale.stream.cell_matrix import CellMatrix
@@ -29,11 +30,15 @@ from annatac_scale.stream.selection import sequential
 from annatac_scale.stream.tokens import TokenLister
 from annatac_scale.stream.vocabulary import count_open
 from annatac_scale.train.card import finetuned_card
-from annatac_scale.train.checkpoint import RunFolder
-from annatac_scale.train.loop import Ranks, TrainOptions, micro_batches, train
+from annatac_scale.train.interruption import interruption
+from annatac_scale.train.loop import Loop, TrainOptions, micro_batches, train
 from annatac_scale.train.positions import inverse_document_frequency, truncated_svd
 from annatac_scale.train.presets import FinetuneConfig
 from annatac_scale.train.provenance import earlier_sight, made_by, run_inputs, sample_facts
+from annatac_scale.train.ranks import Ranks
+from annatac_scale.train.record import Record
+from annatac_scale.train.run_folder import RunFolder
+from annatac_scale.train.run_options import RunOptions
 from annatac_scale.train.splits import SPLIT_FILE, LabelledCells, SplitRule, split_cells, write_split
 
 
@@ -160,23 +165,31 @@ class _Work:
 
 def finetune(
     store: IslandStore,
-    model: Path | str,
+    model: Model | Location,
     labels: str,
-    out: Path | str,
+    out: Location,
     config: FinetuneConfig,
     holdout: float | str = 0.2,
     progress: Progress | None = None,
 ) -> FinetuneReport:
     """Fine-tune a pretrained model on the cells of a store that have a label; the model folder is ``out``/model.
 
+    model: a folder, on a disk or in object storage, or as it was read from one: its encoder is trained in place
     labels: obs column with the cell types; cells without one are left out and counted
+    out: a folder on a disk
     holdout: share of each type's cells, or "column=value", that test and are never trained on
 
     Run again with the same arguments, it goes on after the last complete epoch; a complete run is left as it is.
-    Raises InputError where there are too few labelled cells, ModelError where model and store do not fit.
+    Raises InputError where there are too few labelled cells or ``out`` is a URL, ModelError where model and store do
+    not fit or the model was never written.
     """
     progress = progress or Silent()
-    pretrained = read_model(model)
+    out = on_disk(out, "--out")
+    pretrained = model if isinstance(model, Model) else read_model(model)
+    if not pretrained.digest:
+        raise ModelError(
+            "the model was never written, so the run could not say what it is trained from; write it first"
+        )
     pretrained.check_store(store)
     rule = SplitRule(holdout, config.validation_share, config.calibration_share, config.train.seed)
     labelled = split_cells(store, labels, rule)
@@ -185,9 +198,9 @@ def finetune(
         raise InputError(_too_few(labels, labelled))
     work = _Work(store, pretrained, labels, labelled, config, rule.described)
     run = RunFolder(out, config, _identity(work))
-    with run.use():
+    with run.use(progress.say):
         if run.complete:
-            progress.say(f"{run.path}: complete already; its model stays as it is")
+            progress.say(f"{run.location}: complete already; its model stays as it is")
         else:
             _finetune(work, run, progress)
     return _report(run)
@@ -227,8 +240,6 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
     ranks, options, labelled = Ranks(), work.config.train, work.labelled
     torch.manual_seed(options.seed)
     task = _task(work, ranks)
-    if not run.has("last"):
-        _initialise(task.module.typer, work, progress)
     stream = BatchStream(
         work.store,
         cells=labelled.of("train"),
@@ -237,7 +248,12 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
         seed=options.seed,
         lanes=options.lanes or None,
     )
-    figures = train(task, stream, options, run, ranks, progress)
+    with (
+        Record.of(run, work.store, RunOptions(), ranks, progress) as record,
+        interruption() as asked,
+    ):
+        loop = Loop(task, stream, options, ranks, record, progress, asked)
+        figures = train(loop, lambda: _initialise(task.module.typer, work, progress))
     facts = {
         "labels": work.labels,
         "holdout": work.holdout,
@@ -251,7 +267,7 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
     typer = task.module.typer
     encoder = typer.encoder_and_pool(info.linformer_trained)
     model = Model(info, pretrained.vocabulary, pretrained.islands, encoder, typer)
-    write_split(run.path / SPLIT_FILE, work.store, labelled)
+    write_split(Path(run.location) / SPLIT_FILE, work.store, labelled)
     write_model(run.model, model, finetuned_card(info, model.vocabulary))
 
 
@@ -334,7 +350,7 @@ def _report(run: RunFolder) -> FinetuneReport:
     info = read_model(run.model).info
     facts = info.provenance
     return FinetuneReport(
-        run.model,
+        Path(run.model),
         info.labels,
         facts["split"],
         facts["n_without_label"],

@@ -2,31 +2,40 @@
 
 It runs alone in one process and, unchanged, as one of several ranks. A loss is a sum over targets divided by the
 number of targets of the *global* batch: how cells are dealt to ranks and micro-steps changes rounding only. Random
-numbers of a step are seeded by (seed, step, rank), so that a resumed run needs no generator state.
+numbers of a step are seeded by (seed, step, rank), and rates follow from the step, so that a resumed run needs neither
+generator nor scheduler state. It goes on after any step, on any number of ranks.
 """
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from annatac_scale.errors import AnnatacError, ConfigError
+from annatac_scale.errors import AnnatacError, ConfigError, RunInterruptedError
 from annatac_scale.memory import give_back_freed_memory
 from annatac_scale.model.heads import LossSum
 from annatac_scale.progress import Progress
+from annatac_scale.store.open_islands import OpenIslands
+from annatac_scale.stream.arrangement import StreamState
 from annatac_scale.stream.batch import Batch
 from annatac_scale.stream.loader import BatchStream
-from annatac_scale.train.checkpoint import RunFolder
+from annatac_scale.train.checkpoint import state_of
+from annatac_scale.train.interruption import ASKING, Interruption
+from annatac_scale.train.metrics import LossTotal, Meter, StepFacts, shown
+from annatac_scale.train.ranks import Ranks
+from annatac_scale.train.record import Record
 
 SCHEDULES = ("step", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16")
-LOG_EVERY = 20
-"""Steps between two lines of metrics.jsonl."""
+MOST_SKIPPED = 20
+"""Steps in a row that may be left out because their loss is not finite: then the weights are past help."""
 
 
 @dataclass(frozen=True)
@@ -110,91 +119,33 @@ class Task(Protocol):
         """Targets of a prepared batch by loss name."""
         ...
 
-    def validate(self, ranks: "Ranks") -> dict[str, float]:
+    def validate(self, ranks: Ranks) -> dict[str, float]:
         """Figures on the held-out cells, the same on every rank; ``score`` is what early stopping maximises."""
         ...
 
 
-def default_device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The processes that train together, and the device of this one; alone by default."""
-
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = field(default_factory=default_device)
-
-    def sum(self, values: list[float]) -> list[float]:
-        """Sums over all ranks, in float64."""
-        if self.world_size == 1:
-            return values
-        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(sums)
-        return sums.tolist()
-
-    def sum_gradients(self, module: nn.Module) -> None:
-        """Replace every gradient by its sum over all ranks, in one exchange: the order of additions is fixed."""
-        if self.world_size == 1:
-            return
-        trained = [p for p in module.parameters() if p.requires_grad]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        flat = torch.cat([grad.flatten() for grad in grads])
-        torch.distributed.all_reduce(flat)
-        for parameter, grad in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
-            parameter.grad = grad.view_as(parameter)
-
-    def share(self, module: nn.Module) -> None:
-        """Give all ranks the weights and buffers of rank 0."""
-        if self.world_size > 1:
-            for tensor in module.state_dict().values():
-                torch.distributed.broadcast(tensor, src=0)
-
-    def agree(self, value: float) -> bool:
-        """Whether all ranks hold the same number."""
-        if self.world_size == 1:
-            return True
-        extremes = torch.tensor([value, -value], dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
-        return extremes.tolist() == [value, -value]
-
-    def wait(self) -> None:
-        """Wait for all ranks."""
-        if self.world_size > 1:
-            torch.distributed.barrier()
-
-
-@dataclass(frozen=True)
-class LossTotal:
-    """A loss over the global batches of some steps, not yet divided by the targets."""
-
-    sum: float = 0.0
-    count: float = 0.0
-    correct: float = 0.0
-
-    def __add__(self, other: "LossTotal") -> "LossTotal":
-        return LossTotal(self.sum + other.sum, self.count + other.count, self.correct + other.correct)
-
-
 @dataclass
 class _State:
-    """Where training is; with the weights, the optimizer's and the stream's state all that a checkpoint holds."""
+    """Where training is; with the weights, the optimizer's and the stream's state all that a checkpoint holds.
+
+    bests: steps after which validation was better than ever before
+    """
 
     step: int = 0
+    bests: list[int] = field(default_factory=list)
     best_score: float = -math.inf
-    best_epoch: int = -1
     best_figures: dict[str, float] = field(default_factory=dict)
     gained_score: float = -math.inf
     validations_since_gain: int = 0
+    n_skipped: int = 0
+    n_skipped_in_a_row: int = 0
 
     def judge(self, figures: dict[str, float], epoch: int, min_gain: float) -> None:
         """Take in a validation."""
         score = figures["score"]
         if score > self.best_score:
-            self.best_score, self.best_epoch, self.best_figures = score, epoch, {**figures, "epoch": epoch}
+            self.bests.append(self.step)
+            self.best_score, self.best_figures = score, {**figures, "epoch": epoch}
         if score > self.gained_score + min_gain:
             self.gained_score, self.validations_since_gain = score, 0
         else:
@@ -202,86 +153,194 @@ class _State:
 
 
 @dataclass(frozen=True, eq=False)
-class _Loop:
-    """What a run of the loop works with."""
+class Loop:
+    """What a run of the loop works with. asked: whether somebody asked it to end, seen on any rank"""
 
     task: Task
     stream: BatchStream
     options: TrainOptions
-    run: RunFolder
     ranks: Ranks
+    record: Record
     progress: Progress
-    optimizer: torch.optim.Optimizer
+    asked: Interruption = field(default_factory=Interruption)
 
 
-def train(
-    task: Task, stream: BatchStream, options: TrainOptions, run: RunFolder, ranks: Ranks, progress: Progress
-) -> dict[str, float]:
+def train(loop: Loop, start: Callable[[], None]) -> dict[str, float]:
     """Train until the last epoch or until validation stops gaining; leaves the best weights in ``task.module``.
 
-    Resumes from the run's last checkpoint when there is one. Returns the figures of the best validation.
-    Raises AnnatacError when a gradient is not finite, ModelError when a checkpoint is damaged.
+    Goes on after the run's newest whole checkpoint when there is one; else ``start``, called on rank 0, sets the
+    weights to begin with. Returns the figures of the best validation.
+
+    Raises AnnatacError when a loss is not finite and is not to be skipped, RunInterruptedError when asked to end, its
+    state kept, ModelError when no checkpoint is whole, StoreError when one that is needed cannot be written.
     """
-    epochs = max(options.epochs, -(-options.min_steps // max(len(stream), 1)))
-    if epochs > options.epochs:
-        progress.say(
-            f"{len(stream)} steps an epoch: up to {epochs} epochs, for train.min_steps = {options.min_steps}"
-        )
-    options = replace(options, epochs=epochs)
+    loop = replace(loop, options=_in_whole_epochs(loop))
+    task, stream, options, ranks, record = loop.task, loop.stream, loop.options, loop.ranks, loop.record
     optimizer = torch.optim.AdamW(task.parameter_groups(options), weight_decay=0.0, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
-    loop = _Loop(task, stream, options, run, ranks, progress, optimizer)
-    state = _resume(loop)
-    ranks.share(task.module)
+    state = _begin(loop, optimizer, start)
+    module = ranks.parallel(task.module)
+    _lay_out_buckets(loop, module)
+    n_steps = options.epochs * len(stream)
     epoch = stream.state_dict()["epoch"]
-    with progress.task("Training", options.epochs * len(stream), "steps") as advance:
+    with loop.progress.task("Training", n_steps, "steps") as advance:
         advance(state.step)
         while epoch < options.epochs and state.validations_since_gain < options.patience:
-            meter = _Meter(ranks.world_size)
+            meter = Meter()
             task.module.train()
-            for batch in stream:
+            for batch, place, waited_s in _prepared(loop, epoch):
                 factor = rate_factor(options, state.step, len(stream))
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
                 _seed_step(options.seed, state.step, ranks.rank)
-                losses = accumulate(task, task.prepare(batch, epoch), options, ranks)
-                norm = nn.utils.clip_grad_norm_(task.module.parameters(), options.clip)
-                _check_finite(norm, batch, state.step)
-                optimizer.step()
+                record.cells(state.step, epoch, batch.cell_ids)
+                begin = time.monotonic()
+                counts = _counted(loop, batch)
+                losses = accumulate(module, task, batch, options, ranks, counts.targets)
+                norm = float(nn.utils.clip_grad_norm_(task.module.parameters(), options.clip))
+                if _is_finite(losses, norm):
+                    optimizer.step()
+                    state.n_skipped_in_a_row = 0
+                else:
+                    _skip_or_stop(loop, state, batch)
+                    losses = {}
                 optimizer.zero_grad(set_to_none=False)
-                meter.add(losses, len(batch))
+                computed_s = time.monotonic() - begin
+                facts = StepFacts(losses, counts.cells, rates[0] * factor, waited_s, computed_s)
+                meter.add(facts)
                 state.step += 1
                 advance(1)
-                if state.step % LOG_EVERY == 0 and ranks.rank == 0:
-                    rate = rates[0] * factor
-                    run.log({"step": state.step, "epoch": epoch, "rate": rate, **meter.figures()})
+                record.step(facts, state.step, n_steps, epoch)
+                if counts.asked:
+                    _leave(loop, state, _checkpoint(loop, state, optimizer, place), counts.asked)
+                if record.is_due(state.step):
+                    record.save(state.step, _checkpoint(loop, state, optimizer, place), state.bests)
             epoch += 1
-            _after_epoch(loop, state, epoch, meter)
+            _after_epoch(loop, state, optimizer, epoch, meter)
             give_back_freed_memory()
     return _load_best(loop, state)
 
 
-def accumulate(task: Task, batch: Batch, options: TrainOptions, ranks: Ranks) -> dict[str, LossTotal]:
+def _in_whole_epochs(loop: Loop) -> TrainOptions:
+    options = loop.options
+    epochs = max(options.epochs, -(-options.min_steps // max(len(loop.stream), 1)))
+    if epochs > options.epochs:
+        loop.progress.say(
+            f"{len(loop.stream)} steps an epoch: up to {epochs} epochs, for train.min_steps = {options.min_steps}"
+        )
+    return replace(options, epochs=epochs)
+
+
+def _begin(loop: Loop, optimizer: torch.optim.Optimizer, start: Callable[[], None]) -> _State:
+    """Go to the newest checkpoint, on every rank to the same one."""
+    data = loop.ranks.bytes_of_first(loop.record.newest())
+    if data is None:
+        if loop.ranks.rank == 0:
+            start()
+        loop.record.began(0, loop.ranks.world_size, [])
+        place = loop.stream.state_dict()
+        loop.record.save(0, _checkpoint(loop, _State(), optimizer, place), [], needed=True)
+        return _State()
+    saved = state_of(data)
+    loop.task.module.load_state_dict(saved["module"])
+    optimizer.load_state_dict(saved["optimizer"])
+    loop.stream.load_state_dict(saved["stream"])
+    state = _State(**saved["state"])
+    where = f"epoch {saved['stream']['epoch']}, step {saved['stream']['step']} of {len(loop.stream)}"
+    loop.progress.say(f"resuming {loop.record.location} after {state.step:,} steps: {where}")
+    loop.record.began(state.step, loop.ranks.world_size, saved["lineage"])
+    return state
+
+
+def _lay_out_buckets(loop: Loop, module: nn.Module) -> None:
+    """One backward of a batch without cells: gradients are all there, and zero.
+
+    DDP lays out its buckets in the order in which the first backward fills them. Without this one, sums of the first
+    step of an attempt would be formed in another order than those of the same step in a run that goes on.
+    """
+    if loop.ranks.world_size == 1:
+        return
+    nothing = loop.task.prepare(Batch.from_open(np.empty(0, np.int64), OpenIslands.empty()), 0)
+    no_targets = [0.0] * len(loop.task.loss_weights)
+    for _ in range(2):
+        accumulate(module, loop.task, nothing, loop.options, loop.ranks, no_targets)
+    module.zero_grad(set_to_none=False)
+
+
+def _prepared(loop: Loop, epoch: int) -> Iterator[tuple[Batch, StreamState, float]]:
+    """The prepared batches of the rest of an epoch, made one ahead in a thread.
+
+    Each comes with the place of the stream after it, and the seconds that it was waited for.
+    """
+    batches = iter(loop.stream)
+
+    def make() -> tuple[Batch, StreamState] | None:
+        batch = next(batches, None)
+        return None if batch is None else (loop.task.prepare(batch, epoch), loop.stream.state_dict())
+
+    with ThreadPoolExecutor(1, "prepare") as thread:
+        ahead = thread.submit(make)
+        try:
+            while True:
+                begin = time.monotonic()
+                if (found := ahead.result()) is None:
+                    return
+                ahead = thread.submit(make)
+                yield *found, time.monotonic() - begin
+        finally:
+            thread.submit(batches.close).result()  # after what is being made
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Sums over all ranks. targets: by loss; asked: the number of a signal that asks to end, or 0"""
+
+    targets: Sequence[float]
+    cells: int
+    asked: int
+
+
+def _counted(loop: Loop, batch: Batch) -> _Counts:
+    own = loop.task.counts(batch)
+    asked = [float(loop.asked.signal == number) for number in ASKING]
+    found = loop.ranks.sum(
+        [*(float(own[name]) for name in loop.task.loss_weights), float(len(batch)), *asked]
+    )
+    n = len(loop.task.loss_weights)
+    signals = [number for number, times in zip(ASKING, found[n + 1 :], strict=True) if times]
+    return _Counts(found[:n], int(found[n]), signals[0] if signals else 0)
+
+
+def accumulate(
+    module: nn.Module, task: Task, batch: Batch, options: TrainOptions, ranks: Ranks, targets: Sequence[float]
+) -> dict[str, LossTotal]:
     """Add the gradient of the mean losses over the global batch, in micro-steps; returns the losses by name.
 
+    module: the task's, as the ranks train it together: gradients are exchanged in the last micro-step only
     batch: this rank's share, prepared; a rank without targets takes part all the same
+    targets: of the global batch, by loss
     """
     names = list(task.loss_weights)
-    own = task.counts(batch)
-    counts = ranks.sum([float(own[name]) for name in names])
-    scales = [task.loss_weights[name] / max(n, 1.0) for name, n in zip(names, counts, strict=True)]
+    scales = [task.loss_weights[name] / max(n, 1.0) for name, n in zip(names, targets, strict=True)]
     found = torch.zeros(2, len(names), dtype=torch.float64, device=ranks.device)
     in_bf16 = uses_bf16(options.precision, ranks.device)
-    for piece in micro_batches(batch, options.micro_tokens):
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=in_bf16):
-            losses: dict[str, LossSum] = task.module(piece)
-        sums = torch.stack([losses[name].sum for name in names])
-        (sums * sums.new_tensor(scales)).sum().backward()
+    pieces = list(micro_batches(batch, options.micro_tokens))
+    for number, piece in enumerate(pieces, 1):
+        with _alone(module) if number < len(pieces) else nullcontext():
+            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=in_bf16):
+                losses: dict[str, LossSum] = module(piece)
+            sums = torch.stack([losses[name].sum for name in names])
+            (sums * sums.new_tensor(scales)).sum().backward()
         found[0] += sums.detach()
         found[1] += torch.stack([losses[name].correct for name in names]).to(found.device)
-    ranks.sum_gradients(task.module)
     totals = ranks.sum(found.flatten().tolist())
-    return {name: LossTotal(totals[i], counts[i], totals[len(names) + i]) for i, name in enumerate(names)}
+    return {name: LossTotal(totals[i], targets[i], totals[len(names) + i]) for i, name in enumerate(names)}
+
+
+def _alone(module: nn.Module) -> AbstractContextManager[None]:
+    """Forward and backward in which gradients stay on this rank."""
+    context: AbstractContextManager[None] = getattr(module, "no_sync", nullcontext)()
+    return context
 
 
 def micro_batches(batch: Batch, max_tokens: int) -> Iterator[Batch]:
@@ -307,93 +366,89 @@ def _seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
-def _check_finite(norm: Tensor, batch: Batch, step: int) -> None:
-    if not torch.isfinite(norm):
-        cells = ", ".join(str(cell) for cell in batch.cell_ids[:5])
+def _is_finite(losses: dict[str, LossTotal], norm: float) -> bool:
+    return math.isfinite(norm) and all(math.isfinite(loss.sum) for loss in losses.values())
+
+
+def _skip_or_stop(loop: Loop, state: _State, batch: Batch) -> None:
+    """A step whose loss or gradient is not finite, on every rank: count it, or raise AnnatacError."""
+    state.n_skipped += 1
+    state.n_skipped_in_a_row += 1
+    own = _cells_not_finite(loop, batch, state.step)
+    cells = sorted(cell for of_rank in loop.ranks.gather(own) for cell in of_rank)
+    which = loop.record.names_of(cells) if cells else "in no cell alone, only in their gradient"
+    found = f"step {state.step}: the loss is not finite ({which})"
+    if not loop.record.skips or state.n_skipped_in_a_row > MOST_SKIPPED:
+        times = f", in {state.n_skipped_in_a_row} steps in a row" if loop.record.skips else ""
         raise AnnatacError(
-            f"step {step}: the gradient is not finite (cells {cells}, ...); train again into another --out with a "
-            "lower rate, as --set train.learning_rate=1e-4"
+            f"{found}{times}; train again into another --out with a lower rate, as --set train.learning_rate=1e-4, or "
+            "leave such steps out: --on-nan skip"
         )
+    loop.progress.say(f"{found}: left out, {state.n_skipped:,} so far")
 
 
-class _Meter:
-    """Mean losses and accuracies over the steps of an epoch so far."""
-
-    def __init__(self, world_size: int) -> None:
-        self._totals: dict[str, LossTotal] = {}
-        self._world_size = world_size
-        self._cells = 0
-        self._start = time.monotonic()
-
-    def add(self, losses: dict[str, LossTotal], n_cells: int) -> None:
-        """Take in a step; n_cells: cells of this rank."""
-        for name, loss in losses.items():
-            self._totals[name] = self._totals.get(name, LossTotal()) + loss
-        self._cells += n_cells
-
-    def figures(self) -> dict[str, float]:
-        """Figures by name; cells_per_s takes the ranks for equally loaded."""
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        figures = {"cells_per_s": round(self._cells * self._world_size / seconds, 1)}
-        for name, loss in self._totals.items():
-            figures[f"{name}_loss"] = loss.sum / max(loss.count, 1.0)
-            figures[f"{name}_accuracy"] = loss.correct / max(loss.count, 1.0)
-        return figures
+@torch.no_grad()
+def _cells_not_finite(loop: Loop, batch: Batch, step: int) -> list[int]:
+    """The ids of this rank's cells whose own loss is not finite."""
+    found = []
+    in_bf16 = uses_bf16(loop.options.precision, loop.ranks.device)
+    for number in range(len(batch)):
+        _seed_step(loop.options.seed, step, loop.ranks.rank)
+        with torch.autocast(loop.ranks.device.type, torch.bfloat16, enabled=in_bf16):
+            losses: dict[str, LossSum] = loop.task.module(batch[number : number + 1])
+        if not all(torch.isfinite(loss.sum) for loss in losses.values()):
+            found.append(int(batch.cell_ids[number]))
+    return found
 
 
-def _after_epoch(loop: _Loop, state: _State, epoch: int, meter: _Meter) -> None:
-    """Validate, write the checkpoints, log."""
+def _checkpoint(
+    loop: Loop, state: _State, optimizer: torch.optim.Optimizer, place: StreamState
+) -> dict[str, Any]:
+    """All that is needed to go on. place: of the stream, after the last batch that was trained on"""
+    return {
+        "module": loop.task.module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "stream": place,
+        "state": vars(state),
+        "bests": state.bests,
+        "lineage": loop.record.lineage,
+        "torch": str(torch.__version__),  # a class of its own, which weights_only refuses
+    }
+
+
+def _leave(loop: Loop, state: _State, checkpoint: dict[str, Any], number: int) -> None:
+    """Keep the state and raise RunInterruptedError, on every rank when it is kept."""
+    try:
+        loop.record.save(state.step, checkpoint, state.bests, needed=True)
+        loop.record.settle()
+    finally:
+        loop.ranks.wait()
+    raise RunInterruptedError(
+        f"{loop.record.location}: asked to end, and ended after {state.step:,} steps, which are kept; the same command "
+        "goes on",
+        number,
+    )
+
+
+def _after_epoch(
+    loop: Loop, state: _State, optimizer: torch.optim.Optimizer, epoch: int, meter: Meter
+) -> None:
+    """Validate, keep the state, log."""
     figures = loop.task.validate(loop.ranks)
     state.judge(figures, epoch, loop.options.min_gain)
-    if loop.ranks.rank != 0:
-        return
-    weights = loop.task.module.state_dict()
-    loop.run.save(
-        "last",
-        {
-            "module": weights,
-            "optimizer": loop.optimizer.state_dict(),
-            "state": vars(state),
-            "stream": {**loop.stream.state_dict(), "epoch": epoch, "step": 0},
-        },
-    )
-    # After "last", which names the best epoch: where a run ends in between, ``_resume`` makes up for it.
-    if state.best_epoch == epoch:
-        loop.run.save("best", {"module": weights})
-    validated = {f"validation_{name}": value for name, value in figures.items()}
-    loop.run.log({"step": state.step, "epoch": epoch, **validated})
-    loop.progress.say(f"epoch {epoch}: {_shown(meter.figures())}  |  validation {_shown(figures)}")
+    place = loop.stream.state_dict()
+    loop.record.save(state.step, _checkpoint(loop, state, optimizer, place), state.bests, needed=True)
+    loop.record.validated(state.step, epoch, figures)
+    loop.progress.say(f"epoch {epoch}: {shown(meter.figures())}  |  validation {shown(figures)}")
 
 
-def _shown(figures: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in figures.items() if name != "score")
-
-
-def _resume(loop: _Loop) -> _State:
-    """Go to the last checkpoint, on every rank to the same one."""
-    state, run = _State(), loop.run
-    if run.has("last"):
-        saved = run.load("last")
-        loop.task.module.load_state_dict(saved["module"])
-        loop.optimizer.load_state_dict(saved["optimizer"])
-        loop.stream.load_state_dict(saved["stream"])
-        state = _State(**saved["state"])
-        epoch = saved["stream"]["epoch"]
-        loop.progress.say(f"resuming {run.path} after epoch {epoch}, step {state.step}")
-        if loop.ranks.rank == 0:
-            run.log({"step": state.step, "epoch": epoch, "resumed": True})
-            if state.best_epoch == epoch:
-                run.save("best", {"module": saved["module"]})
-    if not loop.ranks.agree(state.step):
-        raise AnnatacError(f"{run.path}: rank {loop.ranks.rank} sees another last checkpoint than the others")
-    return state
-
-
-def _load_best(loop: _Loop, state: _State) -> dict[str, float]:
-    if state.best_epoch < 0:
+def _load_best(loop: Loop, state: _State) -> dict[str, float]:
+    if not state.bests:
         raise AnnatacError(
-            f"{loop.run.path}: no validation gave a number; train again into another --out with a lower rate"
+            f"{loop.record.location}: no validation gave a number; train again into another --out with a lower rate"
         )
-    loop.ranks.wait()
-    loop.task.module.load_state_dict(loop.run.load("best")["module"])
+    loop.record.settle()
+    data = loop.ranks.bytes_of_first(loop.record.read(state.bests[-1]))
+    assert data is not None
+    loop.task.module.load_state_dict(state_of(data)["module"])
     return state.best_figures

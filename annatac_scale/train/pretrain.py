@@ -1,7 +1,7 @@
 """Pretraining on the cells of a store: what is asked of masked islands, by encoder and pooled layer."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,19 +20,18 @@ from annatac_scale.model.folder import (
     write_model,
 )
 from annatac_scale.progress import Progress, Silent
-from annatac_scale.store.schema import N_LEVELS
+from annatac_scale.store.place import Location
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.batch import Batch
 from annatac_scale.stream.cell_matrix import CellMatrix
 from annatac_scale.stream.loader import BatchStream
 from annatac_scale.stream.masking import mask
 from annatac_scale.stream.negatives import ClosedSampler
-from annatac_scale.stream.selection import sequential
 from annatac_scale.stream.tokens import TokenLister
-from annatac_scale.stream.vocabulary import Vocabulary, count_open
+from annatac_scale.stream.vocabulary import Vocabulary, count_levels
 from annatac_scale.train.card import pretrained_card
-from annatac_scale.train.checkpoint import RunFolder
-from annatac_scale.train.loop import Ranks, TrainOptions, micro_batches, train
+from annatac_scale.train.interruption import Interruption, interruption
+from annatac_scale.train.loop import Loop, TrainOptions, micro_batches, train
 from annatac_scale.train.masked_islands import MaskedIslandModel, n_targets
 from annatac_scale.train.positions import (
     Svd,
@@ -42,6 +41,10 @@ from annatac_scale.train.positions import (
 )
 from annatac_scale.train.presets import PretrainConfig, with_tokens_per_cell
 from annatac_scale.train.provenance import made_by, run_inputs, sample_facts, store_identity
+from annatac_scale.train.ranks import Ranks
+from annatac_scale.train.record import Record
+from annatac_scale.train.run_folder import RunFolder
+from annatac_scale.train.run_options import RunOptions
 
 MOST_LEVEL_ONE = 0.97
 """Above this share of one level among the open islands, guessing the level is guessing a constant."""
@@ -57,7 +60,7 @@ _SPLIT = 1
 class PretrainReport:
     """What a pretraining run made. figures: of the validation cells; n_parameters: trained ones of the encoder."""
 
-    model: Path
+    model: Location
     n_cells: int
     n_islands: int
     n_parameters: int
@@ -172,12 +175,17 @@ class PretrainData:
     level_shares: tuple[float, ...]
 
     @classmethod
-    def of(cls, store: IslandStore, config: PretrainConfig, progress: Progress) -> "PretrainData":
-        """Split the cells and count; two passes over the store."""
+    def of(
+        cls, store: IslandStore, config: PretrainConfig, progress: Progress, ranks: Ranks | None = None
+    ) -> "PretrainData":
+        """Split the cells and count; one pass over the store, of which each rank takes its share."""
+        ranks = ranks or Ranks()
         training, validation = _split(store, config)
-        counts = count_open(store, training, progress)
+        own = np.array_split(training, ranks.world_size)[ranks.rank]
+        by_level = ranks.sum_counts(count_levels(store, own, progress))
+        counts, totals = by_level.sum(0), by_level.sum(1)
         vocabulary = Vocabulary.fit(store, training, config.min_cells, counts)
-        shares = level_shares(store, training, progress)
+        shares = tuple((totals / totals.sum()).tolist())
         return cls(store, training, validation, vocabulary, counts[vocabulary.islands], shares)
 
     @property
@@ -200,29 +208,39 @@ class PretrainData:
 
 
 def pretrain(
-    store: IslandStore, out: Path | str, config: PretrainConfig, progress: Progress | None = None
+    store: IslandStore,
+    out: Location,
+    config: PretrainConfig,
+    progress: Progress | None = None,
+    options: RunOptions | None = None,
 ) -> PretrainReport:
     """Pretrain an encoder on all cells of a store; the model folder is ``out``/model.
 
-    Run again with the same arguments, it goes on after the last complete epoch; a complete run is left as it is.
+    In this process, or as one of those that torchrun started: each calls it, and the first one shows progress and
+    writes. Run again with the same arguments, it goes on after the newest checkpoint, on as many ranks as there are
+    then; a complete run is left as it is.
+
     Raises ConfigError when the objective can teach nothing on this data or the run is of other settings, InputError
-    when there are too few cells.
+    when there are too few cells, RunInterruptedError when a signal asked the process to end.
     """
-    progress = progress or Silent()
-    run = pretrain_folder(store, out, config, world_size=1)
-    with run.use():
-        if run.complete:
-            progress.say(f"{run.path}: complete already; its model stays as it is")
-        else:
-            pretrain_rank(store, run, config, Ranks(), progress)
+    options, progress = options or RunOptions(), progress or Silent()
+    run = pretrain_folder(store, out, config)
+    with Ranks.launched() as ranks:
+        if ranks.rank:
+            progress = Silent()
+        with run.use(progress.say) if ranks.rank == 0 else nullcontext():
+            if all(ranks.gather(run.complete)):
+                progress.say(f"{run.location}: complete already; its model stays as it is")
+            else:
+                with interruption() as asked:
+                    pretrain_rank(store, run, config, options, ranks, progress, asked)
+            ranks.wait()
     return report_of(run)
 
 
-def pretrain_folder(
-    store: IslandStore, out: Path | str, config: PretrainConfig, world_size: int
-) -> RunFolder:
+def pretrain_folder(store: IslandStore, out: Location, config: PretrainConfig) -> RunFolder:
     """The folder of a pretraining run, not yet in use."""
-    return RunFolder(out, config, {"kind": "pretrain", **run_inputs(store), "world_size": world_size})
+    return RunFolder(out, config, {"kind": "pretrain", **run_inputs(store)})
 
 
 def report_of(run: RunFolder) -> PretrainReport:
@@ -241,10 +259,16 @@ def report_of(run: RunFolder) -> PretrainReport:
 
 
 def pretrain_rank(
-    store: IslandStore, run: RunFolder, config: PretrainConfig, ranks: Ranks, progress: Progress
+    store: IslandStore,
+    run: RunFolder,
+    config: PretrainConfig,
+    options: RunOptions,
+    ranks: Ranks,
+    progress: Progress,
+    asked: Interruption,
 ) -> None:
-    """What each rank does; rank 0 writes into ``run``, which its caller holds. Errors are the same on every rank."""
-    data = PretrainData.of(store, config, progress)
+    """What each rank does; rank 0 writes into ``run``, which its caller holds. asked: whether to end before the end"""
+    data = PretrainData.of(store, config, progress, ranks)
     progress.say(
         "levels of open islands: "
         + ", ".join(f"{level}: {share:.1%}" for level, share in enumerate(data.level_shares, 1))
@@ -254,16 +278,19 @@ def pretrain_rank(
     torch.manual_seed(config.train.seed)
     task = pretrain_task(data, config, ranks)
     encoder = task.module.encoder
-    if ranks.rank == 0 and not run.has("last"):
-        initialise(encoder, data, config, progress)
-        task.module.start_heads(data.store, data.vocabulary, data.training)
     progress.say(
         f"{len(data.training):,} cells to train, {len(data.validation):,} to validate, "
         f"{len(data.vocabulary):,} islands, {_n_trained(task.module):,} parameters to train, {_what_is_trained(config)}"
     )
     task.check_targets(ranks)
+
+    def start() -> None:
+        initialise(encoder, data, config, progress)
+        task.module.start_heads(data.store, data.vocabulary, data.training)
+
     stream = data.stream(data.training, config.train, ranks)
-    figures = train(task, stream, config.train, run, ranks, progress)
+    with Record.of(run, store, options, ranks, progress) as record:
+        figures = train(Loop(task, stream, config.train, ranks, record, progress, asked), start)
     if ranks.rank == 0:
         model = _model(data, config, encoder, figures)
         write_model(run.model, model, pretrained_card(model.info, model.vocabulary))
@@ -330,20 +357,6 @@ def _model(data: PretrainData, config: PretrainConfig, encoder: Encoder, figures
         },
     )
     return Model(info, data.vocabulary, vocabulary_islands(data.store.space, data.vocabulary), encoder)
-
-
-def level_shares(
-    store: IslandStore, cells: NDArray[np.int64], progress: Progress | None = None
-) -> tuple[float, ...]:
-    """Share of each level among the open islands of the cells. Raises InputError where none is open."""
-    totals = np.zeros(N_LEVELS, np.int64)
-    with (progress or Silent()).task("Counting levels", len(cells), "cells") as advance:
-        for ids, rows in sequential(store, cells):
-            totals += np.bincount(rows.levels, minlength=N_LEVELS + 1)[1:]
-            advance(len(ids))
-    if not totals.sum():
-        raise InputError(f"{store.path}: no cell has an open island; check the peaks and the assembly")
-    return tuple((totals / totals.sum()).tolist())
 
 
 def _check_objective(config: PretrainConfig, shares: tuple[float, ...]) -> None:

@@ -32,10 +32,11 @@ from annatac_scale.stream.selection import sequential
 from annatac_scale.stream.tokens import TokenLister
 from annatac_scale.train.card import pretrained_card
 from annatac_scale.train.finetune import finetune
-from annatac_scale.train.loop import Ranks, micro_batches
+from annatac_scale.train.loop import micro_batches
 from annatac_scale.train.presets import FinetuneConfig, PretrainConfig, with_tokens_per_cell
 from annatac_scale.train.pretrain import PretrainData, initialise, pretrain, pretrain_task
 from annatac_scale.train.provenance import made_by, sample_facts, store_identity
+from annatac_scale.train.ranks import Ranks
 
 MICRO_TOKENS = 100_000
 

@@ -72,7 +72,7 @@ def small_store(path: Path, samples: dict[str, SmallSample], counting: str = "in
 
 
 def small_model(
-    path: Path,
+    path: Path | str,
     head: str | None = "pooled",
     types: tuple[str, ...] = TYPES,
     attend: str = "open",

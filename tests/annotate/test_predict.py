@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from object_storage import ObjectStorage
 from predicted import SIZES, assert_same_bytes
 from scipy import sparse
 from small_atlas import (
@@ -365,3 +366,33 @@ def test_an_h5ad_is_asked_for_in_vain(tmp_path: Path, store: IslandStore, model:
     with pytest.raises(InputError, match=r"cells\.h5ad: not there any more, expected the file"):
         predict(tmp_path / "a.zarr", tmp_path / "model", tmp_path / "labels", write_h5ad=out)
     assert not (tmp_path / "labels").exists()
+
+
+def test_an_h5ad_of_an_input_in_object_storage_is_refused_by_its_url(
+    tmp_path: Path, s3: ObjectStorage
+) -> None:
+    write_h5ad(tmp_path / "cells.h5ad")
+    url = f"{s3.bucket()}/cells.h5ad"
+    s3.put(url, (tmp_path / "cells.h5ad").read_bytes())
+    convert(url, assembly=ASSEMBLY, out=tmp_path / "a.zarr", select="all")
+    small_model(tmp_path / "model", space=IslandSpace.all(ASSEMBLY))
+    with pytest.raises(InputError, match=f"converted from {url}, expected an h5ad file on a disk"):
+        predict(tmp_path / "a.zarr", tmp_path / "model", tmp_path / "labels", write_h5ad=tmp_path / "x.h5ad")
+
+
+def test_the_split_beside_a_model_in_object_storage_is_found(
+    tmp_path: Path, s3: ObjectStorage, store: IslandStore
+) -> None:
+    url = f"{s3.bucket()}/run"
+    small_model(f"{url}/model")
+    predict(store, f"{url}/model", tmp_path / "without")
+    assert table_of(tmp_path / "without")["split"].isna().all()
+    digests = {name: sample.x_sha256 for name, sample in store.samples.items()}
+    write_split(tmp_path / "split.parquet", [("many", "many-7", "test")], digests)
+    s3.put(f"{url}/split.parquet", (tmp_path / "split.parquet").read_bytes())
+    predict(store, f"{url}/model", tmp_path / "labels")
+    table = table_of(tmp_path / "labels").set_index("barcode")["split"].dropna()
+    assert table.to_dict() == {"many-7": "test"}
+    s3.put(f"{url}/split.parquet", b"x")
+    with pytest.raises(ModelError, match=rf"{url}/split\.parquet: cannot be read"):
+        predict(store, f"{url}/model", tmp_path / "damaged")

@@ -97,6 +97,9 @@ MISTAKES = {
     "holdout of no column": (f"{FINETUNE} --holdout nosuch=1", "no obs column 'nosuch'", "there are"),
     "fine-tuning into something else": (f"{FINETUNE} --out {{full}}", "full: exists and holds no run"),
     "fine-tuning into the pretraining": (f"{FINETUNE} --out {{pretrained}}", "pre: holds a run with other settings"),
+    "fine-tuning into object storage": (
+        f"{FINETUNE} --out s3://b/run", "--out s3://b/run: found an URL", "expected a path on a disk", "then copy it",
+    ),
     # predict
     "prediction of no store": ("predict nosuch --model {typer} --out {new}", *NO_STORE),
     "prediction with no model": (f"{PREDICT} --model nosuch", *NO_MODEL),
@@ -113,6 +116,12 @@ MISTAKES = {
         f"{PREDICT} --novel-threshold 0.9 --out {{labels}}",
         "labels: holds labels made with novel_threshold 0.5, now asked for 0.9", "another --out",
     ),
+    "prediction into object storage": (
+        f"{PREDICT} --out s3://b/labels", "--out s3://b/labels: found an URL", "expected a path on a disk",
+    ),
+    "labelled cells into object storage": (
+        f"{PREDICT} --write-h5ad s3://b/x.h5ad", "--write-h5ad s3://b/x.h5ad: found an URL", "a path on a disk",
+    ),
     "threshold out of range": (f"{PREDICT} --novel-threshold 1.5", "1.5", "expected"),
     # evaluate
     "evaluation of no labels": (
@@ -121,6 +130,9 @@ MISTAKES = {
     "evaluation with no store": (f"{EVALUATE} --store nosuch", *NO_STORE),
     "evaluation with another store": (
         f"{EVALUATE} --store {{other}}", "labels: found 24 of 24 cells that", "give the store that was predicted",
+    ),
+    "evaluation of labels in object storage": (
+        "evaluate s3://b/labels --store {store} --truth cell_type", "labels s3://b/labels: found an URL", "on a disk",
     ),
     "truth that is no column": (f"{EVALUATE} --truth celltype", "no obs column 'celltype'", "cell_type, donor"),
     # export
@@ -132,6 +144,8 @@ MISTAKES = {
         "export {store} --out {new}.h5ad --samples cells,heart", "found no sample 'heart'", "expected some of cells",
     ),
     "export into object storage": ("export {store} --out s3://b/x.zarr", "expected a path on a disk", "then copy it"),
+    # demo
+    "demo in object storage": ("demo --out s3://b/demo", "--out s3://b/demo: found an URL", "a path on a disk"),
     # islands
     "islands of two tables": ("islands {toy} --tss {sizes} --gtf {sizes}", "expected one", "leave out --tss or --gtf"),
     "islands into a folder": ("islands {toy} --out {full}", "full"),
@@ -144,7 +158,9 @@ MISTAKES = {
     "one store too many": ("info {store} {other}", "unexpected extra argument", "`annatac info --help`"),
     "no such preset": (f"{PRETRAIN} --preset huge", "'huge' is not one of 'tiny', 'small', 'paper'"),
     "no epochs": (f"{PRETRAIN} --epochs 0", "'--epochs': 0 is not in the range x>=1"),
-    "fewer than no workers": (f"{PRETRAIN} --workers -1", "'--workers': -1 is not in the range x>=0"),
+    "fewer than no workers": (f"{PRETRAIN} --workers -1", "--workers -1: expected N or MIN:MAX"),
+    "no time between checkpoints": (f"{PRETRAIN} --checkpoint-minutes 0", "--checkpoint-minutes 0.0: expected more"),
+    "no checkpoint kept": (f"{PRETRAIN} --keep 0", "--keep 0: expected at least 1"),
 }  # fmt: skip
 
 

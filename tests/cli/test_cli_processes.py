@@ -40,25 +40,32 @@ def test_the_package_runs_as_a_module(atlas: Atlas) -> None:
     assert stderr.count("\n") == 1
 
 
-def test_training_that_was_interrupted_goes_on_to_the_same_model(atlas: Atlas) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl_c", "sigterm"])
+def test_training_that_was_asked_to_end_keeps_its_last_step_and_goes_on_to_the_same_model(
+    atlas: Atlas, number: signal.Signals
+) -> None:
     words = ("--preset", "tiny", "--epochs", 20, "--set", "train.patience=100")
-    process = start("pretrain", atlas.store, "--out", atlas.folder / "cut", *words)
+    cut, uncut = atlas.folder / f"cut{number}", atlas.folder / "uncut"
+    process = start("pretrain", atlas.store, "--out", cut, *words)
     assert process.stderr is not None
     lines = []
     for line in process.stderr:
         lines.append(line)
         if line.startswith("epoch 2:"):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
     process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert lines[-1] == "annatac: interrupted; run the same command again to go on\n"
+    assert process.returncode == 128 + number
+    found = re.fullmatch(
+        r"annatac: .*: asked to end, and ended after (\d+) steps, which are kept; the same command goes on\n",
+        lines[-1],
+    )
+    assert found
     assert not any("Traceback" in line for line in lines)
-    assert not (atlas.folder / "cut" / "model").exists()
-    resumed = done("pretrain", atlas.store, "--out", atlas.folder / "cut", *words)
-    assert re.search(r"resuming .*cut after epoch ([2-9]|1\d), ", resumed.stderr)
-    done("pretrain", atlas.store, "--out", atlas.folder / "uncut", *words)
-    cut, uncut = files_below(atlas.folder / "cut" / "model"), files_below(atlas.folder / "uncut" / "model")
-    assert cut == uncut
+    assert not (cut / "model").exists()
+    resumed = done("pretrain", atlas.store, "--out", cut, *words)
+    assert f"resuming {cut} after {found[1]} steps: " in resumed.stderr
+    done("pretrain", atlas.store, "--out", uncut, *words)
+    assert files_below(cut / "model") == files_below(uncut / "model")
 
 
 def test_conversion_that_was_interrupted_leaves_no_sample_and_goes_on(atlas: Atlas) -> None:

@@ -1,5 +1,8 @@
 """Small models with random weights for the tests of the model folder and the cell typer."""
 
+import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,14 @@ from annatac_scale.stream.vocabulary import Vocabulary
 N_SPACE, LABELS = 30, ("B cell", "T cell", "été")
 CHROMOSOMES = ("1", "2", "10")
 GENES = ["", "7", "NA", 'A,"B"', "nan", "Gm1"]
+HEADS = [
+    None,
+    HeadConfig("pooled", pooled=5),
+    HeadConfig("cnn", hidden=(7, 6)),
+    HeadConfig("subtype", (6, 5, 4)),
+]
+MODEL_FILES = {"config.json", "weights.safetensors", "positions.safetensors", "islands.tsv.gz", "README.md"}
+TYPER_FILES = MODEL_FILES | {"labels.json", "calibration.json"}
 
 
 def toy_space(width_bp: int = 5000, assembly: str = "toy") -> IslandSpace:
@@ -79,3 +90,30 @@ def toy_batch(counts: tuple[int, ...] = (5, 0, 20, 1)) -> Batch:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flip(data: bytes) -> bytes:
+    """One digit or letter of the text changed, which leaves JSON valid; else a byte in the middle."""
+    at = max(data.find(b'": ') + 3, len(data) // 2) if data.startswith((b"{", b"[")) else len(data) // 2
+    while not chr(data[at]).isalnum():
+        at += 1
+    return data[:at] + (b"1" if data[at : at + 1] != b"1" else b"2") + data[at + 1 :]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut": cut,
+    "changed": flip,
+    "emptied": lambda data: b"",
+    "lengthened": lambda data: data + b"x",
+}
+
+
+def resigned(config: dict[str, Any]) -> bytes:
+    """config.json with the digest of its content, as one who knows the format could write it."""
+    content = {key: value for key, value in config.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "sha256": digest}).encode()

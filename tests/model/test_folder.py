@@ -13,22 +13,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from model_folders import files_of, toy_batch, toy_model, toy_space
+from model_folders import (
+    DAMAGES,
+    HEADS,
+    MODEL_FILES,
+    TYPER_FILES,
+    files_of,
+    resigned,
+    toy_batch,
+    toy_model,
+    toy_space,
+)
 
 from annatac_scale.errors import ModelError
 from annatac_scale.model.cell_typer import HeadConfig, batch_tokens
 from annatac_scale.model.folder import read_model, write_model
 from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import create_store
-
-HEADS = [
-    None,
-    HeadConfig("pooled", pooled=5),
-    HeadConfig("cnn", hidden=(7, 6)),
-    HeadConfig("subtype", (6, 5, 4)),
-]
-MODEL_FILES = {"config.json", "weights.safetensors", "positions.safetensors", "islands.tsv.gz", "README.md"}
-TYPER_FILES = MODEL_FILES | {"labels.json", "calibration.json"}
 
 
 @pytest.fixture
@@ -109,22 +110,7 @@ def test_the_folder_holds_the_documented_files_and_no_pickle(
     read_model(tmp_path / "model")
 
 
-def cut(data: bytes) -> bytes:
-    return data[: len(data) // 2]
-
-
-def flip(data: bytes) -> bytes:
-    """One digit or letter of the text changed, which leaves JSON valid; else a byte in the middle."""
-    at = max(data.find(b'": ') + 3, len(data) // 2) if data.startswith((b"{", b"[")) else len(data) // 2
-    while not chr(data[at]).isalnum():
-        at += 1
-    return data[:at] + (b"1" if data[at : at + 1] != b"1" else b"2") + data[at + 1 :]
-
-
-DAMAGES: list[Callable[[bytes], bytes]] = [cut, flip, lambda data: b"", lambda data: data + b"x"]
-
-
-@pytest.mark.parametrize("damage", DAMAGES, ids=["cut", "changed", "emptied", "lengthened"])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 @pytest.mark.parametrize("name", sorted(TYPER_FILES - {"README.md"}))
 def test_a_damaged_file_is_refused_by_its_name(
     folder: Path, name: str, damage: Callable[[bytes], bytes]
@@ -171,10 +157,7 @@ def test_names_in_config_json_that_could_lead_elsewhere_are_never_opened(folder:
 
 
 def resign(folder: Path, config: dict) -> None:
-    """Write config.json with the digest of its content, as one who knows the format could."""
-    content = {key: value for key, value in config.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    (folder / "config.json").write_text(json.dumps({**content, "sha256": digest}))
+    (folder / "config.json").write_bytes(resigned(config))
 
 
 @pytest.mark.parametrize(

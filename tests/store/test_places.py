@@ -11,7 +11,16 @@ import pytest
 from object_storage import ObjectStorage
 
 from annatac_scale.errors import InputError, StoreError
-from annatac_scale.store.place import Place, blob_of, is_url, joined, place_of
+from annatac_scale.store.place import (
+    Place,
+    blob_of,
+    is_url,
+    joined,
+    location_of,
+    on_disk,
+    parent_of,
+    place_of,
+)
 
 KINDS = ("folder", "prefix")
 
@@ -87,6 +96,33 @@ def test_urls_are_told_from_paths() -> None:
     assert not is_url(Path("s3:/bucket"))
     assert joined("s3://bucket/a/", "b/c") == "s3://bucket/a/b/c"
     assert joined("a", "b/c") == joined(Path("a"), "b/c") == Path("a/b/c")
+    assert location_of("s3://bucket/a") == "s3://bucket/a"
+    assert location_of("a/b") == location_of(Path("a/b")) == Path("a/b")
+
+
+def test_what_can_only_lie_on_a_disk_is_refused_as_a_url() -> None:
+    assert on_disk("a/b", "--out") == on_disk(Path("a/b"), "--out") == Path("a/b")
+    with pytest.raises(InputError, match=r"^--out s3://bucket/a: found an URL; expected a path on a disk"):
+        on_disk("s3://bucket/a", "--out")
+
+
+@pytest.mark.parametrize(
+    ("location", "parent"),
+    [
+        ("s3://bucket/a/b", "s3://bucket/a"),
+        ("gs://bucket/a/b/", "gs://bucket/a"),
+        ("s3://bucket/a", "s3://bucket"),
+        ("s3://bucket", None),
+        ("s3://bucket/", None),
+        ("/a/b", Path("/a")),
+        (Path("/a/b"), Path("/a")),
+        ("b", Path.cwd()),
+    ],
+)
+def test_a_location_is_in_a_folder_but_for_a_whole_bucket(
+    location: Path | str, parent: Path | str | None
+) -> None:
+    assert parent_of(location) == parent
 
 
 @pytest.mark.parametrize("url", ["ftp://host/a", "s3://", "s3:///a", "https://host/a"])

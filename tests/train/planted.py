@@ -1,5 +1,6 @@
 """Toy stores with a planted structure, for the tests of this folder: each cell type opens islands of its own."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -120,6 +121,23 @@ class StopAfter(Silent):
     def say(self, line: str) -> None:
         if line.startswith(self._start):
             raise KeyboardInterrupt
+
+
+class StopInStep(Silent):
+    """Calls ``stop`` in the training when so many steps are done, and in each one after."""
+
+    def __init__(self, steps: int, stop) -> None:
+        self._left = steps
+        self._stop = stop
+
+    @contextmanager
+    def task(self, name, total, unit):
+        yield self._advance if name == "Training" else lambda n: None
+
+    def _advance(self, n: int) -> None:
+        self._left -= n
+        if self._left <= 0:
+            self._stop()
 
 
 class Lines(Silent):

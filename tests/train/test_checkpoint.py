@@ -1,184 +1,203 @@
-import json
+import errno
+import threading
 
+import numpy as np
 import pytest
 import torch
-from planted import small_finetuning, small_pretraining
+from hypothesis import given
+from hypothesis import strategies as st
 
-from annatac_scale.config import read_toml
-from annatac_scale.errors import ConfigError, InputError, ModelError
-from annatac_scale.train.checkpoint import RunFolder
-from annatac_scale.train.presets import FinetuneConfig, PretrainConfig, finetune_preset, pretrain_preset
-
-IDENTITY = {"kind": "pretrain", "samples": {"s0": "abc"}, "world_size": 1}
-
-
-def run_at(path, config=None, **identity):
-    return RunFolder(path, config or small_pretraining(), {**IDENTITY, **identity})
-
-
-def state():
-    return {"module": {"w": torch.arange(5000.0)}, "state": {"step": 3, "best_score": float("-inf")}}
-
-
-def test_a_run_writes_its_configuration_and_takes_the_same_one_again(tmp_path):
-    for _ in range(2):
-        with run_at(tmp_path / "deep" / "run").use() as run:
-            assert not run.complete
-    recorded = json.loads((tmp_path / "deep" / "run" / "run.json").read_text())
-    assert recorded["samples"] == {"s0": "abc"}
-    assert recorded["config"]["encoder"]["width"] == 16
-
-
-@pytest.mark.parametrize(
-    ("kind", "config", "other"),
-    [
-        (PretrainConfig, small_pretraining(7, attend="all", seed=5), pretrain_preset("paper")),
-        (FinetuneConfig, small_finetuning("cnn", class_weights="paper"), finetune_preset("small")),
-    ],
-    ids=["pretrain", "finetune"],
+from annatac_scale.errors import ModelError, StoreError
+from annatac_scale.progress import Silent
+from annatac_scale.store.place import place_of
+from annatac_scale.train.checkpoint import (
+    Checkpoints,
+    best_until,
+    checkpoint_name,
+    checkpoint_steps,
+    state_of,
 )
-def test_the_written_config_gives_the_configuration_back_whatever_the_preset(tmp_path, kind, config, other):
-    with run_at(tmp_path / "run", config).use():
-        pass
-    assert read_toml(kind, tmp_path / "run" / "config.toml", other) == config
+
+SAY = Silent().say
 
 
-@pytest.mark.parametrize(
-    ("config", "identity", "message"),
-    [
-        (small_pretraining(3), {}, r"train.epochs 2 \(now 3\)"),
-        (small_pretraining(attend="all"), {}, r"encoder.attend open \(now all\)"),
-        (None, {"samples": {"s0": "other"}}, r"samples.s0 abc \(now other\)"),
-        (None, {"samples": {"s0": "abc", "s1": "d"}}, r"samples.s1 None \(now d\)"),
-        (None, {"world_size": 2}, r"world_size 1 \(now 2\)"),
-        (small_pretraining(9, seed=1, clip=2.0, lanes=2, precision="bf16", patience=2), {}, "and 1 more"),
-    ],
-)
-def test_another_configuration_or_input_is_refused_and_named(tmp_path, config, identity, message):
-    with run_at(tmp_path / "run").use() as run:
-        run.save("last", {})
-    with pytest.raises(ConfigError, match=message), run_at(tmp_path / "run", config, **identity).use():
-        pass
+def state(step=3, bests=()):
+    return {
+        "module": {"w": torch.arange(5000.0)},
+        "state": {"step": step, "best_score": float("-inf")},
+        "bests": list(bests),
+    }
 
 
-def test_a_run_that_has_no_checkpoint_yet_gives_way_to_other_settings(tmp_path):
-    with run_at(tmp_path / "run").use():
-        pass
-    with run_at(tmp_path / "run", small_pretraining(3)).use() as run:
-        assert read_toml(PretrainConfig, run.path / "config.toml").train.epochs == 3
+class Written:
+    """Checkpoints in a folder, closed at the end of a test."""
+
+    def __init__(self, path, keep=3):
+        self.path = path
+        self.lines = []
+        self.checkpoints = Checkpoints(place_of(path), keep, self.lines.append)
+
+    def save(self, step, bests=()):
+        self.checkpoints.save(step, state(step, bests), bests, needed=True)
+        self.checkpoints.settle()
+
+    def damage(self, step, change):
+        file = self.path / checkpoint_name(step)
+        file.write_bytes(change(file.read_bytes()))
+
+    @property
+    def steps(self):
+        return checkpoint_steps(place_of(self.path))
 
 
-def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds no run; choose another --out"), run_at(tmp_path).use():
-        pass
-    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
-    with pytest.raises(InputError, match="holds no run"), run_at(tmp_path / "thesis.txt").use():
-        pass
+@pytest.fixture
+def written(tmp_path):
+    found = Written(tmp_path / "checkpoints")
+    yield found
+    found.checkpoints.close()
 
 
-def test_a_run_killed_before_it_began_begins(tmp_path):
-    for name in (".lock", "config.toml", ".run.json.part"):
-        (tmp_path / name).write_text("")
-        with run_at(tmp_path).use():
-            assert json.loads((tmp_path / "run.json").read_text())["world_size"] == 1
-        (tmp_path / "run.json").unlink()
-        for file in (".lock", "config.toml"):
-            (tmp_path / file).unlink(missing_ok=True)
-        (tmp_path / "checkpoints").rmdir()
-
-
-def test_half_a_model_folder_of_a_killed_run_is_cleared_away(tmp_path):
-    with run_at(tmp_path / "run").use():
-        pass
-    left_over = tmp_path / "run" / ".model.123.part"
-    left_over.mkdir()
-    (left_over / "weights.safetensors").write_text("half")
-    with run_at(tmp_path / "run").use():
-        assert not left_over.exists()
-
-
-def test_a_run_in_use_is_refused_until_its_user_is_done(tmp_path):
-    message = "another process is using this run; wait for it"
-    first, second = run_at(tmp_path / "run"), run_at(tmp_path / "run")
-    # A lock belongs to an opened file: a second opening is refused in this process as in another.
-    with first.use(), pytest.raises(InputError, match=message), second.use():
-        pass
-    with run_at(tmp_path / "run").use():
-        pass
-
-
-def test_a_checkpoint_comes_back_as_it_was_and_replaces_the_one_before(tmp_path):
-    with run_at(tmp_path / "run").use() as run:
-        assert not run.has("last")
-        run.save("last", {"module": {}})
-        run.save("last", state())
-        assert run.has("last")
-        found = run.load("last")
+def test_a_checkpoint_comes_back_as_it_was(written):
+    assert written.checkpoints.newest() is None
+    written.save(3)
+    found = state_of(written.checkpoints.newest())
     assert found["state"] == state()["state"]
     assert torch.equal(found["module"]["w"], state()["module"]["w"])
-    assert [file.name for file in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.pt"]
 
 
-def test_a_failure_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path):
-    class Unwritable:
-        def __reduce__(self):
-            raise KeyboardInterrupt
-
-    with run_at(tmp_path / "run").use() as run:
-        run.save("last", state())
-        with pytest.raises(KeyboardInterrupt):
-            run.save("last", {"module": {}, "more": Unwritable()})
-        assert run.load("last")["state"]["step"] == 3
+def test_what_is_saved_is_the_state_of_that_moment(written):
+    weights = torch.zeros(1000, 1000)
+    written.checkpoints.save(1, {"w": weights, "bests": [], "nested": [{"w": weights}]}, [])
+    weights += 1
+    written.checkpoints.settle()
+    found = state_of(written.checkpoints.read(1))
+    assert not found["w"].any()
+    assert not found["nested"][0]["w"].any()
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: data[:2000],
-        lambda data: b"",
-        lambda data: b"no checkpoint" * 50,
-        lambda data: bytes(len(data)),
-        lambda data: data[:9000] + bytes([data[9000] ^ 1]) + data[9001:],
-    ],
-    ids=["cut_short", "empty", "text", "zeros", "one_bit"],
-)
-def test_a_damaged_checkpoint_is_an_error_that_says_what_to_delete(tmp_path, damage):
-    with run_at(tmp_path / "run").use() as run:
-        run.save("last", state())
-        file = tmp_path / "run" / "checkpoints" / "last.pt"
-        file.write_bytes(damage(file.read_bytes()))
-        with pytest.raises(
-            ModelError, match=r"last.pt: damaged checkpoint .*; delete .*checkpoints to train"
-        ):
-            run.load("last")
+@given(st.integers(1, 4), st.lists(st.booleans(), min_size=1, max_size=12))
+def test_the_newest_stay_and_the_best_that_each_of_them_had(tmp_path_factory, keep, gained):
+    written = Written(tmp_path_factory.mktemp("kept"), keep)
+    bests = []
+    for step, gains in enumerate(gained, 1):
+        bests += [step] if gains else []
+        written.save(step, bests)
+    written.checkpoints.close()
+    newest = range(1, len(gained) + 1)[-keep:]
+    of_each = [max([b for b in bests if b <= step], default=step) for step in newest]
+    assert written.steps == sorted({*newest, *of_each})
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+DAMAGES = [
+    lambda data: data[:2000],
+    lambda data: b"",
+    lambda data: b"no checkpoint" * 50,
+    lambda data: bytes(len(data)),
+    lambda data: data[:9000] + bytes([data[9000] ^ 1]) + data[9001:],
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=["cut_short", "empty", "text", "zeros", "one_bit"])
+def test_a_damaged_checkpoint_is_passed_over_removed_and_told_of(written, damage):
+    for step in (1, 2, 3):
+        written.save(step)
+    written.damage(3, damage)
+    assert state_of(written.checkpoints.newest())["state"]["step"] == 2
+    (line,) = written.lines
+    assert "step-000000003.pt: damaged (" in line
+    assert line.endswith("going back to the checkpoint before it")
+    assert written.steps == [1, 2]
+
+
+def test_a_checkpoint_whose_best_one_is_damaged_or_gone_is_passed_over(written):
+    for step in (1, 2, 3):
+        written.save(step, bests=[2] if step >= 2 else [])
+    written.damage(2, lambda data: data[: len(data) // 2])
+    assert state_of(written.checkpoints.newest())["state"]["step"] == 1
+    assert written.steps == [1]
+
+
+def test_checkpoints_that_are_all_damaged_are_an_error_that_says_what_to_remove(written):
+    for step in (1, 2):
+        written.save(step)
+        written.damage(step, lambda data: data[:100])
+    with pytest.raises(ModelError, match="none of 2 checkpoints is whole; remove this folder"):
+        written.checkpoints.newest()
+    assert written.steps == [1, 2]
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(written):
     class Harm:
         def __reduce__(self):
             return print, ("harm",)
 
-    with run_at(tmp_path / "run").use() as run:
-        torch.save({"module": Harm()}, tmp_path / "run" / "checkpoints" / "last.pt")
-        with pytest.raises(ModelError, match="damaged checkpoint"):
-            run.load("last")
+    written.save(1)
+    torch.save({"module": Harm(), "bests": []}, written.path / checkpoint_name(2))
+    assert state_of(written.checkpoints.newest())["state"]["step"] == 1
 
 
-def test_a_run_json_that_was_edited_is_an_error(tmp_path):
-    with run_at(tmp_path / "run").use() as run:
-        run.save("last", {})
-    (tmp_path / "run" / "run.json").write_text("{")
-    with (
-        pytest.raises(InputError, match=r"run\.json: cannot be read as JSON"),
-        run_at(tmp_path / "run").use(),
-    ):
-        pass
+def fail_to_write(monkeypatch, checkpoints):
+    """The disk is full from now on."""
+
+    def write(name, data, wait=False):
+        raise StoreError(f"{name}: {errno.errorcode[errno.ENOSPC]}")
+
+    monkeypatch.setattr(
+        type(checkpoints._place), "write", lambda self, *args, **kwargs: write(*args, **kwargs)
+    )
 
 
-def test_log_appends_lines_of_json(tmp_path):
-    with run_at(tmp_path / "run").use() as run:
-        run.log({"step": 1})
-        run.log({"step": 2, "loss": 0.5})
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"step": 1}, {"step": 2, "loss": 0.5}]
+def test_a_full_disk_is_told_of_and_the_checkpoint_before_stays(written, monkeypatch):
+    written.save(1)
+    with monkeypatch.context() as full:
+        fail_to_write(full, written.checkpoints)
+        written.checkpoints.save(2, state(2), [])
+        written.checkpoints.settle()
+    (line,) = written.lines
+    assert line.startswith("checkpoint not written, training goes on: ")
+    assert "ENOSPC" in line
+    assert state_of(written.checkpoints.newest())["state"]["step"] == 1
+    written.save(3)
+    assert written.steps == [1, 3]
+
+
+def test_a_checkpoint_that_is_needed_and_cannot_be_written_is_an_error(written, monkeypatch):
+    with monkeypatch.context() as full:
+        fail_to_write(full, written.checkpoints)
+        written.checkpoints.save(2, state(2), [], needed=True)
+        with pytest.raises(StoreError, match="ENOSPC"):
+            written.checkpoints.settle()
+
+
+def test_saving_does_not_wait_for_the_disk_but_for_the_checkpoint_before(written, monkeypatch):
+    go_on, began = threading.Event(), threading.Event()
+    write = written.checkpoints._write
+
+    def slow(*arguments):
+        began.set()
+        assert go_on.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(written.checkpoints, "_write", slow)
+    written.checkpoints.save(1, state(1), [])
+    assert began.wait(60)
+    assert written.checkpoints.is_writing
+    assert written.steps == []
+    go_on.set()
+    written.checkpoints.save(2, state(2), [])
+    assert written.steps[0] == 1
+    written.checkpoints.settle()
+    assert written.steps == [1, 2]
+
+
+def test_files_of_other_names_are_no_checkpoints(written):
+    written.save(7)
+    for name in ("step-8.pt", "best.pt", ".step-000000009.pt.1.partial", "step-000000010.pt.tmp"):
+        (written.path / name).write_bytes(b"")
+    assert written.steps == [7]
+
+
+@given(st.integers(0, 50), st.sets(st.integers(0, 50)))
+def test_the_best_until_a_step_is_the_last_one_not_after_it(step, bests):
+    expected = next((b for b in range(step, -1, -1) if b in bests), None)
+    assert best_until(step, np.sort(list(bests)).tolist()) == expected

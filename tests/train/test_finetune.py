@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,9 +16,9 @@ from annatac_scale.model.calibration import fit_temperature
 from annatac_scale.model.folder import read_model
 from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import replace_obs
-from annatac_scale.train.checkpoint import RunFolder
 from annatac_scale.train.finetune import class_weights, figures_of, finetune
 from annatac_scale.train.pretrain import pretrain
+from annatac_scale.train.run_folder import RunFolder
 from annatac_scale.train.splits import SplitRule, split_cells
 
 QUICK = {"learning_rate": 3e-2, "table_learning_rate": 1e-2, "encoder_learning_rate": 3e-3}
@@ -266,6 +267,18 @@ def test_cells_without_a_label_are_left_out_whole_numbers_are_labels(atlas, pret
     assert len(pq.read_table(tmp_path / "run" / "split.parquet")) == 300
 
 
+def test_a_model_that_was_read_is_fine_tuned_as_its_folder_is_but_not_an_unwritten_one(
+    atlas, pretrained, tmp_path
+):
+    config = small_finetuning(epochs=1)
+    finetune(atlas, pretrained, "cell_type", tmp_path / "folder", config)
+    finetune(atlas, read_model(pretrained), "cell_type", tmp_path / "read", config)
+    assert files_of(tmp_path / "read" / "model") == files_of(tmp_path / "folder" / "model")
+    with pytest.raises(ModelError, match="the model was never written"):
+        finetune(atlas, replace(read_model(pretrained), digest=""), "cell_type", tmp_path / "no", config)
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_type_with_one_cell_trains(atlas, pretrained, tmp_path):
     labels = atlas.obs(["cell_type"])["cell_type"].to_numpy(object)
     labels[17] = "rare"
@@ -436,19 +449,15 @@ def test_the_config_of_a_run_gives_its_settings_back(atlas, pretrained, tmp_path
     assert files_of(first.model) == files_of(again.model)
 
 
-def test_a_checkpoint_that_is_damaged_stops_a_resumed_run(atlas, pretrained, tmp_path):
+def test_checkpoints_that_are_all_damaged_stop_a_resumed_run(atlas, pretrained, tmp_path):
     config = small_finetuning(epochs=3)
     with pytest.raises(KeyboardInterrupt):
         finetune(atlas, pretrained, "cell_type", tmp_path / "run", config, progress=StopAfter(1))
-    last = tmp_path / "run" / "checkpoints" / "last.pt"
-    last.write_bytes(last.read_bytes()[:-100])
-    with pytest.raises(
-        ModelError, match=r"last\.pt: damaged checkpoint .*delete .*checkpoints to train from"
-    ):
-        finetune(atlas, pretrained, "cell_type", tmp_path / "run", config)
     for file in (tmp_path / "run" / "checkpoints").iterdir():
-        file.unlink()
-    (tmp_path / "run" / "checkpoints").rmdir()
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"checkpoints: none of 2 checkpoints is whole; remove this folder"):
+        finetune(atlas, pretrained, "cell_type", tmp_path / "run", config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
     report = finetune(atlas, pretrained, "cell_type", tmp_path / "run", config)
     assert RunFolder(tmp_path / "run", config, {}).complete
     assert report.model.exists()

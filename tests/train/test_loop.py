@@ -8,16 +8,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from planted import draw_cells, small_pretraining, write_store
+from planted import Lines, draw_cells, small_pretraining, write_store
 from torch import nn
 
 from annatac_scale.errors import AnnatacError, ConfigError
 from annatac_scale.model.heads import LossSum
 from annatac_scale.progress import Silent
 from annatac_scale.stream.batch import Batch
-from annatac_scale.train.checkpoint import RunFolder
+from annatac_scale.train.checkpoint import Checkpoints
 from annatac_scale.train.loop import (
-    Ranks,
+    MOST_SKIPPED,
+    Loop,
     TrainOptions,
     accumulate,
     micro_batches,
@@ -26,6 +27,10 @@ from annatac_scale.train.loop import (
     uses_bf16,
 )
 from annatac_scale.train.pretrain import PretrainData, pretrain_task
+from annatac_scale.train.ranks import Ranks
+from annatac_scale.train.record import Record
+from annatac_scale.train.run_folder import RunFolder
+from annatac_scale.train.run_options import RunOptions
 
 ALONE = Ranks(device=torch.device("cpu"))
 
@@ -108,6 +113,13 @@ def pretraining_of(store, config):
     return task, data
 
 
+def accumulated(task, batch, options):
+    """Losses and, in the module, gradients of a prepared batch."""
+    counts = task.counts(batch)
+    targets = [float(counts[name]) for name in task.loss_weights]
+    return accumulate(task.module, task, batch, options, ALONE, targets)
+
+
 def gradients(module):
     return {name: p.grad.clone() for name, p in module.named_parameters()}
 
@@ -119,7 +131,7 @@ def test_micro_steps_of_any_size_give_the_gradient_of_one_big_batch(store, atten
     task, data = pretraining_of(store, config)
     batch = task.prepare(next(iter(data.stream(data.training, config.train, ALONE))), 0)
     options = replace(config.train, micro_tokens=micro_tokens)
-    totals = accumulate(task, batch, options, ALONE)
+    totals = accumulated(task, batch, options)
     found = gradients(task.module)
     task.module.zero_grad()
 
@@ -138,14 +150,14 @@ def test_a_batch_without_cells_gives_a_gradient_of_zeros_to_every_weight(store):
     config = small_pretraining()
     task, data = pretraining_of(store, config)
     batch = next(iter(data.stream(data.training, config.train, ALONE)))[0:0]
-    totals = accumulate(task, task.prepare(batch, 0), config.train, ALONE)
+    totals = accumulated(task, task.prepare(batch, 0), config.train)
     assert {name: (t.sum, t.count) for name, t in totals.items()} == {"level": (0, 0), "open": (0, 0)}
     for name, gradient in gradients(task.module).items():
         assert not gradient.any(), name
 
 
 class Scale(nn.Module):
-    """One weight w; the loss of a cell is w times its tokens, or not a number."""
+    """One weight w; the loss of a cell is w times its tokens, or not a number for cells that are broken."""
 
     def __init__(self, broken):
         super().__init__()
@@ -154,16 +166,16 @@ class Scale(nn.Module):
 
     def forward(self, batch):
         loss = self.weight * float(np.diff(batch.offsets).sum())
-        loss = loss * (math.nan if self.broken else 1)
+        loss = loss * (math.nan if np.isin(batch.cell_ids, self.broken).any() else 1)
         return {"it": LossSum(loss, torch.tensor(len(batch)), torch.tensor(0))}
 
 
 class ScaleTask:
     """Trains ``Scale``; the scores of the validations are given."""
 
-    def __init__(self, scores, broken=False):
+    def __init__(self, scores, broken=()):
         self.loss_weights = {"it": 1.0}
-        self.module = Scale(broken)
+        self.module = Scale(list(broken))
         self.scores = iter(scores)
         self.weights = []
 
@@ -181,13 +193,17 @@ class ScaleTask:
         return {"score": next(self.scores)}
 
 
-def train_scale(store, tmp_path, task, **options):
-    config = small_pretraining(epochs=9, **options)
+def train_scale(store, tmp_path, task, how=None, progress=None, **options):
+    config = small_pretraining(**{"epochs": 9, **options})
+    progress = progress or Silent()
     data = PretrainData.of(store, config, Silent())
     run = RunFolder(tmp_path / "run", config, {})
-    with run.use():
-        stream = data.stream(data.training, config.train, ALONE)
-        return train(task, stream, config.train, run, ALONE, Silent())
+    stream = data.stream(data.training, config.train, ALONE)
+    with (
+        run.use(progress.say),
+        Record.of(run, store, how or RunOptions(), ALONE, progress) as record,
+    ):
+        return train(Loop(task, stream, config.train, ALONE, record, progress), lambda: None)
 
 
 def test_training_stops_when_patience_ends_and_leaves_the_best_weights(store, tmp_path):
@@ -205,9 +221,36 @@ def test_training_goes_on_to_the_last_epoch_while_it_gains(store, tmp_path):
     assert train_scale(store, tmp_path, task, patience=2)["epoch"] == 9
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_says_what_to_do(store, tmp_path):
-    with pytest.raises(AnnatacError, match=r"step 0: the gradient is not finite \(cells \d.*lower rate"):
-        train_scale(store, tmp_path, ScaleTask([1.0], broken=True))
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_cells(store, tmp_path):
+    broken = (17, 80)
+    data = PretrainData.of(store, small_pretraining(), Silent())
+    assert np.isin(broken, data.training).all()
+    names = r"cell (17|80): barcode cell0-\1 of sample s0"
+    with pytest.raises(
+        AnnatacError, match=rf"step \d+: the loss is not finite \({names}.*lower rate.*--on-nan skip"
+    ):
+        train_scale(store, tmp_path, ScaleTask([1.0], broken))
+
+
+def test_steps_that_are_not_finite_are_left_out_counted_and_told_of(store, tmp_path):
+    progress, broken = Lines(), (17, 80)
+    task = ScaleTask([1.0, 2.0], broken)
+    train_scale(
+        store, tmp_path, task, RunOptions(on_nan="skip", log_steps=1), progress, epochs=2, global_batch_size=4
+    )
+    said = [line for line in progress.lines if "not finite" in line]
+    # Each of the two cells comes once an epoch.
+    assert [line.rpartition(", ")[2] for line in said] == [f"{n} so far" for n in range(1, len(said) + 1)]
+    assert len(said) in (2, 4)
+    assert math.isfinite(task.module.weight.item())
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in metrics
+
+
+def test_too_many_steps_in_a_row_that_are_not_finite_stop_the_run(store, tmp_path):
+    task = ScaleTask([1.0] * 9, range(120))
+    with pytest.raises(AnnatacError, match=f"in {MOST_SKIPPED + 1} steps in a row"):
+        train_scale(store, tmp_path, task, RunOptions(on_nan="skip"), global_batch_size=4)
 
 
 def test_validations_that_are_no_numbers_are_an_error_on_one_line(store, tmp_path):
@@ -235,10 +278,10 @@ def test_bf16_trains_weights_that_stay_in_float32(store):
     torch.manual_seed(0)
     task = pretrain_task(data, config, ALONE)
     batch = task.prepare(next(iter(data.stream(data.training, config.train, ALONE))), 0)
-    accumulate(task, batch, config.train, ALONE)
+    accumulated(task, batch, config.train)
     found = gradients(task.module)
     task.module.zero_grad()
-    accumulate(task, batch, replace(config.train, precision="fp32"), ALONE)
+    accumulated(task, batch, replace(config.train, precision="fp32"))
     for name, gradient in gradients(task.module).items():
         assert found[name].dtype == torch.float32
         assert (found[name] - gradient).norm() <= 0.1 * gradient.norm() + 1e-6, name
@@ -260,19 +303,19 @@ def test_only_the_tables_decay_and_positions_are_trained_where_they_are_learned(
         assert (id(encoder.positions) in grouped) == (positions == "learned")
 
 
-def test_best_weights_are_kept_where_a_run_ends_between_its_two_checkpoints(store, tmp_path, monkeypatch):
-    save, saved = RunFolder.save, []
+def test_best_weights_are_those_of_the_lineage_wherever_a_run_ends(store, tmp_path, monkeypatch):
+    save, saved = Checkpoints.save, []
 
-    def save_and_stop(self, name, state):
-        saved.append(name)
-        if saved.count("best") == 2:
+    def save_and_stop(self, step, *arguments, **options):
+        saved.append(step)
+        if len(saved) == 4:
             raise KeyboardInterrupt
-        save(self, name, state)
+        save(self, step, *arguments, **options)
 
     scores = [0.1, 0.9, *[0.2] * 7]
     undisturbed = ScaleTask(scores)
     expected = train_scale(store, tmp_path / "undisturbed", undisturbed)
-    monkeypatch.setattr(RunFolder, "save", save_and_stop)
+    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         train_scale(store, tmp_path, ScaleTask(scores))
     monkeypatch.undo()

@@ -2,14 +2,13 @@ import json
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from planted import Lines, StopAfter, draw_cells, files_of, small_pretraining, write_store
+from planted import Lines, StopAfter, StopInStep, draw_cells, files_of, small_pretraining, write_store
 from safetensors.torch import load_file
 
 from annatac_scale.errors import AnnatacError, ConfigError, InputError
@@ -17,13 +16,15 @@ from annatac_scale.genome.assembly import Assembly
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.model.folder import PoolConfig, read_model
 from annatac_scale.progress import Silent
+from annatac_scale.store.place import place_of
 from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import create_store
 from annatac_scale.stream.batch import MASK_TOKEN, Batch
-from annatac_scale.train.checkpoint import RunFolder
-from annatac_scale.train.loop import Ranks
+from annatac_scale.train.checkpoint import Checkpoints, checkpoint_name, checkpoint_steps
 from annatac_scale.train.presets import PRESETS, pretrain_preset
 from annatac_scale.train.pretrain import VALIDATION_EPOCH, PretrainData, pretrain, pretrain_task
+from annatac_scale.train.ranks import Ranks
+from annatac_scale.train.run_options import RunOptions
 
 ALONE = Ranks(device=torch.device("cpu"))
 
@@ -223,7 +224,8 @@ def test_attending_to_all_islands_trains_too_with_islands_that_are_not_measured(
 def test_the_model_folder_holds_the_best_weights_and_what_they_are_of(atlas, tmp_path):
     report = pretrain(atlas, tmp_path / "run", small_pretraining(3))
     model = read_model(report.model)
-    best = torch.load(tmp_path / "run" / "checkpoints" / "best.pt", weights_only=True)["module"]
+    name = checkpoint_name(12 * report.figures["epoch"])
+    best = torch.load(tmp_path / "run" / "checkpoints" / name, weights_only=True)["module"]
     for name, tensor in model.encoder.state_dict().items():
         assert torch.equal(tensor, best[f"encoder.{name}"]), name
     assert (model.info.assembly, model.info.counting, model.info.preset) == ("toy", "insertion", "tiny")
@@ -324,23 +326,6 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(atlas, tmp_p
     assert files_of(tmp_path / "other" / "model")["weights.safetensors"] != files["weights.safetensors"]
 
 
-class StopInStep(Silent):
-    """Interrupts the training after so many steps."""
-
-    def __init__(self, steps: int, stop) -> None:
-        self._left = steps
-        self._stop = stop
-
-    @contextmanager
-    def task(self, name, total, unit):
-        yield self._advance if name == "Training" else lambda n: None
-
-    def _advance(self, n: int) -> None:
-        self._left -= n
-        if self._left <= 0:
-            self._stop()
-
-
 def interrupt():
     raise KeyboardInterrupt
 
@@ -355,40 +340,72 @@ def test_interrupted_after_an_epoch_the_same_command_gives_the_same_bits(atlas, 
         replace(pretrain(atlas, tmp_path / "run", small_pretraining(4), progress), model=report.model)
         == report
     )
-    assert f"resuming {tmp_path / 'run'} after epoch {epoch}, step {12 * epoch}" in progress.lines
+    where = f"after {12 * epoch} steps: epoch {epoch}, step 0 of 12"
+    assert f"resuming {tmp_path / 'run'} {where}" in progress.lines
     assert files_of(tmp_path / "run" / "model") == files
 
 
 @pytest.mark.parametrize("steps", [5, 30])
+@pytest.mark.parametrize("every", [0, 7])
 def test_interrupted_within_an_epoch_the_same_command_gives_the_same_bits(
-    atlas, tmp_path, undisturbed, steps
+    atlas, tmp_path, undisturbed, steps, every
 ):
+    options = RunOptions(checkpoint_steps=every)
     with pytest.raises(KeyboardInterrupt):
-        pretrain(atlas, tmp_path / "run", small_pretraining(4), StopInStep(steps, interrupt))
-    pretrain(atlas, tmp_path / "run", small_pretraining(4))
+        pretrain(atlas, tmp_path / "run", small_pretraining(4), StopInStep(steps, interrupt), options)
+    progress = Lines()
+    pretrain(atlas, tmp_path / "run", small_pretraining(4), progress, options)
+    kept = max(n for n in range(steps) if n % 12 == 0 or (every and n % every == 0))
+    assert any(f"after {kept} steps: epoch {kept // 12}, step {kept % 12} of 12" in x for x in progress.lines)
     assert files_of(tmp_path / "run" / "model") == undisturbed[0]
 
 
-@pytest.mark.parametrize("name", ["last", "best"])
+def test_state_is_kept_by_the_clock(atlas, tmp_path):
+    pretrain(
+        atlas, tmp_path / "run", small_pretraining(1), options=RunOptions(checkpoint_minutes=1e-9, keep=99)
+    )
+    steps = checkpoint_steps(place_of(tmp_path / "run" / "checkpoints"))
+    assert steps[0] == 0
+    assert steps[-1] == 12
+    assert len(steps) > 2
+
+
 @pytest.mark.parametrize("moment", ["before", "within"])
+@pytest.mark.parametrize("number", [2, 3])
 def test_interrupted_while_saving_the_same_command_gives_the_same_bits(
-    atlas, tmp_path, undisturbed, monkeypatch, name, moment
+    atlas, tmp_path, undisturbed, monkeypatch, number, moment
 ):
-    save, saved = RunFolder.save, []
+    save, saved = Checkpoints.save, []
 
-    def save_and_stop(self, which, state):
-        saved.append(which)
-        if saved.count(name) == 2 and which == name:
+    def save_and_stop(self, step, *arguments, **options):
+        saved.append(step)
+        if len(saved) == number:
             if moment == "within":
-                (self.path / "checkpoints" / f"{name}.part").write_bytes(b"half a checkpoint")
+                half = tmp_path / "run" / "checkpoints" / f".step-{step:09d}.pt.123.partial"
+                half.write_bytes(b"half a checkpoint")
             raise KeyboardInterrupt
-        save(self, which, state)
+        save(self, step, *arguments, **options)
 
-    monkeypatch.setattr(RunFolder, "save", save_and_stop)
+    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         pretrain(atlas, tmp_path / "run", small_pretraining(4))
     monkeypatch.undo()
     pretrain(atlas, tmp_path / "run", small_pretraining(4))
+    assert files_of(tmp_path / "run" / "model") == undisturbed[0]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before_and_nothing_else(
+    atlas, tmp_path, undisturbed
+):
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(atlas, tmp_path / "run", small_pretraining(4), StopAfter(3))
+    newest = tmp_path / "run" / "checkpoints" / "step-000000036.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    progress = Lines()
+    pretrain(atlas, tmp_path / "run", small_pretraining(4), progress)
+    assert any("step-000000036.pt: damaged" in line for line in progress.lines)
+    assert any("after 24 steps" in line for line in progress.lines)
     assert files_of(tmp_path / "run" / "model") == undisturbed[0]
 
 
@@ -396,8 +413,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[3])
 import torch
-from planted import small_pretraining
-from test_pretrain import StopInStep
+from planted import StopInStep, small_pretraining
 from annatac_scale.store.store import IslandStore
 from annatac_scale.train.pretrain import pretrain
 torch.set_num_threads(1)
@@ -413,7 +429,7 @@ def test_killed_the_same_command_gives_the_same_bits(atlas, tmp_path, undisturbe
     assert found.returncode == -signal.SIGKILL, found.stderr.decode()
     progress = Lines()
     pretrain(atlas, tmp_path / "run", small_pretraining(4), progress)
-    assert any("after epoch 2, step 24" in line for line in progress.lines)
+    assert any("after 24 steps" in line for line in progress.lines)
     assert files_of(tmp_path / "run" / "model") == undisturbed[0]
 
 
@@ -440,8 +456,8 @@ def test_metrics_say_where_a_run_went_on(atlas, tmp_path):
         pretrain(atlas, tmp_path / "run", small_pretraining(2), StopAfter(1))
     pretrain(atlas, tmp_path / "run", small_pretraining(2))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {"step": 12, "epoch": 1, "resumed": True} in lines
-    assert [line["epoch"] for line in lines if "validation_score" in line] == [1, 2]
+    assert [(x["attempt"], x["step"]) for x in lines if "began" in x] == [(1, 0), (2, 12)]
+    assert [(x["attempt"], x["epoch"]) for x in lines if "validation_score" in x] == [(1, 1), (2, 2)]
 
 
 def test_a_batch_larger_than_the_set_is_the_whole_set(atlas, tmp_path):
