@@ -20,6 +20,8 @@ from annatac_scale.errors import ModelError, StoreError
 from annatac_scale.store.place import Place
 
 CHECKPOINTS = "checkpoints"
+FORMAT = 1
+"""Of the state; another number is another format, which this version does not read."""
 _NAME = re.compile(r"step-(\d{9})\.pt")
 
 
@@ -83,9 +85,12 @@ class Checkpoints:
 
     def _write(self, step: int, state: Any, bests: list[int]) -> None:
         file = io.BytesIO()
-        torch.save(state, file)
+        torch.save({**state, "format": FORMAT}, file)
         self._place.write(checkpoint_name(step), file.getbuffer(), wait=True)
-        self._drop_old(bests)
+        try:
+            self._drop_old(bests)
+        except (OSError, StoreError) as error:
+            self._say(f"an old checkpoint could not be removed, training goes on: {_one_line(error)}")
 
     def _drop_old(self, bests: list[int]) -> None:
         there = checkpoint_steps(self._place)
@@ -99,7 +104,7 @@ class Checkpoints:
                 self._place.remove(checkpoint_name(step))
 
     def newest(self) -> bytes | None:
-        """The newest checkpoint that is whole, and whose best one is; None where there is none at all.
+        """The newest checkpoint that is whole; None where there is none at all.
 
         Those that are damaged are removed, saying so. Raises ModelError where all of them are damaged.
         """
@@ -107,9 +112,7 @@ class Checkpoints:
         for step in reversed(checkpoint_steps(self._place)):
             try:
                 data = self.read(step)
-                best = best_until(step, state_of(data, self._path(step))["bests"])
-                if best is not None and best != step:
-                    state_of(self.read(best), self._path(best))
+                state_of(data, self._path(step))
             except ModelError as error:
                 self._say(f"{error}; going back to the checkpoint before it")
                 damaged.append(step)
@@ -125,6 +128,14 @@ class Checkpoints:
             )
         return None
 
+    def has_whole(self, step: int) -> bool:
+        """Whether the checkpoint after a step is there and whole."""
+        try:
+            state_of(self.read(step), self._path(step))
+        except ModelError:
+            return False
+        return True
+
     def read(self, step: int) -> bytes:
         """The bytes of a checkpoint. Raises ModelError when it is damaged or gone."""
         try:
@@ -133,7 +144,7 @@ class Checkpoints:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        except (zipfile.BadZipFile, EOFError, RuntimeError, FileNotFoundError) as error:
+        except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, FileNotFoundError) as error:
             raise ModelError(f"{self._path(step)}: damaged ({_one_line(error)})") from error
         return data
 
@@ -145,6 +156,8 @@ def state_of(data: bytes, path: str = "checkpoint") -> dict[str, Any]:
     """The state in a checkpoint's bytes, its tensors on the CPU. Raises ModelError, naming ``path``, if damaged."""
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise ValueError(f"found no checkpoint of format {FORMAT}")
     except (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError, UnpicklingError) as error:
         raise ModelError(f"{path}: damaged ({_one_line(error)})") from error
     return state

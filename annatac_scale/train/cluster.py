@@ -32,6 +32,7 @@ from annatac_scale.errors import AnnatacError, ConfigError, InputError, RunInter
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.place import Location, is_url
 from annatac_scale.store.store import IslandStore
+from annatac_scale.stream.order import default_lanes
 from annatac_scale.train.board import Board
 from annatac_scale.train.checkpoint import CHECKPOINTS, checkpoint_steps
 from annatac_scale.train.interruption import Interruption, interruption
@@ -95,8 +96,12 @@ class Cluster:
     def check(self, config: PretrainConfig) -> None:
         """Raise ConfigError where there cannot be as many."""
         batch = config.train.global_batch_size
-        if self.most > batch:
-            raise ConfigError(f"--workers {self.most}: expected 1 to the global batch size, {batch}")
+        lanes = config.train.lanes or default_lanes(batch)
+        if self.most > lanes:
+            raise ConfigError(
+                f"--workers {self.most}: expected 1 to {lanes}, the lanes of a global batch of {batch} cells; for a "
+                f"new run, --set train.lanes={batch} allows {batch}"
+            )
         there = torch.cuda.device_count()
         if self.gpus and self.starts_ray and there < self.fewest:
             raise ConfigError(

@@ -151,6 +151,11 @@ class _State:
         else:
             self.validations_since_gain += 1
 
+    def forget_best(self) -> None:
+        """As if no validation had gained: the weights of the best one are lost."""
+        self.bests, self.best_score, self.best_figures = [], -math.inf, {}
+        self.gained_score, self.validations_since_gain = -math.inf, 0
+
 
 @dataclass(frozen=True, eq=False)
 class Loop:
@@ -184,7 +189,7 @@ def train(loop: Loop, start: Callable[[], None]) -> dict[str, float]:
     n_steps = options.epochs * len(stream)
     epoch = stream.state_dict()["epoch"]
     with loop.progress.task("Training", n_steps, "steps") as advance:
-        advance(state.step)
+        advance.found(state.step)
         while epoch < options.epochs and state.validations_since_gain < options.patience:
             meter = Meter()
             task.module.train()
@@ -246,6 +251,11 @@ def _begin(loop: Loop, optimizer: torch.optim.Optimizer, start: Callable[[], Non
     optimizer.load_state_dict(saved["optimizer"])
     loop.stream.load_state_dict(saved["stream"])
     state = _State(**saved["state"])
+    if state.bests and not loop.ranks.sum([float(loop.record.has_whole(state.bests[-1]))])[0]:
+        loop.progress.say(
+            f"the best checkpoint, of step {state.bests[-1]:,}, is damaged: what comes is the best again"
+        )
+        state.forget_best()
     where = f"epoch {saved['stream']['epoch']}, step {saved['stream']['step']} of {len(loop.stream)}"
     loop.progress.say(f"resuming {loop.record.location} after {state.step:,} steps: {where}")
     loop.record.began(state.step, loop.ranks.world_size, saved["lineage"])
@@ -376,7 +386,9 @@ def _skip_or_stop(loop: Loop, state: _State, batch: Batch) -> None:
     state.n_skipped_in_a_row += 1
     own = _cells_not_finite(loop, batch, state.step)
     cells = sorted(cell for of_rank in loop.ranks.gather(own) for cell in of_rank)
-    which = loop.record.names_of(cells) if cells else "in no cell alone, only in their gradient"
+    which = "in no cell alone, only in their gradient"
+    if cells:
+        which = loop.ranks.gather(loop.record.names_of(cells) if loop.ranks.rank == 0 else "")[0]
     found = f"step {state.step}: the loss is not finite ({which})"
     if not loop.record.skips or state.n_skipped_in_a_row > MOST_SKIPPED:
         times = f", in {state.n_skipped_in_a_row} steps in a row" if loop.record.skips else ""

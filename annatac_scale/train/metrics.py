@@ -1,14 +1,21 @@
 """What a run tells while it trains: lines of metrics.jsonl, TensorBoard's events, and a line for whoever watches."""
 
 import json
+import math
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
+
+from annatac_scale.errors import StoreError
 from annatac_scale.store.place import Location, is_url, place_of
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
@@ -78,55 +85,74 @@ class MetricsLog:
     """Appends to metrics.jsonl and to TensorBoard's events, for the one process that writes a run's folder.
 
     Lines of steps that an interrupted attempt took and the next one took again stay: each line names its attempt, which
-    is one more than there were before.
+    is one more than there were before. What cannot be written is told of once, and no run ends for it.
     """
 
-    def __init__(self, location: Location) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._place = place_of(location)
+    def __init__(self, location: Location, say: Callable[[str], None]) -> None:
+        self._place, self._say = place_of(location), say
         self._is_remote = is_url(location)
         size = self._place.size(METRICS)
         earlier = self._place.read(METRICS) if size else b""
         self.attempt = 1 + sum(b'"began"' in line for line in earlier.splitlines())
         self._scratch: Path | None = None
-        folder = Path(location)
+        self._folder = Path(location)
         if self._is_remote:
-            folder = self._scratch = Path(tempfile.mkdtemp(prefix="annatac-metrics-"))
-            (folder / METRICS).write_bytes(earlier)
-        self._folder = folder
-        self._lines = (folder / METRICS).open("a")
-        if earlier and not earlier.endswith(b"\n"):
-            self._lines.write("\n")  # the one before was killed within a line
-        self._board = SummaryWriter(
-            str(folder / TENSORBOARD), filename_suffix=f".{self.attempt}", write_to_disk=True
-        )
-        self._uploaded = time.monotonic()
+            self._folder = self._scratch = Path(tempfile.mkdtemp(prefix="annatac-metrics-"))
+            (self._folder / METRICS).write_bytes(earlier)
+        # The attempt before may have been killed within a line.
+        self._before = "\n" if earlier and not earlier.endswith(b"\n") else ""
+        self._events: EventsWriter | None = None
+        self._works = True
+        self._uploaded = -math.inf
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a line. Its numbers besides step, epoch and attempt are scalars of TensorBoard."""
-        record = {"attempt": self.attempt, **record, "time": round(time.time(), 2)}
-        self._lines.write(json.dumps(record) + "\n")
-        self._lines.flush()
-        for name, value in record.items():
-            if name not in ("attempt", "step", "time") and isinstance(value, int | float):
-                self._board.add_scalar(name, value, record["step"])
-        if self._is_remote and time.monotonic() - self._uploaded > UPLOAD_EVERY_S:
-            self._upload()
+        if self._works:
+            with self._telling():
+                self._append({"attempt": self.attempt, **record, "time": round(time.time(), 2)})
+                if self._is_remote and time.monotonic() - self._uploaded > UPLOAD_EVERY_S:
+                    self._upload()
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, StoreError) as error:
+            self._works = False
+            self._say(f"metrics are not written any more, training goes on: {' '.join(str(error).split())}")
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        with (self._folder / METRICS).open("a") as file:
+            file.write(f"{self._before}{json.dumps(record)}\n")
+        self._before = ""
+        scalars = [
+            (name, float(value))
+            for name, value in record.items()
+            if name not in ("attempt", "step", "time") and isinstance(value, int | float)
+        ]
+        if self._events is None:
+            # Not through a SummaryWriter, whose thread may die of a full disk, and then lets its callers wait for ever.
+            folder = self._folder / TENSORBOARD
+            folder.mkdir(exist_ok=True)
+            self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{self.attempt}")
+        for name, value in scalars:
+            summary = scalar(name, value)
+            event = Event(step=record["step"], wall_time=record["time"], summary=summary)
+            self._events.write_event(event)
+        self._events.flush()
 
     def _upload(self) -> None:
-        self._board.flush()
+        self._uploaded = time.monotonic()
         for path in sorted(self._folder.rglob("*")):
             if path.is_file():
                 self._place.write(path.relative_to(self._folder).as_posix(), path.read_bytes())
-        self._uploaded = time.monotonic()
 
     def close(self) -> None:
-        """Write what is not written yet."""
-        self._lines.close()
-        self._board.close()
+        """Bring object storage up to date. Raises nothing."""
+        if self._is_remote and self._works:
+            with self._telling():
+                self._upload()
         if self._scratch is not None:
-            self._upload()
             shutil.rmtree(self._scratch, ignore_errors=True)
 
 

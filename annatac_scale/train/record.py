@@ -74,7 +74,7 @@ class Record:
     def began(self, step: int, world_size: int, lineage: Sequence[Sequence[int]]) -> None:
         """Note that an attempt began after ``step``, from weights of this lineage."""
         if self._checkpoints is not None:
-            self._metrics = MetricsLog(self.location)
+            self._metrics = MetricsLog(self.location, self._progress.say)
             self._attempt = self._metrics.attempt
             self._metrics.write({"step": step, "world_size": world_size, "began": True})
         self._attempt = int(self._ranks.sum([float(self._attempt)])[0])
@@ -144,6 +144,10 @@ class Record:
     def read(self, step: int) -> bytes | None:
         """A checkpoint; None on other ranks."""
         return None if self._checkpoints is None else self._checkpoints.read(step)
+
+    def has_whole(self, step: int) -> bool:
+        """Whether the checkpoint after a step is whole; False on other ranks."""
+        return self._checkpoints is not None and self._checkpoints.has_whole(step)
 
     def names_of(self, cells: Sequence[int]) -> str:
         """Cells by sample and barcode."""

@@ -42,7 +42,7 @@ class RunFolder:
     """
 
     def __init__(self, location: Location, config: Any, identity: Mapping[str, Any]) -> None:
-        self.location = location if is_url(location) else Path(location)
+        self.location = str(location).rstrip("/") if is_url(location) else Path(location)
         self.place = place_of(self.location)
         self.model = joined(self.location, MODEL)
         self._config = config

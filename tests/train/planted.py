@@ -9,7 +9,7 @@ import pandas as pd
 from scipy import sparse
 
 from annatac_scale.genome.islands import IslandSpace
-from annatac_scale.progress import Silent
+from annatac_scale.progress import Advance, Silent
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import SampleWriter, create_store
@@ -132,12 +132,23 @@ class StopInStep(Silent):
 
     @contextmanager
     def task(self, name, total, unit):
-        yield self._advance if name == "Training" else lambda n: None
+        yield _Counted(self._advance if name == "Training" else lambda n: None)
 
     def _advance(self, n: int) -> None:
         self._left -= n
         if self._left <= 0:
             self._stop()
+
+
+class _Counted(Advance):
+    def __init__(self, count) -> None:
+        self._count = count
+
+    def __call__(self, n: int, lines: int = 0, sample: str = "") -> None:
+        self._count(n)
+
+    def found(self, n: int, sample: str = "") -> None:
+        self._count(n)
 
 
 class Lines(Silent):

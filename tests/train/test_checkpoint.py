@@ -11,6 +11,7 @@ from annatac_scale.errors import ModelError, StoreError
 from annatac_scale.progress import Silent
 from annatac_scale.store.place import place_of
 from annatac_scale.train.checkpoint import (
+    FORMAT,
     Checkpoints,
     best_until,
     checkpoint_name,
@@ -97,6 +98,13 @@ DAMAGES = [
 ]
 
 
+@pytest.mark.parametrize("format_number", [FORMAT + 1, None])
+def test_a_checkpoint_of_another_format_is_passed_over(written, format_number):
+    written.save(1)
+    torch.save({**state(2), "format": format_number}, written.path / checkpoint_name(2))
+    assert state_of(written.checkpoints.newest())["state"]["step"] == 1
+
+
 @pytest.mark.parametrize("damage", DAMAGES, ids=["cut_short", "empty", "text", "zeros", "one_bit"])
 def test_a_damaged_checkpoint_is_passed_over_removed_and_told_of(written, damage):
     for step in (1, 2, 3):
@@ -109,12 +117,25 @@ def test_a_damaged_checkpoint_is_passed_over_removed_and_told_of(written, damage
     assert written.steps == [1, 2]
 
 
-def test_a_checkpoint_whose_best_one_is_damaged_or_gone_is_passed_over(written):
+def test_a_checkpoint_is_not_passed_over_for_a_damaged_best_one(written):
     for step in (1, 2, 3):
-        written.save(step, bests=[2] if step >= 2 else [])
-    written.damage(2, lambda data: data[: len(data) // 2])
-    assert state_of(written.checkpoints.newest())["state"]["step"] == 1
-    assert written.steps == [1]
+        written.save(step, bests=[1])
+    written.damage(1, lambda data: data[: len(data) // 2])
+    assert state_of(written.checkpoints.newest())["state"]["step"] == 3
+    assert [written.checkpoints.has_whole(step) for step in (1, 2, 3, 4)] == [False, True, True, False]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_told_of(written, monkeypatch):
+    for step in (1, 2, 3):
+        written.save(step)
+
+    def remove(self, name):
+        raise OSError(errno.EBUSY, "busy")
+
+    monkeypatch.setattr(type(written.checkpoints._place), "remove", remove)
+    written.save(4)
+    assert written.steps == [1, 2, 3, 4]
+    assert written.lines == ["an old checkpoint could not be removed, training goes on: [Errno 16] busy"]
 
 
 def test_checkpoints_that_are_all_damaged_are_an_error_that_says_what_to_remove(written):
@@ -132,7 +153,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(written):
             return print, ("harm",)
 
     written.save(1)
-    torch.save({"module": Harm(), "bests": []}, written.path / checkpoint_name(2))
+    torch.save({"module": Harm(), "bests": [], "format": FORMAT}, written.path / checkpoint_name(2))
     assert state_of(written.checkpoints.newest())["state"]["step"] == 1
 
 

@@ -82,7 +82,9 @@ def test_addresses_of_rays_client_are_refused():
 
 
 def test_more_workers_than_cells_in_a_batch_are_refused_before_ray_starts(atlas, tmp_path):
-    with pytest.raises(ConfigError, match="--workers 33: expected 1 to the global batch size, 32"):
+    with pytest.raises(
+        ConfigError, match="--workers 33: expected 1 to 32, the lanes of a global batch of 32"
+    ):
         pretrain_on_ray(atlas.path, tmp_path / "run", config(), Cluster(2, 33))
     assert not (tmp_path / "run").exists()
 

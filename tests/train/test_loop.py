@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from planted import Lines, draw_cells, small_pretraining, write_store
+from planted import Lines, StopAfter, draw_cells, small_pretraining, write_store
 from torch import nn
 
 from annatac_scale.errors import AnnatacError, ConfigError
@@ -322,3 +322,17 @@ def test_best_weights_are_those_of_the_lineage_wherever_a_run_ends(store, tmp_pa
     resumed = ScaleTask(scores[2:])
     assert train_scale(store, tmp_path, resumed) == expected == {"score": 0.9, "epoch": 2}
     assert resumed.module.weight.item() == undisturbed.module.weight.item() == undisturbed.weights[1]
+
+
+def test_a_run_whose_best_weights_are_damaged_goes_on_and_finds_the_best_of_what_comes(store, tmp_path):
+    scores = [0.9, *[0.1] * 8]
+    with pytest.raises(KeyboardInterrupt):
+        train_scale(store, tmp_path, ScaleTask(scores), RunOptions(keep=1), StopAfter(3))
+    best, newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*.pt"))
+    best.write_bytes(best.read_bytes()[:-50])
+    progress = Lines()
+    task = ScaleTask([0.3, 0.5, 0.2, 0.1, 0.1, 0.1])
+    assert train_scale(store, tmp_path, task, progress=progress) == {"score": 0.5, "epoch": 5}
+    assert any(f"of step {int(best.stem[5:])}, is damaged" in line for line in progress.lines)
+    assert any(f"after {int(newest.stem[5:])} steps" in line for line in progress.lines)
+    assert task.module.weight.item() == task.weights[1]

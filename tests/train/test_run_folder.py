@@ -129,7 +129,7 @@ def test_a_run_json_that_was_edited_is_an_error(tmp_path):
 def test_a_run_in_object_storage_is_the_run_on_disk(atlas, s3, tmp_path):
     url = f"{s3.bucket()}/runs/a"
     with pytest.raises(KeyboardInterrupt):
-        pretrain(atlas, url, small_pretraining(3), StopAfter(2))
+        pretrain(atlas, f"{url}/", small_pretraining(3), StopAfter(2))
     assert not place_of(url).size("model/config.json")
     progress = Lines()
     report = pretrain(atlas, url, small_pretraining(3), progress)
