@@ -7,6 +7,7 @@ file system that all machines share, or in object storage.
 
 import logging
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -43,6 +44,9 @@ from annatac_scale.train.run_options import RunOptions
 
 LOOK_EVERY_S = 0.5
 """Seconds between two looks at the board, by the driver and by the first worker."""
+
+REACH_S = 10.0
+"""Seconds in which a cluster's address has to answer."""
 
 WAIT_SAID_S = 60.0
 """Seconds without an attempt after which the user is told that the cluster has no place for the workers."""
@@ -143,25 +147,41 @@ class Cluster:
             # Without an address Ray would join any cluster that it finds a trace of on this machine, dead ones too.
             cpus = self.most * self.cpus
             options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-        elif self.address is not None:
-            options["address"] = self.address
+        else:
+            options["address"] = self.address or os.environ["RAY_ADDRESS"]
+            _check_reachable(options["address"])
         try:
             ray.init(**options)
         except ConnectionError as error:
-            where = self.address or os.environ["RAY_ADDRESS"]
+            where = options["address"]
             if "AuthenticationError" in str(error.__cause__):
                 raise InputError(
                     f"--ray {where}: the cluster asks for its token; export RAY_AUTH_MODE=token here as there, and "
                     "RAY_AUTH_TOKEN where the token is not in ~/.ray/auth_token"
                 ) from error
-            raise InputError(
-                f"--ray {where}: found no Ray cluster there; start one with `ray start --head`, or leave --ray out and "
-                "Ray is started here for the run"
-            ) from error
+            raise InputError(_no_cluster(where)) from error
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise InputError where nobody listens at HOST:PORT: Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+    except OSError as error:
+        raise InputError(_no_cluster(address)) from error
+
+
+def _no_cluster(address: str) -> str:
+    return (
+        f"--ray {address}: found no Ray cluster there; start one with `ray start --head`, or leave --ray out and Ray "
+        "is started here for the run"
+    )
 
 
 def pretrain_on_ray(

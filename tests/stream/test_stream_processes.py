@@ -208,7 +208,8 @@ def test_a_consumer_that_raises_leaves_no_threads(known):
 @pytest.mark.filterwarnings("ignore")
 def test_ray_actors_stream_their_ranks(known):
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    # Without an address it would join the cluster of another test that runs at the same time.
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
 
         @ray.remote(num_cpus=1)
