@@ -346,7 +346,7 @@ def pretrain(store: "Location", **options: Any) -> None:
 def finetune(store: "Location", **options: Any) -> None:
     """Fine-tune a pretrained model on the labelled cells of a store.
 
-    Run again, the same command goes on after the last complete epoch.
+    Run again, the same command goes on after the newest checkpoint.
     """
     report = api.finetune(store, progress=TerminalProgress(), **options)
     click.echo(f"{report.model}: {len(report.types)} types, val {_figures(report.figures)}")

@@ -265,14 +265,11 @@ def arguments() -> argparse.Namespace:
         "--data", type=Path, help="folder that keeps what is generated; default: none is kept"
     )
     parser.add_argument("--peer-python", type=Path, help="Python that has snapatac2, bpcells and isal")
-    parser.add_argument("--cases", default=",".join(CASES), help=f"default {','.join(CASES)}")
+    commands.add_cases(parser, CASES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--save", action="store_true", help=f"write the JSON into results/{RESULTS.name} too")
     add_options(parser)
     options = parser.parse_args()
-    unknown = set(options.cases.split(",")) - set(CASES)
-    if unknown:
-        parser.error(f"--cases: found {', '.join(sorted(unknown))}; expected some of {', '.join(CASES)}")
     if options.peer_python is not None and not options.peer_python.exists():
         print(f"peers: skipped, {options.peer_python} is not there")
         options.peer_python = None
@@ -293,7 +290,7 @@ def main() -> None:
         )
         bench.data.mkdir(parents=True, exist_ok=True)
         run_once(bench.ours("warm_up", bench.made(Spec.quick())))
-        cases = {name: CASES[name](bench) for name in options.cases.split(",")}
+        cases = {name: CASES[name](bench) for name in options.cases}
         peers = {}
         if bench.peer_python is not None:
             task = commands.peer(bench.peer_python, folder / "versions", "versions")

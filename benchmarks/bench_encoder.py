@@ -269,15 +269,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", default=",".join(CASES), help=f"default {','.join(CASES)}")
+    commands.add_cases(parser, CASES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="small sizes, one round: for tests")
     parser.add_argument("--save", action="store_true", help=f"write the JSON into results/{RESULTS.name} too")
-    options = parser.parse_args()
-    unknown = set(options.cases.split(",")) - set(CASES)
-    if unknown:
-        parser.error(f"--cases: found {', '.join(sorted(unknown))}; expected some of {', '.join(CASES)}")
-    return options
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -288,7 +284,7 @@ def main() -> None:
         for name, device in devices.items():
             bench = Bench(Path(temporary), 1 if options.quick else options.rounds, options.quick, device)
             print(f"on {name}:", flush=True)
-            by_device[name] = {case: CASES[case](bench) for case in options.cases.split(",")}
+            by_device[name] = {case: CASES[case](bench) for case in options.cases}
     cases = by_device.pop("cpu")
     report = {
         "benchmark": "encoder",

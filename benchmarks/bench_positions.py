@@ -201,17 +201,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small stores, one round, for tests")
     parser.add_argument("--data", type=Path, help="folder that keeps the stores; default: none is kept")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cases", default=",".join(CASES), help=f"default {','.join(CASES)}")
+    commands.add_cases(parser, CASES)
     parser.add_argument("--save", action="store_true", help=f"write the JSON into results/{RESULTS.name} too")
     options = parser.parse_args()
-    unknown = set(options.cases.split(",")) - set(CASES)
-    if unknown:
-        parser.error(f"--cases: found {', '.join(sorted(unknown))}; expected some of {', '.join(CASES)}")
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         data = (options.data or scratch / "data").resolve()
         bench = Bench.quick(data, scratch) if options.quick else Bench(data, scratch, options.rounds)
-        cases = {name: CASES[name](bench) for name in options.cases.split(",")}
+        cases = {name: CASES[name](bench) for name in options.cases}
     found = cases.get("cost", {}).get("bars", {}).get("core_h_per_million")
     bars = (
         {}

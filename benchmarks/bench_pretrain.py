@@ -32,6 +32,7 @@ from typing import Any
 import commands
 import psutil
 from bench_stream import cpu_model
+from kill_pretrain import WORKER_NAME, title_of
 from store_writer import STORE, Spec, make_store
 from turns import spread
 
@@ -42,7 +43,6 @@ MINUTES = 10.0
 PATIENCE_S = 3_600.0
 LOOK_EVERY_S = 0.25
 BATCH, EVERY = 64, 5
-WORKER_NAME = "RayTrainWorker"
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Memory(threading.Thread):
                 below = top.children(recursive=True)
             except psutil.NoSuchProcess:
                 return
-            workers = [one for one in below if WORKER_NAME in _title(one)]
+            workers = [one for one in below if WORKER_NAME in title_of(one)]
             for one in workers or [top]:
                 try:
                     sizes.append(one.memory_info().rss / 1e6)
@@ -153,13 +153,6 @@ class Memory(threading.Thread):
         early = [size for at, size in self._seen if begin + quarter <= at <= begin + 2 * quarter]
         late = [size for at, size in self._seen if end - quarter <= at <= end]
         return round(statistics.median(late) - statistics.median(early), 1) if early and late else 0.0
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return "".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 def wait_for_steps(metrics: Path, steps: int, process: subprocess.Popen[bytes]) -> None:
@@ -255,7 +248,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, help="folder that keeps the stores; default: none is kept")
-    parser.add_argument("--cases", default=",".join(CASES), help=f"default {','.join(CASES)}")
+    commands.add_cases(parser, CASES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60, help="of each run")
     parser.add_argument(
@@ -263,9 +256,6 @@ def main() -> None:
     )
     parser.add_argument("--save", action="store_true", help=f"write the JSON into results/{RESULTS.name} too")
     options = parser.parse_args()
-    unknown = set(options.cases.split(",")) - set(CASES)
-    if unknown:
-        parser.error(f"--cases: found {', '.join(sorted(unknown))}; expected some of {', '.join(CASES)}")
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(
             (options.data or Path(temporary) / "data").resolve(),
@@ -277,7 +267,7 @@ def main() -> None:
             2 if options.quick else 10,
         )
         bench.data.mkdir(parents=True, exist_ok=True)
-        cases = {name: CASES[name](bench) for name in options.cases.split(",")}
+        cases = {name: CASES[name](bench) for name in options.cases}
     report = {
         "benchmark": "pretrain",
         "preset": bench.preset,

@@ -73,15 +73,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--peer-python", type=Path, help="Python 3.12 or later for annbatch; default: from the PATH"
     )
-    parser.add_argument("--cases", default=",".join(CASES), help=f"default {','.join(CASES)}")
+    commands.add_cases(parser, CASES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--save", action="store_true", help=f"write the JSON into results/{RESULTS.name} too")
     add_options(parser)
-    options = parser.parse_args()
-    unknown = set(options.cases.split(",")) - set(CASES)
-    if unknown:
-        parser.error(f"--cases: found {', '.join(sorted(unknown))}; expected some of {', '.join(CASES)}")
-    return options
+    return parser.parse_args()
 
 
 def made_peers(options: argparse.Namespace) -> dict[str, peers_of.Peer]:
@@ -120,7 +116,7 @@ def main() -> None:
             options.quick,
         )
         bench.data.mkdir(parents=True, exist_ok=True)
-        cases = {name: CASES[name](bench) for name in options.cases.split(",")}
+        cases = {name: CASES[name](bench) for name in options.cases}
         versions = {name: versions_of(name, peer, folder) for name, peer in peers.items()}
     report = {
         "benchmark": "stream",

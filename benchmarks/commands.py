@@ -1,11 +1,12 @@
 """The command lines that the benchmarks run: ours through ``annatac``, the peers through their own Python."""
 
+import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -97,6 +98,23 @@ def failures(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for name, figures in found["runs"].items()
         if "failed" in figures
     ]
+
+
+def add_cases(parser: argparse.ArgumentParser, known: Iterable[str]) -> None:
+    """The option --cases: some of the known ones, as A,B; the parser gives a list, and refuses others."""
+    names = list(known)
+
+    def chosen(given: str) -> list[str]:
+        asked = given.split(",")
+        if unknown := set(asked) - set(names):
+            raise argparse.ArgumentTypeError(
+                f"found {', '.join(sorted(unknown))}; expected some of {', '.join(names)}"
+            )
+        return asked
+
+    parser.add_argument(
+        "--cases", type=chosen, default=names, metavar="A,B", help=f"default {','.join(names)}"
+    )
 
 
 def end(report: Mapping[str, Any], results: Path | None) -> NoReturn:

@@ -1,13 +1,13 @@
 """Kills workers and drivers of a pretraining on Ray with SIGKILL, and compares the model with an undisturbed one.
 
-    python benchmarks/kill_pretrain.py [--quick] [--kills 10] [--steps 400] [--seed 0] [--save]
+    python benchmarks/kill_pretrain.py [--quick] [--kills 10] [--steps 1200] [--seed 0] [--save]
 
 Two CPU workers pretrain on the packaged cerebellum cells, keeping the state every few steps. Each kill comes a random
 while after a checkpoint that is newer than the one before, and hits one of the workers, which Ray starts again, or the
 driver, whose command is then given again. Compared are all files of the model folder, bit by bit. The logs of cells of
 the attempts that the final weights come from are put together: each training cell has to come once in each epoch.
-``recovery_s``: from a kill to the first step of the next attempt. Ends with one line of JSON; exit 1 where the models
-differ or a cell came twice or not at all.
+``recovery_s``: from a kill until the next attempt is about to take its first step. Ends with one line of JSON; exit 1
+where the models differ or a cell came twice or not at all.
 """
 
 import argparse
@@ -99,39 +99,58 @@ def finish(run: Run, process: subprocess.Popen[bytes]) -> None:
         raise SystemExit(run.said[-2000:])
 
 
-def kill_in(run: Run, process: subprocess.Popen[bytes], target: str, after_step: int, wait_s: float) -> float:
+def kill_in(
+    run: Run, process: subprocess.Popen[bytes], target: str, after_step: int, draw: random.Random
+) -> float:
     """Kill a worker or the driver a while after a checkpoint newer than ``after_step``; returns when, by the clock."""
     run.wait_for_step(after_step + 1, process)
-    time.sleep(wait_s)
-    driver = psutil.Process(process.pid)
-    killed = [driver] if target == "driver" else workers_of(driver)[:1]
-    for one in killed:
-        one.send_signal(signal.SIGKILL)
+    time.sleep(draw.uniform(0, 1))
+    killed = psutil.Process(process.pid) if target == "driver" else draw.choice(workers_of(process))
+    killed.send_signal(signal.SIGKILL)
     if target == "driver":
         process.wait()
     return time.time()
 
 
-def workers_of(driver: psutil.Process) -> list[psutil.Process]:
-    """The processes of the training workers, of all that a driver started."""
-    found = [child for child in driver.children(recursive=True) if WORKER_NAME in "".join(child.cmdline())]
-    if not found:
-        raise SystemExit("found no process of a training worker")
-    return found
+def workers_of(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The processes of all training workers that a driver started; waits for them where it only just did.
+
+    The workers of a driver that was killed live on for some seconds, and may write the checkpoint that was waited for.
+    """
+    until = time.monotonic() + PATIENCE_S
+    while time.monotonic() < until and driver.poll() is None:
+        below = psutil.Process(driver.pid).children(recursive=True)
+        found = [child for child in below if WORKER_NAME in title_of(child)]
+        if len(found) == WORKERS:
+            return found
+        time.sleep(0.05)
+    raise SystemExit("found no training workers")
+
+
+def title_of(process: psutil.Process) -> str:
+    """What a process calls itself; "" where it ended meanwhile."""
+    try:
+        return "".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def disturbed(run: Run, targets: Sequence[str], draw: random.Random) -> list[dict[str, Any]]:
     """The run, killed and gone on with as often as there are targets."""
     kills: list[dict[str, Any]] = []
     process, after_step = run.start(), 0
-    for target in targets:
-        when = kill_in(run, process, target, after_step, draw.uniform(0, 1))
-        after_step = run.newest_step()
-        kills.append({"target": target, "step": after_step, "at": when})
-        print(f"killed the {target} after step {after_step}", flush=True)
-        if target == "driver":
-            process = run.start()
-    finish(run, process)
+    try:
+        for target in targets:
+            when = kill_in(run, process, target, after_step, draw)
+            after_step = run.newest_step()
+            kills.append({"target": target, "step": after_step, "at": when})
+            print(f"killed the {target} after step {after_step}", flush=True)
+            if target == "driver":
+                process = run.start()
+        finish(run, process)
+    finally:
+        process.kill()  # where something failed: nothing may go on writing
+        process.wait()
     return kills
 
 

@@ -1,12 +1,12 @@
 """Pretrains on a Ray cluster of three hosts, cuts one off in the middle of an epoch, and looks at what becomes of it.
 
-    python benchmarks/lost_node.py [--steps 400] [--save]
+    python benchmarks/lost_node.py [--steps 300] [--save]
 
 Hosts are network namespaces of this machine (benchmarks/hosts.py), which needs root. Two to three workers train; after
 the cut two go on. Compared are the losses of all steps with a run in one process that nothing disturbed, and the cells
-of the attempts that the final weights come from: each has to come once an epoch. ``recovery_s``: from the cut to the
-first step of the next attempt. Ends with one line of JSON; exit 1 where a loss differs by more than 1e-4 or a cell came
-twice or not at all.
+of the attempts that the final weights come from: each has to come once an epoch. ``recovery_s``: from the cut until
+the next attempt is about to take its first step. Ends with one line of JSON; exit 1 where a loss differs by more than
+1e-4 or a cell came twice or not at all.
 """
 
 import argparse

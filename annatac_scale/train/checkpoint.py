@@ -1,8 +1,8 @@
 """Checkpoints of a run: written in a thread, whole or not at all, and read with an eye for damage.
 
 A checkpoint is one file, ``step-000001234.pt``: weights, optimizer, and where loop and stream are, as ``torch.save``
-writes them and ``torch.load(weights_only=True)`` takes them back. None is ever changed. The newest few stay, with the
-best one of each: its weights are those that the run would end with.
+writes them and ``torch.load(weights_only=True)`` takes them back. The newest few stay, with the best one of each: its
+weights are those that the run would end with.
 """
 
 import io
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from annatac_scale.errors import ModelError, StoreError
+from annatac_scale.errors import InputError, ModelError, StoreError
 from annatac_scale.store.place import Place
 
 CHECKPOINTS = "checkpoints"
@@ -106,7 +106,8 @@ class Checkpoints:
     def newest(self) -> bytes | None:
         """The newest checkpoint that is whole; None where there is none at all.
 
-        Those that are damaged are removed, saying so. Raises ModelError where all of them are damaged.
+        Those that are damaged are removed, saying so. Raises ModelError where all of them are damaged, InputError where
+        one is of another format.
         """
         damaged: list[int] = []
         for step in reversed(checkpoint_steps(self._place)):
@@ -153,13 +154,20 @@ class Checkpoints:
 
 
 def state_of(data: bytes, path: str = "checkpoint") -> dict[str, Any]:
-    """The state in a checkpoint's bytes, its tensors on the CPU. Raises ModelError, naming ``path``, if damaged."""
+    """The state in a checkpoint's bytes, its tensors on the CPU. Raises ModelError if damaged, InputError if of
+    another format, both naming ``path``.
+    """
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise ValueError(f"found no checkpoint of format {FORMAT}")
     except (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError, UnpicklingError) as error:
         raise ModelError(f"{path}: damaged ({_one_line(error)})") from error
+    # Whole, so that nothing is to be passed over or removed for it.
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise InputError(
+            f"{path}: found format {found}, expected {FORMAT}; go on with the version of annatac_scale that wrote it, "
+            "or choose another --out"
+        )
     return state
 
 

@@ -64,7 +64,8 @@ _RAY_SETTINGS = {
 class Cluster:
     """The workers of a run, and the Ray cluster that they are on.
 
-    fewest, most: workers; where these differ, as many as there are places for, at each start of the workers
+    fewest, most: workers; where these differ, as many as there are places for: at each start of the workers, which are
+        started again when a place was lost, and for more places at most once in twice the time between checkpoints
     gpus: one GPU a worker
     address: of a cluster; "auto": the one that RAY_ADDRESS names or that runs on this machine; None: the one that this
         process is connected to or that RAY_ADDRESS names, else one that is started here for the time of the run
@@ -124,14 +125,15 @@ class Cluster:
         """CPUs of a worker, which Ray makes its number of threads: on this machine its even share of all."""
         return max(1, (os.cpu_count() or 1) // self.most) if self.starts_ray else 1
 
-    @property
-    def scaling(self) -> ScalingConfig:
-        """The same for Ray Train."""
-        number: Any = self.most if self.fewest == self.most else (self.fewest, self.most)
+    def scaling(self, resize_s: float) -> ScalingConfig:
+        """The same for Ray Train. resize_s: between two looks whether there are places for more workers"""
+        elastic: dict[str, Any] = {"num_workers": self.most}
+        if self.fewest != self.most:
+            elastic = {"num_workers": (self.fewest, self.most), "elastic_resize_monitor_interval_s": resize_s}
         return ScalingConfig(
-            num_workers=number,
             use_gpu=self.gpus,
             resources_per_worker={"CPU": self.cpus, **({"GPU": 1} if self.gpus else {})},
+            **elastic,
         )
 
     @contextmanager
@@ -242,7 +244,8 @@ def _fit(task: dict[str, Any], cluster: Cluster, progress: Progress) -> None:
             _worker,
             train_loop_config={**task, "board": actor},
             torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
-            scaling_config=cluster.scaling,
+            # More workers begin at the newest checkpoint: there has to be one since the last time there were more.
+            scaling_config=cluster.scaling(2 * 60 * task["options"]["checkpoint_minutes"]),
             run_config=RunConfig(
                 # The same name would make Ray resume its own state, which is none; ours is in the run's folder.
                 name=uuid.uuid4().hex,
@@ -254,9 +257,8 @@ def _fit(task: dict[str, Any], cluster: Cluster, progress: Progress) -> None:
             try:
                 failure = _watched(trainer.fit, board, cluster, progress, asked)
                 met, number = board.state()
-            except (
-                ray.exceptions.RayError
-            ) as error:  # the cluster ended before us, as where all get a signal at once
+            except ray.exceptions.RayError as error:
+                # The cluster ended before us, as where all get a signal at once.
                 lost = f"{task['out']}: the Ray cluster was lost; the same command goes on after the newest checkpoint"
                 if asked.signal:
                     raise RunInterruptedError(lost, asked.signal) from error
@@ -295,6 +297,10 @@ def _watched(
             if asked.signal and not told:
                 board.ask(asked.signal)
                 told = True
+            if asked.signal and not attempts:
+                raise RunInterruptedError(
+                    "asked to end before the workers had begun; the same command starts again", asked.signal
+                )
             if not attempts and not waiting_said and time.monotonic() - begin > WAIT_SAID_S:
                 waiting_said = True
                 has = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}

@@ -179,7 +179,7 @@ def finetune(
     out: a folder on a disk
     holdout: share of each type's cells, or "column=value", that test and are never trained on
 
-    Run again with the same arguments, it goes on after the last complete epoch; a complete run is left as it is.
+    Run again with the same arguments, it goes on after the newest checkpoint; a complete run is left as it is.
     Raises InputError where there are too few labelled cells or ``out`` is a URL, ModelError where model and store do
     not fit or the model was never written.
     """

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from annatac_scale.errors import AnnatacError, ConfigError, RunInterruptedError
+from annatac_scale.errors import AnnatacError, ConfigError, RunInterruptedError, StoreError
 from annatac_scale.memory import give_back_freed_memory
 from annatac_scale.model.heads import LossSum
 from annatac_scale.progress import Progress
@@ -215,7 +215,7 @@ def train(loop: Loop, start: Callable[[], None]) -> dict[str, float]:
                 meter.add(facts)
                 state.step += 1
                 advance(1)
-                record.step(facts, state.step, n_steps, epoch)
+                record.step(facts, state.step, n_steps, epoch + 1)
                 if counts.asked:
                     _leave(loop, state, _checkpoint(loop, state, optimizer, place), counts.asked)
                 if record.is_due(state.step):
@@ -422,19 +422,24 @@ def _checkpoint(
         "optimizer": optimizer.state_dict(),
         "stream": place,
         "state": vars(state),
-        "bests": state.bests,
         "lineage": loop.record.lineage,
         "torch": str(torch.__version__),  # a class of its own, which weights_only refuses
     }
 
 
 def _leave(loop: Loop, state: _State, checkpoint: dict[str, Any], number: int) -> None:
-    """Keep the state and raise RunInterruptedError, on every rank when it is kept."""
+    """Keep the state, and raise RunInterruptedError; StoreError where it could not be kept, on every rank alike."""
+    failure: StoreError | None = None
     try:
         loop.record.save(state.step, checkpoint, state.bests, needed=True)
         loop.record.settle()
-    finally:
-        loop.ranks.wait()
+    except StoreError as error:
+        failure = error
+    failed = loop.ranks.sum([float(failure is not None)])[0]
+    if failed:
+        raise failure or StoreError(
+            f"{loop.record.location}: the first rank could not keep the state; see what it says"
+        )
     raise RunInterruptedError(
         f"{loop.record.location}: asked to end, and ended after {state.step:,} steps, which are kept; the same command "
         "goes on",

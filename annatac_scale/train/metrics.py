@@ -55,7 +55,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._totals: dict[str, LossTotal] = {}
-        self._cells = 0
+        self._cells = self._skipped = 0
         self._waited = self._computed = 0.0
         self._start = time.monotonic()
 
@@ -64,6 +64,7 @@ class Meter:
         for name, loss in step.losses.items():
             self._totals[name] = self._totals.get(name, LossTotal()) + loss
         self._cells += step.n_cells
+        self._skipped += not step.losses
         self._waited += step.waited_s
         self._computed += step.computed_s
 
@@ -75,6 +76,8 @@ class Meter:
             "waiting_share": round(self._waited / seconds, 4),
             "computing_share": round(self._computed / seconds, 4),
         }
+        if self._skipped:
+            figures["skipped_steps"] = self._skipped
         for name, loss in self._totals.items():
             figures[f"{name}_loss"] = loss.sum / max(loss.count, 1.0)
             figures[f"{name}_accuracy"] = loss.correct / max(loss.count, 1.0)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from annatac_scale.errors import ConfigError
 from annatac_scale.progress import Progress, duration
+from annatac_scale.store.files import as_store_error
 from annatac_scale.store.place import Location
 from annatac_scale.store.store import IslandStore
 from annatac_scale.train.checkpoint import CHECKPOINTS, Checkpoints
@@ -42,7 +43,6 @@ class Record:
         self.lineage: list[list[int]] = []
         self._options, self._store, self._ranks, self._progress = options, store, ranks, progress
         self._attempt = 0
-        self._cells: Any = None
         self._window, self._said = Meter(), (time.monotonic(), 0)
         self._checkpoints: Checkpoints | None = None
         self._metrics: MetricsLog | None = None
@@ -78,23 +78,31 @@ class Record:
             self._attempt = self._metrics.attempt
             self._metrics.write({"step": step, "world_size": world_size, "began": True})
         self._attempt = int(self._ranks.sum([float(self._attempt)])[0])
+        self._window, self._said = Meter(), (time.monotonic(), step)
         self.lineage = [[attempt, first] for attempt, first in lineage if first < step]
         self.lineage.append([self._attempt, step])
 
     def cells(self, step: int, epoch: int, cell_ids: NDArray[np.int64]) -> None:
-        """Note the cells of this rank in the step that comes next, where that was asked for."""
+        """Note the cells of this rank in the step that comes next, where that was asked for.
+
+        Raises StoreError where they cannot be written: a log with gaps proves nothing.
+        """
         if not self._options.log_cells:
             return
-        if self._cells is None:
-            folder = Path(self.location) / "cells"
+        folder = Path(self.location) / "cells"
+        path = folder / f"attempt-{self._attempt:04d}-rank-{self._ranks.rank:04d}.jsonl"
+        try:
             folder.mkdir(exist_ok=True)
-            name = f"attempt-{self._attempt:04d}-rank-{self._ranks.rank:04d}.jsonl"
-            self._cells = (folder / name).open("a")
-        self._cells.write(json.dumps({"step": step, "epoch": epoch, "cells": cell_ids.tolist()}) + "\n")
-        self._cells.flush()
+            with path.open("a") as file:
+                file.write(json.dumps({"step": step, "epoch": epoch, "cells": cell_ids.tolist()}) + "\n")
+        except OSError as error:
+            raise as_store_error(error, path, "written") from error
 
     def step(self, facts: StepFacts, step: int, n_steps: int, epoch: int) -> None:
-        """Take in a step; log and say it when it is time. step: how many there were, of ``n_steps``"""
+        """Take in a step; log and say it when it is time.
+
+        step: how many there were, of ``n_steps``; epoch: counted from 1, as validations do
+        """
         if self._metrics is None:
             return
         self._window.add(facts)
@@ -109,11 +117,10 @@ class Record:
         seconds = time.monotonic() - since
         if seconds < SAY_EVERY_S:
             return
-        if at:
-            left = duration(seconds / (step - at) * (n_steps - step))
-            self._progress.say(
-                f"step {step:,} of {n_steps:,}, epoch {epoch + 1}: {shown(figures)}  rate {rate:.3g}  {left} left"
-            )
+        left = duration(seconds / (step - at) * (n_steps - step))
+        self._progress.say(
+            f"step {step:,} of {n_steps:,}, epoch {epoch}: {shown(figures)}  rate {rate:.3g}  {left} left"
+        )
         self._said = time.monotonic(), step
 
     def validated(self, step: int, epoch: int, figures: Mapping[str, float]) -> None:
@@ -121,6 +128,7 @@ class Record:
         if self._metrics is not None:
             named = {f"validation_{name}": value for name, value in figures.items()}
             self._metrics.write({"step": step, "epoch": epoch, **named})
+            self._window = Meter()  # validating is no part of a step
 
     def is_due(self, step: int) -> bool:
         """Whether the state after a step should be kept now."""
@@ -160,8 +168,6 @@ class Record:
         return ", ".join([*named, *more])
 
     def _close(self) -> None:
-        if self._cells is not None:
-            self._cells.close()
         if self._checkpoints is not None:
             self._checkpoints.close()
         if self._metrics is not None:

@@ -89,6 +89,11 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(self._in_use()) from error
+            except OSError as error:
+                raise InputError(
+                    f"{path}: cannot be locked ({error.strerror}), so that two processes could write into it; mount it "
+                    "with locks (Lustre: -o flock), or choose another --out"
+                ) from error
             yield
         finally:
             os.close(lock)

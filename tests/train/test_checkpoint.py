@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from annatac_scale.errors import ModelError, StoreError
+from annatac_scale.errors import InputError, ModelError, StoreError
 from annatac_scale.progress import Silent
 from annatac_scale.store.place import place_of
 from annatac_scale.train.checkpoint import (
@@ -22,12 +22,8 @@ from annatac_scale.train.checkpoint import (
 SAY = Silent().say
 
 
-def state(step=3, bests=()):
-    return {
-        "module": {"w": torch.arange(5000.0)},
-        "state": {"step": step, "best_score": float("-inf")},
-        "bests": list(bests),
-    }
+def state(step=3):
+    return {"module": {"w": torch.arange(5000.0)}, "state": {"step": step, "best_score": float("-inf")}}
 
 
 class Written:
@@ -39,7 +35,7 @@ class Written:
         self.checkpoints = Checkpoints(place_of(path), keep, self.lines.append)
 
     def save(self, step, bests=()):
-        self.checkpoints.save(step, state(step, bests), bests, needed=True)
+        self.checkpoints.save(step, state(step), bests, needed=True)
         self.checkpoints.settle()
 
     def damage(self, step, change):
@@ -68,7 +64,7 @@ def test_a_checkpoint_comes_back_as_it_was(written):
 
 def test_what_is_saved_is_the_state_of_that_moment(written):
     weights = torch.zeros(1000, 1000)
-    written.checkpoints.save(1, {"w": weights, "bests": [], "nested": [{"w": weights}]}, [])
+    written.checkpoints.save(1, {"w": weights, "nested": [{"w": weights}]}, [])
     weights += 1
     written.checkpoints.settle()
     found = state_of(written.checkpoints.read(1))
@@ -99,10 +95,13 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("format_number", [FORMAT + 1, None])
-def test_a_checkpoint_of_another_format_is_passed_over(written, format_number):
+def test_a_checkpoint_of_another_format_is_refused_and_left_alone(written, format_number):
     written.save(1)
     torch.save({**state(2), "format": format_number}, written.path / checkpoint_name(2))
-    assert state_of(written.checkpoints.newest())["state"]["step"] == 1
+    message = rf"step-000000002\.pt: found format {format_number}, expected {FORMAT}; go on with the version"
+    with pytest.raises(InputError, match=message):
+        written.checkpoints.newest()
+    assert written.steps == [1, 2]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=["cut_short", "empty", "text", "zeros", "one_bit"])
@@ -153,7 +152,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(written):
             return print, ("harm",)
 
     written.save(1)
-    torch.save({"module": Harm(), "bests": [], "format": FORMAT}, written.path / checkpoint_name(2))
+    torch.save({"module": Harm(), "format": FORMAT}, written.path / checkpoint_name(2))
     assert state_of(written.checkpoints.newest())["state"]["step"] == 1
 
 

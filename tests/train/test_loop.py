@@ -245,6 +245,8 @@ def test_steps_that_are_not_finite_are_left_out_counted_and_told_of(store, tmp_p
     assert math.isfinite(task.module.weight.item())
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "NaN" not in metrics
+    lines = [json.loads(line) for line in metrics.splitlines()]
+    assert sum(line.get("skipped_steps", 0) for line in lines) == len(said)
 
 
 def test_too_many_steps_in_a_row_that_are_not_finite_stop_the_run(store, tmp_path):

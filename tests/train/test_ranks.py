@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -113,6 +116,25 @@ def test_asked_to_end_and_started_again_ranks_end_with_the_same_bits(atlas, tmp_
     )
     assert [line["step"] for line in metrics(parts) if "began" in line] == [0, 2, 7, 16]
     assert files_of(parts / "model") == files_of(whole / "model")
+
+
+def test_processes_that_torchrun_starts_have_the_loss_curve_of_one_process_and_speak_once(
+    atlas, alone, tmp_path
+):
+    settings = [f"--config={alone.model.parent / 'config.toml'}", "--log-steps", "1"]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "annatac_scale", "pretrain", str(atlas.path), "--out", str(tmp_path / "run"), *settings),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"{tmp_path / 'run' / 'model'}: 360 cells")
+    assert [x["world_size"] for x in metrics(tmp_path / "run") if "began" in x] == [2]
+    found = [x["validation_score"] for x in metrics(tmp_path / "run") if "validation_score" in x]
+    expected = [x["validation_score"] for x in metrics(alone.model.parent) if "validation_score" in x]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def lineage(run):

@@ -1,3 +1,4 @@
+import errno
 import json
 from dataclasses import replace
 
@@ -6,7 +7,7 @@ import torch
 from planted import Lines, StopAfter, files_of, small_finetuning, small_pretraining
 
 from annatac_scale.config import read_toml
-from annatac_scale.errors import ConfigError, InputError
+from annatac_scale.errors import ConfigError, InputError, StoreError
 from annatac_scale.progress import Silent
 from annatac_scale.store import leases
 from annatac_scale.store.place import place_of
@@ -160,6 +161,24 @@ def test_a_run_in_object_storage_that_is_in_use_is_refused(s3, monkeypatch):
     assert said == [f"{url}: in use, or its user died; waiting to see which, a minute or some"]
     with run_at(url).use(SAY):
         pass
+
+
+def test_a_disk_without_locks_is_refused_with_what_to_do(tmp_path, monkeypatch):
+    def flock(handle, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
+    message = r"run: cannot be locked \(Function not implemented\).*mount it with locks"
+    with pytest.raises(InputError, match=message), run_at(tmp_path / "run").use(SAY):
+        pass
+
+
+def test_a_log_of_cells_that_cannot_be_written_is_an_error_that_names_it(atlas, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "run" / "cells").write_text("in the way")
+    with pytest.raises(StoreError, match=r"run/cells/attempt-0001-rank-0000\.jsonl: cannot be written"):
+        pretrain(atlas, tmp_path / "run", small_pretraining(1), options=RunOptions(log_cells=True))
 
 
 def test_logs_of_cells_are_for_disks(atlas, s3):
