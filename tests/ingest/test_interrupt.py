@@ -47,10 +47,12 @@ def test_a_conversion_that_is_interrupted_ends_in_time_and_goes_on(
     assert "Traceback" not in told
     assert ("interrupted; run the same command again to go on" in told) == (code == 130)
     assert describe(IslandStore.open(tmp_path / "atlas.zarr")).unfinished == ["s"]
-    assert list((tmp_path / "atlas.zarr" / ".incoming").glob("**/*.partial")) == []
+    if number == signal.SIGINT:  # SIGTERM ends the process in the middle of a file
+        assert list((tmp_path / "atlas.zarr").rglob("*.partial")) == []
     said = Said()
     toy_convert(path, range_bytes=4000, min_fragments=5, progress=said)
     assert 0 < said.found < path.stat().st_size
     assert said.found + said.done == path.stat().st_size
+    assert list((tmp_path / "atlas.zarr").rglob("*.partial")) == []
     toy_convert(path, "whole.zarr", min_fragments=5)
     assert digests(tmp_path / "atlas.zarr") == digests(tmp_path / "whole.zarr")
