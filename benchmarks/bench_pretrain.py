@@ -2,7 +2,7 @@
 
     python benchmarks/bench_pretrain.py [--quick] [--cases workers,checkpoints,big] [--rounds 3] [--data FOLDER]
 
-Every run is ``annatac pretrain`` in processes of its own, one thread each, on a generated store of the paper's islands
+Every run is ``annatac pretrain`` in processes of its own, one thread each (big: all), on a generated store of the paper's islands
 and depth, asked to end by SIGTERM after some steps; figures are those of its metrics.jsonl, the first lines left out.
 
 - workers: preset small, in this process and with 1 and 2 workers on Ray, taking turns. ``not_computing``: share of the
@@ -10,7 +10,8 @@ and depth, asked to end by SIGTERM after some steps; figures are those of its me
   plain loop's, less 1, after the start.
 - checkpoints: the plain loop with and without a checkpoint every few steps. ``checkpoint_s``: what one takes from
   training, its share of 10 minutes, and its bytes.
-- big: 1,011,883 cells beside 100,000, five times the steps: memory by step, cells/s, the time to the first step, and by these the whole run.
+- big: 1,011,883 cells beside 100,000, eight times the steps: memory by step, cells/s, the time to the first step, and
+  by these the whole run.
 
 --save writes results/pretrain.json. Ends with one line of JSON.
 """
@@ -42,7 +43,7 @@ BARS = {"not_computing": 0.05, "checkpoint_share": 0.01, "ray_overhead": 0.03}
 MINUTES = 10.0
 PATIENCE_S = 3_600.0
 LOOK_EVERY_S = 0.25
-BATCH, EVERY, LONGER = 64, 5, 5
+BATCH, EVERY, LONGER = 64, 5, 8
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ class Bench:
         make_store(folder, spec)
         return folder / STORE
 
-    def run(self, name: str, store: Path, *options: str, steps: int | None = None) -> dict[str, Any]:
+    def run(
+        self, name: str, store: Path, *options: str, steps: int | None = None, threads: int = 1
+    ) -> dict[str, Any]:
         """Pretrain for some steps; figures of the steps after the first ones."""
         out = self.scratch / name
         command = [
@@ -80,7 +83,7 @@ class Bench:
             process = subprocess.Popen(
                 command,
                 cwd=commands.ROOT,
-                env={**os.environ, **commands.ENVIRONMENT},
+                env={**os.environ, **commands.ENVIRONMENT, "OMP_NUM_THREADS": str(threads)},
                 stdout=log,
                 stderr=log,
             )
@@ -211,13 +214,17 @@ def case_checkpoints(bench: Bench) -> dict[str, Any]:
 
 def case_big(bench: Bench) -> dict[str, Any]:
     sizes = (FEWER_CELLS, PAPER_CELLS) if not bench.quick else (bench.n_quick, 2 * bench.n_quick)
-    steps = LONGER * bench.steps
-    runs = {f"cells_{cells}": bench.run(f"cells-{cells}", bench.store(cells), steps=steps) for cells in sizes}
+    steps, threads = LONGER * bench.steps, len(os.sched_getaffinity(0))
+    runs = {
+        f"cells_{cells}": bench.run(f"cells-{cells}", bench.store(cells), steps=steps, threads=threads)
+        for cells in sizes
+    }
     fewer, more = runs.values()
     epoch_h = sizes[1] / more["cells_per_s"] / 3600
     return {
         "runs": runs,
         "steps": steps,
+        "threads": threads,
         "speed_over_fewer_cells": round(more["cells_per_s"] / fewer["cells_per_s"], 3),
         "hours_an_epoch": round(epoch_h, 2),
         "hours_of_10_epochs": round(10 * epoch_h + more["first_step_after_s"] / 3600, 1),
@@ -252,7 +259,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder that keeps the stores; default: none is kept")
     commands.add_cases(parser, CASES)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60, help="of each run")
+    parser.add_argument("--steps", type=int, default=25, help="of each run")
     parser.add_argument(
         "--quick", action="store_true", help="preset tiny on a few cells, one round: for tests"
     )
@@ -266,7 +273,7 @@ def main() -> None:
             options.quick,
             "tiny" if options.quick else "small",
             12 if options.quick else options.steps,
-            2 if options.quick else 10,
+            2 if options.quick else 5,
         )
         bench.data.mkdir(parents=True, exist_ok=True)
         cases = {name: CASES[name](bench) for name in options.cases}
