@@ -47,7 +47,9 @@ def islands(
     from annatac_scale.genome.annotation import read_gtf, read_tss
     from annatac_scale.genome.assembly import Assembly
     from annatac_scale.genome.islands import select_islands
+    from annatac_scale.store.place import on_disk
 
+    out = None if out is None else on_disk(out, "--out")
     if tss is not None and gtf is not None:
         raise InputError("found both a TSS table and a GTF file; expected one; leave out --tss or --gtf")
     genome = (
@@ -156,8 +158,10 @@ def info(
     verify: read all of the store and report whatever is not as the store says; workers: threads for that
     cost: what pretraining and predicting its cells cost by preset, measured on this machine
     """
+    from annatac_scale.store.place import on_disk
     from annatac_scale.store.store import IslandStore
 
+    plot = None if plot is None else on_disk(plot, "--plot")
     views = {"digest": digest, "qc": qc, "verify": verify, "cost": cost}
     asked = [name for name, given in views.items() if given]
     if plot is not None and not qc:

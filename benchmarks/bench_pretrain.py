@@ -2,8 +2,9 @@
 
     python benchmarks/bench_pretrain.py [--quick] [--cases workers,checkpoints,big] [--rounds 3] [--data FOLDER]
 
-Every run is ``annatac pretrain`` in processes of its own, one thread each (big: all), on a generated store of the paper's islands
-and depth, asked to end by SIGTERM after some steps; figures are those of its metrics.jsonl, the first lines left out.
+Every run is ``annatac pretrain`` in processes of its own, one thread each (big: all), on a generated store of the
+paper's islands and depth, asked to end by SIGTERM after some steps; figures are those of its metrics.jsonl, the first
+lines left out.
 
 - workers: preset small, in this process and with 1 and 2 workers on Ray, taking turns. ``not_computing``: share of the
   time outside of forward, backward, exchange and optimizer; ``ray_overhead``: time of a step with one worker over the

@@ -16,7 +16,7 @@ ROOT = Path(annatac_scale.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 FLOORS = (
-    ("errors", "config", "memory", "progress"),
+    ("errors", "config", "memory", "progress", "progress_lines"),
     ("genome",),
     ("store",),
     ("ingest",),

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from annatac_scale.progress import Silent, duration
-from annatac_scale.terminal import PLAIN_LINE_EVERY_S, TerminalProgress
+from annatac_scale.progress_lines import PLAIN_LINE_EVERY_S, LineProgress
+from annatac_scale.terminal import TerminalProgress
 
 SAMPLES = {f"s{i}": 1_000_000 for i in range(200)}
 
@@ -48,6 +49,19 @@ def log(clock: Clock) -> Log:
 
 def said_share(line: str) -> int:
     return int(re.search(r"(\d+)%", line)[1])  # type: ignore[index]
+
+
+def test_lines_alone_tell_what_a_log_is_told(log: Log, clock: Clock) -> None:
+    lines: list[str] = []
+    alone = LineProgress(lines.append, clock)
+    with alone.task("SVD", 100, "cells") as one, log.progress.task("SVD", 100, "cells") as other:
+        for second in range(100):
+            clock.now = 1000 + second
+            one(1)
+            other(1)
+    alone.say("done")
+    assert lines == [*log.lines, "done"]
+    assert len(lines) == 4
 
 
 def test_a_log_gets_a_line_at_most_every_half_minute(log: Log, clock: Clock) -> None:

@@ -213,6 +213,11 @@ class IslandStore:
 
         return obs_frame(self, columns)
 
+    def name_of(self, cell: int) -> str:
+        """A cell in words, by barcode and sample; reads the obs of its sample alone."""
+        sample = next(one for one in self.samples.values() if cell < one.first_cell + one.n_cells)
+        return f"barcode {sample.obs().index[cell - sample.first_cell]} of sample {sample.name}"
+
     def blocks(self) -> list[Block]:
         """All blocks in order of cell ids."""
         size = schema.BLOCK_CELLS

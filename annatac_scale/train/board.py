@@ -17,6 +17,7 @@ class Board:
     lines: list[str] = field(default_factory=list)
     error: tuple[str, str] | None = None
     signal: int = 0
+    heeds: bool = False
     attempts: int = 0
     _last_step: int = -1
     _futile: int = 0
@@ -42,6 +43,7 @@ class Board:
     def begin(self, step: int) -> None:
         """Note that an attempt begins after ``step``, and fail where too many got no further."""
         self.attempts += 1
+        self.heeds = False
         self._futile = self._futile + 1 if step == self._last_step else 0
         self._last_step = step
         if self._futile >= MOST_FUTILE:
@@ -51,9 +53,14 @@ class Board:
                 f"{self._reason}; mend that, and run the command again to resume",
             )
 
-    def ask(self, number: int) -> None:
-        """Ask the run to end as if it had got this signal."""
+    def ask(self, number: int) -> bool:
+        """Ask the run to end as if it had got this signal; returns whether it heeds that, its state to be kept."""
         self.signal = number
+        return self.heeds
+
+    def heed(self) -> None:
+        """Note that the attempt looks at the signal from now on."""
+        self.heeds = True
 
     def state(self) -> tuple[tuple[str, str] | None, int]:
         """The error and the signal."""

@@ -6,6 +6,7 @@ file system that all machines share, or in object storage.
 """
 
 import logging
+import math
 import os
 import socket
 import tempfile
@@ -31,6 +32,7 @@ from annatac_scale import errors
 from annatac_scale.config import from_dict, to_dict
 from annatac_scale.errors import AnnatacError, ConfigError, InputError, RunInterruptedError
 from annatac_scale.progress import Progress, Silent
+from annatac_scale.progress_lines import LineProgress
 from annatac_scale.store.place import Location, is_url
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.order import default_lanes
@@ -47,6 +49,9 @@ LOOK_EVERY_S = 0.5
 
 REACH_S = 10.0
 """Seconds in which a cluster's address has to answer."""
+
+LEAVE_S = 300.0
+"""Seconds in which workers that were asked to end keep their state; after that they are taken to hang."""
 
 WAIT_SAID_S = 60.0
 """Seconds without an attempt after which the user is told that the cluster has no place for the workers."""
@@ -253,7 +258,7 @@ def _fit(task: dict[str, Any], cluster: Cluster, progress: Progress) -> None:
                 failure_config=FailureConfig(max_failures=-1),  # the board ends what gets nowhere
             ),
         )
-        with interruption() as asked:
+        with interruption() as asked, asked.heeded():
             try:
                 failure = _watched(trainer.fit, board, cluster, progress, asked)
                 met, number = board.state()
@@ -282,7 +287,7 @@ def _watched(
 
     Returns what ``fit`` raised. It has a thread of its own, where Ray leaves the handlers of signals alone.
     """
-    begin, n_shown, told, waiting_said = time.monotonic(), 0, False, False
+    begin, n_shown, waiting_said, asked_at = time.monotonic(), 0, False, math.inf
     pool = ThreadPoolExecutor(1, "ray-train")
     try:
         fitting = pool.submit(fit)
@@ -294,13 +299,11 @@ def _watched(
             n_shown += len(lines)
             if ended:
                 return fitting.exception()
-            if asked.signal and not told:
-                board.ask(asked.signal)
-                told = True
-            if asked.signal and not attempts:
-                raise RunInterruptedError(
-                    "asked to end before the workers had begun; the same command starts again", asked.signal
-                )
+            if asked.signal:
+                asked_at = min(asked_at, time.monotonic())
+                heeded = board.ask(asked.signal)
+                if not heeded or time.monotonic() - asked_at > LEAVE_S:
+                    raise RunInterruptedError(_left_at_once(heeded), asked.signal)
             if not attempts and not waiting_said and time.monotonic() - begin > WAIT_SAID_S:
                 waiting_said = True
                 has = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
@@ -312,6 +315,12 @@ def _watched(
         pool.shutdown(wait=False)
 
 
+def _left_at_once(heeded: bool) -> str:
+    if heeded:
+        return f"asked to end, and the workers did not in {LEAVE_S:.0f} s; the same command goes on after what is kept"
+    return "asked to end while no steps were taken; the same command goes on after what is kept"
+
+
 def _worker(task: dict[str, Any]) -> None:
     """What each worker runs. An error of ours is noted on the board, so that Ray's next attempt ends at once."""
     context = ray.train.get_context()
@@ -319,7 +328,7 @@ def _worker(task: dict[str, Any]) -> None:
     board = _Board(task["board"])
     if board.state()[0] is not None:
         return
-    progress = _Said(board) if ranks.rank == 0 else Silent()
+    progress = LineProgress(board.say) if ranks.rank == 0 else Silent()
     try:
         config = from_dict(PretrainConfig, task["config"])
         options = from_dict(RunOptions, task["options"])
@@ -344,7 +353,8 @@ def _worker(task: dict[str, Any]) -> None:
 @contextmanager
 def _asked(board: _Board, ranks: Ranks) -> Iterator[Interruption]:
     """Whether the driver asks to end; one rank that knows is enough."""
-    asked, done = Interruption(), threading.Event()
+    done = threading.Event()
+    asked = _AskedByDriver(board) if ranks.rank == 0 else Interruption()
 
     def watch() -> None:
         while not done.wait(LOOK_EVERY_S):
@@ -362,12 +372,16 @@ def _asked(board: _Board, ranks: Ranks) -> Iterator[Interruption]:
             thread.join()
 
 
-class _Said(Silent):
-    """Says lines on the board."""
+class _AskedByDriver(Interruption):
+    """Tells the driver whether it may wait for the workers to end."""
 
     def __init__(self, board: _Board) -> None:
+        super().__init__()
         self._board = board
 
-    def say(self, line: str) -> None:
-        """Say the line."""
-        self._board.say(line)
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """As in Interruption; the driver waits until the attempt is over."""
+        self._board.heed()
+        with super().heeded():
+            yield

@@ -24,9 +24,9 @@ from annatac_scale.store.schema import N_LEVELS
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.batch import MASK_TOKEN
 from annatac_scale.stream.vocabulary import Vocabulary, count_open
-from annatac_scale.train.loop import uses_bf16
 from annatac_scale.train.presets import PRESETS, PretrainConfig, pretrain_preset
 from annatac_scale.train.ranks import default_device
+from annatac_scale.train.train_options import uses_bf16
 
 MOST_ISLANDS = 65_536
 """Rows of the tables that are measured with: a cell's cost does not depend on how many more there are."""

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from annatac_scale.stream.tokens import TokenLister
 from annatac_scale.stream.vocabulary import count_open
 from annatac_scale.train.card import finetuned_card
 from annatac_scale.train.interruption import interruption
-from annatac_scale.train.loop import Loop, TrainOptions, micro_batches, train
+from annatac_scale.train.loop import Loop, micro_batches, train
 from annatac_scale.train.positions import inverse_document_frequency, truncated_svd
 from annatac_scale.train.presets import FinetuneConfig
 from annatac_scale.train.provenance import earlier_sight, made_by, run_inputs, sample_facts
@@ -40,6 +41,7 @@ from annatac_scale.train.record import Record
 from annatac_scale.train.run_folder import RunFolder
 from annatac_scale.train.run_options import RunOptions
 from annatac_scale.train.splits import SPLIT_FILE, LabelledCells, SplitRule, split_cells, write_split
+from annatac_scale.train.train_options import TrainOptions
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,14 @@ class FinetuneTask:
         """Every cell is a target."""
         return {"type": len(batch)}
 
-    def validate(self, ranks: Ranks) -> dict[str, float]:
+    def validate(self, ranks: Ranks, after_batch: Callable[[], None]) -> dict[str, float]:
         """Figures of the val cells; score is macro F1, the loss breaking ties."""
-        figures = figures_of(*self.logits(self._labelled.of("val")))
+        figures = figures_of(*self.logits(self._labelled.of("val"), after_batch))
         return {"score": figures["macro_f1"] - 0.01 * figures["loss"], **figures}
 
-    def logits(self, cells: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def logits(
+        self, cells: NDArray[np.int64], after_batch: Callable[[], None] = lambda: None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Logits [n, types] and true codes [n] of labelled cells, in order of their ids."""
         parts = [np.empty((0, len(self._labelled.types)), np.float32)]
         new_of_old = self._lister.vocabulary.new_of_old()
@@ -130,6 +134,7 @@ class FinetuneTask:
             batch = self._lister(Batch.from_open(ids, rows.renumber(new_of_old)))
             pieces = micro_batches(batch, self._config.train.micro_tokens)
             parts += [self.module.typer.predict(piece) for piece in pieces]
+            after_batch()
         return np.concatenate(parts), self._labelled.codes_of(np.sort(cells))
 
 

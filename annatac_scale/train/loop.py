@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from annatac_scale.errors import AnnatacError, ConfigError, RunInterruptedError, StoreError
+from annatac_scale.errors import AnnatacError, RunInterruptedError, StoreError
 from annatac_scale.memory import give_back_freed_memory
 from annatac_scale.model.heads import LossSum
 from annatac_scale.progress import Progress
@@ -31,70 +31,10 @@ from annatac_scale.train.interruption import ASKING, Interruption
 from annatac_scale.train.metrics import LossTotal, Meter, StepFacts, shown
 from annatac_scale.train.ranks import Ranks
 from annatac_scale.train.record import Record
+from annatac_scale.train.train_options import TrainOptions, autocast, rate_factor
 
-SCHEDULES = ("step", "cosine")
-PRECISIONS = ("auto", "fp32", "bf16")
 MOST_SKIPPED = 20
 """Steps in a row that may be left out because their loss is not finite: then the weights are past help."""
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How to optimise. Raises ConfigError where a value is out of range."""
-
-    epochs: int = 20
-    min_steps: int = 0
-    """Steps below which training does not stay: a small set is gone through in more epochs than ``epochs``."""
-    global_batch_size: int = 64
-    """Cells of a step, over all ranks."""
-    lanes: int = 0
-    """Runs of cells read side by side, a divisor of the global batch, at least the ranks; 0: the one nearest 36."""
-    micro_tokens: int = 12_000
-    """Tokens of a micro-step: bounds memory; changes the result by rounding only."""
-    learning_rate: float = 1e-3
-    table_learning_rate: float = 1e-3
-    """Rate of tables with a row for each island, which a cell trains few rows of."""
-    encoder_learning_rate: float = 1e-3
-    """Rate of the encoder where a head is trained with it."""
-    weight_decay: float = 0.0
-    """Decoupled decay (AdamW) of the tables, and of nothing else."""
-    schedule: str = "cosine"
-    """"step" multiplies the rate by ``decay`` every ``decay_epochs``; "cosine" falls to 0 over all epochs."""
-    warmup_steps: int = 0
-    """Steps in which the rate rises from nearly 0, under either schedule."""
-    decay_epochs: int = 10
-    decay: float = 0.9
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-    patience: int = 10
-    """Validations after which training stops when none of them gained ``min_gain`` in score."""
-    min_gain: float = 1e-3
-    precision: str = "auto"
-    """Forward and backward in "fp32" or "bf16" (autocast; weights, sums and optimizer stay in fp32). "auto": bf16 on
-    GPUs that compute in it, fp32 elsewhere."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"schedule: found {self.schedule!r}, expected {' or '.join(SCHEDULES)}")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision: found {self.precision!r}, expected {', '.join(PRECISIONS)}")
-        for name in ("epochs", "global_batch_size", "micro_tokens", "decay_epochs", "patience"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: found {getattr(self, name)}, expected at least 1")
-        for name in ("learning_rate", "table_learning_rate", "encoder_learning_rate", "clip", "decay"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name}: found {getattr(self, name)}, expected more than 0")
-        for name in ("min_steps", "lanes", "weight_decay", "warmup_steps", "min_gain", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name}: found {getattr(self, name)}, expected at least 0")
-
-
-def uses_bf16(precision: str, device: torch.device) -> bool:
-    """Whether forward and backward run in bfloat16 on a device."""
-    if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return precision == "bf16"
 
 
 class Task(Protocol):
@@ -119,8 +59,11 @@ class Task(Protocol):
         """Targets of a prepared batch by loss name."""
         ...
 
-    def validate(self, ranks: Ranks) -> dict[str, float]:
-        """Figures on the held-out cells, the same on every rank; ``score`` is what early stopping maximises."""
+    def validate(self, ranks: Ranks, after_batch: Callable[[], None]) -> dict[str, float]:
+        """Figures on the held-out cells, the same on every rank; ``score`` is what early stopping maximises.
+
+        after_batch: called on all ranks equally often; may raise, and the run is left
+        """
         ...
 
 
@@ -180,10 +123,19 @@ def train(loop: Loop, start: Callable[[], None]) -> dict[str, float]:
     state kept, ModelError when no checkpoint is whole, StoreError when one that is needed cannot be written.
     """
     loop = replace(loop, options=_in_whole_epochs(loop))
-    task, stream, options, ranks, record = loop.task, loop.stream, loop.options, loop.ranks, loop.record
-    optimizer = torch.optim.AdamW(task.parameter_groups(options), weight_decay=0.0, fused=True)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer = torch.optim.AdamW(loop.task.parameter_groups(loop.options), weight_decay=0.0, fused=True)
     state = _begin(loop, optimizer, start)
+    with loop.asked.heeded():
+        _train(loop, optimizer, state)
+    return _load_best(loop, state)
+
+
+def _train(loop: Loop, optimizer: torch.optim.Optimizer, state: _State) -> None:
+    """The steps and validations from ``state`` on."""
+    task, stream, options, ranks, record = loop.task, loop.stream, loop.options, loop.ranks, loop.record
+    rates = [
+        group["lr"] for group in task.parameter_groups(options)
+    ]  # not those that a checkpoint had come to
     module = ranks.parallel(task.module)
     _lay_out_buckets(loop, module)
     n_steps = options.epochs * len(stream)
@@ -191,7 +143,7 @@ def train(loop: Loop, start: Callable[[], None]) -> dict[str, float]:
     with loop.progress.task("Training", n_steps, "steps") as advance:
         advance.found(state.step)
         while epoch < options.epochs and state.validations_since_gain < options.patience:
-            meter = Meter()
+            meter, place = Meter(), stream.state_dict()
             task.module.train()
             for batch, place, waited_s in _prepared(loop, epoch):
                 factor = rate_factor(options, state.step, len(stream))
@@ -200,7 +152,7 @@ def train(loop: Loop, start: Callable[[], None]) -> dict[str, float]:
                 _seed_step(options.seed, state.step, ranks.rank)
                 record.cells(state.step, epoch, batch.cell_ids)
                 begin = time.monotonic()
-                counts = _counted(loop, batch)
+                counts = _counted(loop, batch, waited_s)
                 losses = accumulate(module, task, batch, options, ranks, counts.targets)
                 norm = float(nn.utils.clip_grad_norm_(task.module.parameters(), options.clip))
                 if _is_finite(losses, norm):
@@ -211,7 +163,7 @@ def train(loop: Loop, start: Callable[[], None]) -> dict[str, float]:
                     losses = {}
                 optimizer.zero_grad(set_to_none=False)
                 computed_s = time.monotonic() - begin
-                facts = StepFacts(losses, counts.cells, rates[0] * factor, waited_s, computed_s)
+                facts = StepFacts(losses, counts.cells, rates[0] * factor, counts.waited_s, computed_s)
                 meter.add(facts)
                 state.step += 1
                 advance(1)
@@ -221,9 +173,8 @@ def train(loop: Loop, start: Callable[[], None]) -> dict[str, float]:
                 if record.is_due(state.step):
                     record.save(state.step, _checkpoint(loop, state, optimizer, place), state.bests)
             epoch += 1
-            _after_epoch(loop, state, optimizer, epoch, meter)
+            _after_epoch(loop, state, optimizer, epoch, meter, place)
             give_back_freed_memory()
-    return _load_best(loop, state)
 
 
 def _in_whole_epochs(loop: Loop) -> TrainOptions:
@@ -303,22 +254,30 @@ def _prepared(loop: Loop, epoch: int) -> Iterator[tuple[Batch, StreamState, floa
 
 @dataclass(frozen=True)
 class _Counts:
-    """Sums over all ranks. targets: by loss; asked: the number of a signal that asks to end, or 0"""
+    """Of all ranks. targets: by loss; waited_s: mean; asked: the number of a signal that asks to end, or 0"""
 
     targets: Sequence[float]
     cells: int
+    waited_s: float
     asked: int
 
 
-def _counted(loop: Loop, batch: Batch) -> _Counts:
+def _counted(loop: Loop, batch: Batch, waited_s: float) -> _Counts:
     own = loop.task.counts(batch)
-    asked = [float(loop.asked.signal == number) for number in ASKING]
-    found = loop.ranks.sum(
-        [*(float(own[name]) for name in loop.task.loss_weights), float(len(batch)), *asked]
-    )
-    n = len(loop.task.loss_weights)
-    signals = [number for number, times in zip(ASKING, found[n + 1 :], strict=True) if times]
-    return _Counts(found[:n], int(found[n]), signals[0] if signals else 0)
+    targets = [float(own[name]) for name in loop.task.loss_weights]
+    found = loop.ranks.sum([*targets, float(len(batch)), waited_s, *_asked(loop)])
+    n = len(targets)
+    return _Counts(found[:n], int(found[n]), found[n + 1] / loop.ranks.world_size, _number(found[n + 2 :]))
+
+
+def _asked(loop: Loop) -> list[float]:
+    """For each signal that asks to end, whether this rank got it; to be summed over the ranks."""
+    return [float(loop.asked.signal == number) for number in ASKING]
+
+
+def _number(asked: Sequence[float]) -> int:
+    """Of the signal that some rank got, or 0."""
+    return next((int(number) for number, times in zip(ASKING, asked, strict=True) if times), 0)
 
 
 def accumulate(
@@ -333,11 +292,10 @@ def accumulate(
     names = list(task.loss_weights)
     scales = [task.loss_weights[name] / max(n, 1.0) for name, n in zip(names, targets, strict=True)]
     found = torch.zeros(2, len(names), dtype=torch.float64, device=ranks.device)
-    in_bf16 = uses_bf16(options.precision, ranks.device)
     pieces = list(micro_batches(batch, options.micro_tokens))
     for number, piece in enumerate(pieces, 1):
         with _alone(module) if number < len(pieces) else nullcontext():
-            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=in_bf16):
+            with autocast(options.precision, ranks.device):
                 losses: dict[str, LossSum] = module(piece)
             sums = torch.stack([losses[name].sum for name in names])
             (sums * sums.new_tensor(scales)).sum().backward()
@@ -362,14 +320,6 @@ def micro_batches(batch: Batch, max_tokens: int) -> Iterator[Batch]:
         stop = min(max(stop, start + 1), len(batch))
         yield batch[start:stop]
         start = max(stop, 1)
-
-
-def rate_factor(options: TrainOptions, step: int, steps_per_epoch: int) -> float:
-    """What the learning rates are multiplied by in a step (from 0): a function of the step alone."""
-    warm = min(1.0, (step + 1) / (options.warmup_steps + 1))
-    if options.schedule == "step":
-        return float(warm * options.decay ** (step // steps_per_epoch // options.decay_epochs))
-    return warm * 0.5 * (1 + math.cos(math.pi * step / (options.epochs * steps_per_epoch)))
 
 
 def _seed_step(seed: int, step: int, rank: int) -> None:
@@ -403,10 +353,9 @@ def _skip_or_stop(loop: Loop, state: _State, batch: Batch) -> None:
 def _cells_not_finite(loop: Loop, batch: Batch, step: int) -> list[int]:
     """The ids of this rank's cells whose own loss is not finite."""
     found = []
-    in_bf16 = uses_bf16(loop.options.precision, loop.ranks.device)
     for number in range(len(batch)):
         _seed_step(loop.options.seed, step, loop.ranks.rank)
-        with torch.autocast(loop.ranks.device.type, torch.bfloat16, enabled=in_bf16):
+        with autocast(loop.options.precision, loop.ranks.device):
             losses: dict[str, LossSum] = loop.task.module(batch[number : number + 1])
         if not all(torch.isfinite(loss.sum) for loss in losses.values()):
             found.append(int(batch.cell_ids[number]))
@@ -448,10 +397,20 @@ def _leave(loop: Loop, state: _State, checkpoint: dict[str, Any], number: int) -
 
 
 def _after_epoch(
-    loop: Loop, state: _State, optimizer: torch.optim.Optimizer, epoch: int, meter: Meter
+    loop: Loop,
+    state: _State,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    meter: Meter,
+    last: StreamState,
 ) -> None:
-    """Validate, keep the state, log."""
-    figures = loop.task.validate(loop.ranks)
+    """Validate, keep the state, log. last: place of the stream after the epoch's last batch, yet to be validated"""
+
+    def leave_if_asked() -> None:
+        if number := _number(loop.ranks.sum(_asked(loop))):
+            _leave(loop, state, _checkpoint(loop, state, optimizer, last), number)
+
+    figures = loop.task.validate(loop.ranks, leave_if_asked)
     state.judge(figures, epoch, loop.options.min_gain)
     place = loop.stream.state_dict()
     loop.record.save(state.step, _checkpoint(loop, state, optimizer, place), state.bests, needed=True)

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,12 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 
 from annatac_scale.errors import StoreError
-from annatac_scale.store.place import Location, is_url, place_of
+from annatac_scale.store.place import Location, Place, is_url, place_of
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 UPLOAD_EVERY_S = 30.0
-"""Object storage takes no lines one by one: it is given the whole log now and then."""
+UPLOAD_BYTES_PER_S = 1e6
+"""Object storage takes no lines one by one: it is given the whole log now and then, a long one less often."""
 
 
 @dataclass(frozen=True)
@@ -92,29 +94,27 @@ class MetricsLog:
     """
 
     def __init__(self, location: Location, say: Callable[[str], None]) -> None:
-        self._place, self._say = place_of(location), say
-        self._is_remote = is_url(location)
-        size = self._place.size(METRICS)
-        earlier = self._place.read(METRICS) if size else b""
+        self._say, place = say, place_of(location)
+        earlier = place.read(METRICS) if place.size(METRICS) else b""
         self.attempt = 1 + sum(b'"began"' in line for line in earlier.splitlines())
-        self._scratch: Path | None = None
         self._folder = Path(location)
-        if self._is_remote:
-            self._folder = self._scratch = Path(tempfile.mkdtemp(prefix="annatac-metrics-"))
+        self._mirror: _Mirror | None = None
+        if is_url(location):
+            self._folder = Path(tempfile.mkdtemp(prefix="annatac-metrics-"))
             (self._folder / METRICS).write_bytes(earlier)
+            self._mirror = _Mirror(self._folder, place)
         # The attempt before may have been killed within a line.
         self._before = "\n" if earlier and not earlier.endswith(b"\n") else ""
         self._events: EventsWriter | None = None
         self._works = True
-        self._uploaded = -math.inf
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a line. Its numbers besides step, epoch and attempt are scalars of TensorBoard."""
         if self._works:
             with self._telling():
                 self._append({"attempt": self.attempt, **record, "time": round(time.time(), 2)})
-                if self._is_remote and time.monotonic() - self._uploaded > UPLOAD_EVERY_S:
-                    self._upload()
+                if self._mirror is not None:
+                    self._mirror.copy()
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
@@ -144,19 +144,50 @@ class MetricsLog:
             self._events.write_event(event)
         self._events.flush()
 
-    def _upload(self) -> None:
-        self._uploaded = time.monotonic()
-        for path in sorted(self._folder.rglob("*")):
-            if path.is_file():
-                self._place.write(path.relative_to(self._folder).as_posix(), path.read_bytes())
-
     def close(self) -> None:
         """Bring object storage up to date. Raises nothing."""
-        if self._is_remote and self._works:
+        if self._mirror is not None:
             with self._telling():
-                self._upload()
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+                self._mirror.close(copy=self._works)
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _Mirror:
+    """Copies the files of a growing folder into object storage, in a thread: training does not wait for it.
+
+    A copy that is made while a line is added may end within that line; the next one has all of it.
+    """
+
+    def __init__(self, folder: Path, place: Place) -> None:
+        self._folder, self._place = folder, place
+        self._thread = ThreadPoolExecutor(1, "metrics")
+        self._copying: Future[int] | None = None
+        self._next = -math.inf
+
+    def copy(self) -> None:
+        """Begin a copy, unless it is too early for the next one. Raises StoreError where the one before failed."""
+        if self._copying is not None:
+            if not self._copying.done():
+                return
+            seconds = self._copying.result() / UPLOAD_BYTES_PER_S
+            self._copying, self._next = None, time.monotonic() + UPLOAD_EVERY_S + seconds
+        if time.monotonic() >= self._next:
+            self._copying = self._thread.submit(self._copy)
+
+    def _copy(self) -> int:
+        """The bytes that were copied."""
+        n_bytes = 0
+        for path in sorted(path for path in self._folder.rglob("*") if path.is_file()):
+            data = path.read_bytes()
+            self._place.write(path.relative_to(self._folder).as_posix(), data)
+            n_bytes += len(data)
+        return n_bytes
+
+    def close(self, copy: bool) -> None:
+        """End the thread. copy: all there is, before; raises StoreError where that fails."""
+        with self._thread:
+            if copy:
+                self._thread.submit(self._copy).result()
 
 
 def shown(figures: Mapping[str, float]) -> str:

@@ -10,8 +10,8 @@ from annatac_scale.model.heads import objectives_of
 from annatac_scale.model.linformer import EncoderConfig
 from annatac_scale.model.pool import READS
 from annatac_scale.stream.masking import MaskingOptions
-from annatac_scale.train.loop import TrainOptions
 from annatac_scale.train.positions import VALUES
+from annatac_scale.train.train_options import TrainOptions
 
 PRESETS = ("tiny", "small", "paper")
 CLASS_WEIGHTS = ("balanced", "paper", "none")

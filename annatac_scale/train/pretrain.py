@@ -1,5 +1,6 @@
 """Pretraining on the cells of a store: what is asked of masked islands, by encoder and pooled layer."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ from annatac_scale.stream.tokens import TokenLister
 from annatac_scale.stream.vocabulary import Vocabulary, count_levels
 from annatac_scale.train.card import pretrained_card
 from annatac_scale.train.interruption import Interruption, interruption
-from annatac_scale.train.loop import Loop, TrainOptions, micro_batches, train
+from annatac_scale.train.loop import Loop, micro_batches, train
 from annatac_scale.train.masked_islands import MaskedIslandModel, n_targets
 from annatac_scale.train.positions import (
     Svd,
@@ -45,6 +46,7 @@ from annatac_scale.train.ranks import Ranks
 from annatac_scale.train.record import Record
 from annatac_scale.train.run_folder import RunFolder
 from annatac_scale.train.run_options import RunOptions
+from annatac_scale.train.train_options import TrainOptions, autocast
 
 MOST_LEVEL_ONE = 0.97
 """Above this share of one level among the open islands, guessing the level is guessing a constant."""
@@ -136,7 +138,7 @@ class PretrainTask:
             )
 
     @torch.no_grad()
-    def validate(self, ranks: Ranks) -> dict[str, float]:
+    def validate(self, ranks: Ranks, after_batch: Callable[[], None]) -> dict[str, float]:
         """Mean losses and accuracies on the held-out cells; the score is the negative sum of the losses."""
         self.module.eval()
         names = list(self.loss_weights)
@@ -145,11 +147,13 @@ class PretrainTask:
         for batch in self._validation:
             prepared = self.prepare(batch, VALIDATION_EPOCH)
             for piece in micro_batches(prepared, self._config.train.micro_tokens):
-                losses = self.module(piece)
+                with autocast(self._config.train.precision, ranks.device):
+                    losses = self.module(piece)
                 totals += [
                     [losses[name].sum.item(), losses[name].count.item(), losses[name].correct.item()]
                     for name in names
                 ]
+            after_batch()
         totals = np.reshape(ranks.sum(totals.ravel().tolist()), totals.shape)
         means = totals[:, [0, 2]] / np.maximum(totals[:, 1:2], 1)
         figures = {"score": -float(means[:, 0].sum())}
@@ -285,7 +289,7 @@ def pretrain_rank(
     task.check_targets(ranks)
 
     def start() -> None:
-        initialise(encoder, data, config, progress)
+        initialise(encoder, data, config, progress, ranks.threads_of_first)
         task.module.start_heads(data.store, data.vocabulary, data.training)
 
     stream = data.stream(data.training, config.train, ranks)
@@ -308,8 +312,10 @@ def pretrain_task(data: PretrainData, config: PretrainConfig, ranks: Ranks) -> P
     return PretrainTask(module, config, lister, sampler, data.stream(data.validation, config.train, ranks))
 
 
-def initialise(encoder: Encoder, data: PretrainData, config: PretrainConfig, progress: Progress) -> None:
-    """Start positions and pooled layer from the SVD of the training cells."""
+def initialise(
+    encoder: Encoder, data: PretrainData, config: PretrainConfig, progress: Progress, threads: int
+) -> None:
+    """Start positions and pooled layer from the SVD of the training cells; the same for any number of threads."""
     idf = inverse_document_frequency(data.counts, len(data.training))
     width, pool = config.encoder.width, encoder.pool
     ranks = {config.position_values: width}
@@ -318,7 +324,7 @@ def initialise(encoder: Encoder, data: PretrainData, config: PretrainConfig, pro
     svds: dict[str, Svd] = {}
     for values, rank in ranks.items():
         matrix = CellMatrix(data.store, data.vocabulary, data.training, idf if values == "idf" else None)
-        svds[values] = truncated_svd(matrix, rank, config.train.seed, torch.get_num_threads(), progress)
+        svds[values] = truncated_svd(matrix, rank, config.train.seed, threads, progress)
     table = position_table(svds[config.position_values].leading(width), width, encoder.linformer.token_rms)
     with torch.no_grad():
         encoder.linformer.positions.copy_(torch.from_numpy(table))

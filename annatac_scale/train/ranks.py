@@ -53,6 +53,14 @@ class Ranks:
         # Not where an error ends this rank alone: NCCL would wait for the others, which wait for this one.
         dist.destroy_process_group()
 
+    @property
+    def threads_of_first(self) -> int:
+        """Threads for what rank 0 does while the others wait: all CPUs of its machine that it may use; alone, torch's.
+
+        Started together, ranks have a thread or two each.
+        """
+        return torch.get_num_threads() if self.world_size == 1 else len(os.sched_getaffinity(0))
+
     def sum(self, values: list[float]) -> list[float]:
         """Sums over all ranks, in float64."""
         if self.world_size == 1:

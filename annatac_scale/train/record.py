@@ -159,11 +159,7 @@ class Record:
 
     def names_of(self, cells: Sequence[int]) -> str:
         """Cells by sample and barcode."""
-        obs = self._store.obs([])
-        named = [
-            f"cell {cell}: barcode {obs['barcode'].iloc[cell]} of sample {obs['sample'].iloc[cell]}"
-            for cell in cells[:_MOST_NAMED]
-        ]
+        named = [f"cell {cell}: {self._store.name_of(cell)}" for cell in cells[:_MOST_NAMED]]
         more = [f"and {len(cells) - _MOST_NAMED} more"] if len(cells) > _MOST_NAMED else []
         return ", ".join([*named, *more])
 

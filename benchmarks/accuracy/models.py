@@ -146,7 +146,7 @@ def _write_untrained(store: IslandStore, path: Path, config: PretrainConfig) -> 
     config = with_tokens_per_cell(config, data.tokens_per_cell)
     torch.manual_seed(config.train.seed)
     encoder = pretrain_task(data, config, Ranks()).module.encoder
-    initialise(encoder, data, config, Silent())
+    initialise(encoder, data, config, Silent(), torch.get_num_threads())
     provenance = {
         "made_by": made_by(),
         "kind": "pretrained",

@@ -145,6 +145,12 @@ MISTAKES = {
     ),
     "export into object storage": ("export {store} --out s3://b/x.zarr", "expected a path on a disk", "then copy it"),
     # demo
+    "islands into object storage": (
+        "islands --assembly hg38 --out s3://b/i.tsv.gz", "--out s3://b/i.tsv.gz: found an URL", "a path on a disk",
+    ),
+    "picture in object storage": (
+        "info {store} --qc --plot s3://b/q.png", "--plot s3://b/q.png: found an URL", "a path on a disk",
+    ),
     "demo in object storage": ("demo --out s3://b/demo", "--out s3://b/demo: found an URL", "a path on a disk"),
     # islands
     "islands of two tables": ("islands {toy} --tss {sizes} --gtf {sizes}", "expected one", "leave out --tss or --gtf"),

@@ -1,5 +1,8 @@
 import json
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +10,13 @@ import pytest
 import torch
 from planted import Lines, small_pretraining
 
-from annatac_scale.errors import ConfigError, InputError
+from annatac_scale.errors import ConfigError, InputError, RunInterruptedError
 from annatac_scale.model.folder import read_model
+from annatac_scale.progress import Silent
+from annatac_scale.train import cluster
 from annatac_scale.train.board import MOST_FUTILE, Board
-from annatac_scale.train.cluster import Cluster, pretrain_on_ray
+from annatac_scale.train.cluster import Cluster, _watched, pretrain_on_ray
+from annatac_scale.train.interruption import Interruption
 from annatac_scale.train.pretrain import pretrain
 
 EPOCHS = 3
@@ -100,6 +106,47 @@ def test_more_gpus_than_there_are_are_refused_before_ray_starts(atlas, tmp_path,
 def test_a_cluster_that_is_not_there_is_an_error_that_says_what_to_do(atlas, tmp_path):
     with pytest.raises(InputError, match=r"--ray 127\.0\.0\.1:1: found no Ray cluster there; start one"):
         pretrain_on_ray(atlas.path, tmp_path / "run", config(), Cluster(1, 1, address="127.0.0.1:1"))
+
+
+def asked_to_end(board):
+    """Ask a driver to end whose workers never do."""
+    over, asked = threading.Event(), Interruption()
+    asked.ask(signal.SIGTERM)
+    try:
+        _watched(over.wait, board, Cluster(2, 2), Silent(), asked)
+    finally:
+        over.set()
+
+
+@pytest.mark.parametrize("attempts", [0, 1])
+def test_a_driver_asked_to_end_waits_for_no_workers_that_take_no_steps(attempts):
+    board = Board()
+    for _ in range(attempts):
+        board.begin(0)
+    with pytest.raises(RunInterruptedError, match="asked to end while no steps were taken") as raised:
+        asked_to_end(board)
+    assert raised.value.number == signal.SIGTERM
+
+
+def test_a_driver_asked_to_end_waits_only_so_long_for_workers_that_hang(monkeypatch):
+    monkeypatch.setattr(cluster, "LEAVE_S", 1.5)
+    board, begin = Board(), time.monotonic()
+    board.begin(0)
+    board.heed()
+    with pytest.raises(RunInterruptedError, match="asked to end, and the workers did not in 2 s"):
+        asked_to_end(board)
+    assert board.signal == signal.SIGTERM
+    assert time.monotonic() - begin > 1.5
+
+
+def test_workers_that_begin_again_take_no_steps_yet():
+    board = Board()
+    board.begin(0)
+    assert not board.ask(signal.SIGTERM)
+    board.heed()
+    assert board.ask(signal.SIGTERM)
+    board.begin(20)
+    assert not board.ask(signal.SIGTERM)
 
 
 @pytest.mark.parametrize("n_before", [0, 2])

@@ -19,18 +19,16 @@ from annatac_scale.train.checkpoint import Checkpoints
 from annatac_scale.train.loop import (
     MOST_SKIPPED,
     Loop,
-    TrainOptions,
     accumulate,
     micro_batches,
-    rate_factor,
     train,
-    uses_bf16,
 )
 from annatac_scale.train.pretrain import PretrainData, pretrain_task
 from annatac_scale.train.ranks import Ranks
 from annatac_scale.train.record import Record
 from annatac_scale.train.run_folder import RunFolder
 from annatac_scale.train.run_options import RunOptions
+from annatac_scale.train.train_options import TrainOptions, rate_factor, uses_bf16
 
 ALONE = Ranks(device=torch.device("cpu"))
 

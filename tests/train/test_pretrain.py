@@ -99,7 +99,7 @@ def test_looking_for_targets_leaves_the_validation_where_it_begins(atlas):
         task = pretrain_task(data, config, ALONE)
         if looks:
             task.check_targets(ALONE)
-        figures.append(task.validate(ALONE))
+        figures.append(task.validate(ALONE, lambda: None))
     assert figures[0] == figures[1]
 
 
@@ -278,7 +278,7 @@ def test_validation_asks_the_same_every_time_and_not_what_training_asks(atlas):
     data = PretrainData.of(atlas, config, Silent())
     torch.manual_seed(0)
     task = pretrain_task(data, config, ALONE)
-    assert task.validate(ALONE) == task.validate(ALONE)
+    assert task.validate(ALONE, lambda: None) == task.validate(ALONE, lambda: None)
     batch = next(iter(data.stream(data.validation, config.train, ALONE)))
     once, again, training = (task.prepare(batch, epoch) for epoch in (VALIDATION_EPOCH, VALIDATION_EPOCH, 0))
     assert once.tokens.tobytes() == again.tokens.tobytes()
@@ -296,7 +296,7 @@ def test_validation_figures_are_means_over_all_targets(atlas):
     assert len(batch) == 40
     task.module.eval()
     losses = task.module(batch)
-    figures = task.validate(ALONE)
+    figures = task.validate(ALONE, lambda: None)
     for name, loss in losses.items():
         assert figures[f"{name}_loss"] == pytest.approx((loss.sum / loss.count).item(), rel=1e-5)
         assert figures[f"{name}_accuracy"] == pytest.approx((loss.correct / loss.count).item())

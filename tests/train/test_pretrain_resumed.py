@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import torch
 from planted import Lines, StopAfter, StopInStep, files_of, small_pretraining
 from safetensors.torch import load_file
 
+import annatac_scale.train.pretrain as pretrain_module
+from annatac_scale.errors import RunInterruptedError
 from annatac_scale.store.place import place_of
 from annatac_scale.store.store import IslandStore
 from annatac_scale.train.checkpoint import Checkpoints, checkpoint_steps
-from annatac_scale.train.pretrain import pretrain
+from annatac_scale.train.pretrain import PretrainTask, pretrain
 from annatac_scale.train.run_options import RunOptions
 
 
@@ -138,6 +141,43 @@ def test_killed_the_same_command_gives_the_same_bits(atlas, tmp_path, undisturbe
     progress = Lines()
     pretrain(atlas, tmp_path / "run", small_pretraining(4), progress)
     assert any("after 24 steps" in line for line in progress.lines)
+    assert files_of(tmp_path / "run" / "model") == undisturbed[0]
+
+
+def get_sigterm_in(monkeypatch, owner, name):
+    """Have this process sent SIGTERM each time that a function is called."""
+    function = getattr(owner, name)
+
+    def asked(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, asked)
+
+
+def test_asked_to_end_while_it_validates_a_run_keeps_the_last_step_and_validates_when_it_goes_on(
+    atlas, tmp_path, undisturbed, monkeypatch
+):
+    get_sigterm_in(monkeypatch, PretrainTask, "validate")
+    for _ in range(2):
+        with pytest.raises(RunInterruptedError, match="ended after 12 steps, which are kept") as raised:
+            pretrain(atlas, tmp_path / "run", small_pretraining(4))
+        assert raised.value.number == signal.SIGTERM
+    monkeypatch.undo()
+    pretrain(atlas, tmp_path / "run", small_pretraining(4))
+    assert files_of(tmp_path / "run" / "model") == undisturbed[0]
+
+
+@pytest.mark.parametrize("name", ["count_levels", "truncated_svd", "write_model"])
+def test_asked_to_end_where_no_steps_are_taken_a_run_ends_at_once(
+    atlas, tmp_path, undisturbed, monkeypatch, name
+):
+    get_sigterm_in(monkeypatch, pretrain_module, name)
+    with pytest.raises(RunInterruptedError, match="the same command goes on") as raised:
+        pretrain(atlas, tmp_path / "run", small_pretraining(4))
+    assert raised.value.number == signal.SIGTERM
+    monkeypatch.undo()
+    pretrain(atlas, tmp_path / "run", small_pretraining(4))
     assert files_of(tmp_path / "run" / "model") == undisturbed[0]
 
 

@@ -1,9 +1,13 @@
 import json
 import struct
+import threading
+import time
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from annatac_scale.errors import StoreError
+from annatac_scale.store.objects import Prefix
 from annatac_scale.train.metrics import LossTotal, Meter, MetricsLog, StepFacts
 
 
@@ -48,6 +52,41 @@ def test_a_line_that_a_killed_attempt_left_unfinished_does_not_swallow_the_next_
     assert log.attempt == 2
     log.write({"step": 5})
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 5
+
+
+def test_training_does_not_wait_for_object_storage(s3, monkeypatch):
+    go_on, write = threading.Event(), Prefix.write
+
+    def slowly(*arguments, **options):
+        go_on.wait(20)
+        write(*arguments, **options)
+
+    monkeypatch.setattr(Prefix, "write", slowly)
+    url = f"{s3.bucket()}/run"
+    log = MetricsLog(url, pytest.fail)
+    for step in range(50):
+        log.write({"step": step})
+    assert s3.keys(url) == []
+    go_on.set()
+    log.close()
+    assert [json.loads(line)["step"] for line in s3.get(f"{url}/metrics.jsonl").splitlines()] == [*range(50)]
+
+
+def test_object_storage_that_takes_no_metrics_is_told_of_once_and_ends_nothing(s3, monkeypatch):
+    def refuse(*arguments, **options):
+        raise StoreError("s3://b/metrics.jsonl: cannot be written (403)")
+
+    monkeypatch.setattr(Prefix, "write", refuse)
+    said = []
+    log = MetricsLog(f"{s3.bucket()}/run", said.append)
+    until = time.monotonic() + 20
+    while not said and time.monotonic() < until:
+        log.write({"step": 1})
+        time.sleep(0.01)
+    log.close()
+    assert said == [
+        "metrics are not written any more, training goes on: s3://b/metrics.jsonl: cannot be written (403)"
+    ]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
