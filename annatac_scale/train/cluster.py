@@ -264,7 +264,8 @@ def _fit(task: dict[str, Any], cluster: Cluster, progress: Progress) -> None:
                 met, number = board.state()
             except ray.exceptions.RayError as error:
                 # The cluster ended before us, as where all get a signal at once.
-                lost = f"{task['out']}: the Ray cluster was lost; the same command goes on after the newest checkpoint"
+                reason = str(error).strip().splitlines()[-1]
+                lost = f"{task['out']}: the Ray cluster was lost ({reason}); the same command goes on after what is kept"
                 if asked.signal:
                     raise RunInterruptedError(lost, asked.signal) from error
                 raise AnnatacError(lost) from error
