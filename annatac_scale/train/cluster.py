@@ -265,7 +265,7 @@ def _fit(task: dict[str, Any], cluster: Cluster, progress: Progress) -> None:
             except ray.exceptions.RayError as error:
                 # The cluster ended before us, as where all get a signal at once.
                 reason = str(error).strip().splitlines()[-1]
-                lost = f"{task['out']}: the Ray cluster was lost ({reason}); the same command goes on after what is kept"
+                lost = f"{task['out']}: the Ray cluster was lost ({reason}); the same command goes on where it can"
                 if asked.signal:
                     raise RunInterruptedError(lost, asked.signal) from error
                 raise AnnatacError(lost) from error
