@@ -11,7 +11,7 @@ lines left out.
   plain loop's, less 1, after the start.
 - checkpoints: the plain loop with and without a checkpoint every few steps. ``checkpoint_s``: what one takes from
   training, its share of 10 minutes, and its bytes.
-- big: 1,011,883 cells beside 100,000, eight times the steps: memory by step, cells/s, the time to the first step, and
+- big: 1,011,883 cells beside 100,000, ten times the steps: memory by step, cells/s, the time to the first step, and
   by these the whole run.
 
 --save writes results/pretrain.json. Ends with one line of JSON.
@@ -39,12 +39,12 @@ from store_writer import STORE, Spec, make_store
 from turns import spread
 
 RESULTS = Path(__file__).with_name("results") / "pretrain.json"
-PAPER_CELLS, FEWER_CELLS = 1_011_883, 100_000
+PAPER_CELLS, FEWER_CELLS, FEW_CELLS = 1_011_883, 100_000, 20_000
 BARS = {"not_computing": 0.05, "checkpoint_share": 0.01, "ray_overhead": 0.03}
 MINUTES = 10.0
 PATIENCE_S = 3_600.0
 LOOK_EVERY_S = 0.25
-BATCH, EVERY, LONGER = 64, 5, 8
+BATCH, EVERY, LONGER = 64, 5, 10
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def summed(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def case_workers(bench: Bench) -> dict[str, Any]:
-    store = bench.store(FEWER_CELLS if not bench.quick else bench.n_quick)
+    store = bench.store(FEW_CELLS if not bench.quick else bench.n_quick)
     runs: dict[str, tuple[str, ...]] = {"plain": (), "ray_1": ("--workers", "1"), "ray_2": ("--workers", "2")}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
     for number in range(bench.rounds):
@@ -196,7 +196,7 @@ def case_workers(bench: Bench) -> dict[str, Any]:
 
 
 def case_checkpoints(bench: Bench) -> dict[str, Any]:
-    store = bench.store(FEWER_CELLS if not bench.quick else bench.n_quick)
+    store = bench.store(FEW_CELLS if not bench.quick else bench.n_quick)
     costs, sizes = [], []
     for number in range(bench.rounds):
         without = bench.run(f"none-{number}", store, "--checkpoint-minutes", "999")
@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder that keeps the stores; default: none is kept")
     commands.add_cases(parser, CASES)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=25, help="of each run")
+    parser.add_argument("--steps", type=int, default=15, help="of each run")
     parser.add_argument(
         "--quick", action="store_true", help="preset tiny on a few cells, one round: for tests"
     )
