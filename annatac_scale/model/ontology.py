@@ -172,6 +172,6 @@ def _ontology(path: Path) -> Any:
         ) from error
     except (ValueError, LookupError, SyntaxError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{OPTION} {path}: cannot be read as an ontology ({error!r}); expected OBO or OWL in which all terms that "
-            "others refer to are, as cl-basic.obo; fetch it again"
+            f"{OPTION} {path}: cannot be read as an ontology ({error!r}); expected OBO or OWL in which all terms are "
+            "that others refer to; give cl-basic.obo, another form of it, or a table of child and parent"
         ) from error
