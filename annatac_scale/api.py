@@ -265,6 +265,8 @@ def finetune(
     head: str | None = None,
     holdout: float | str = 0.2,
     freeze_encoder: bool = False,
+    label_map: AnyPath | None = None,
+    hierarchy: AnyPath | None = None,
     epochs: int | None = None,
     config: AnyPath | None = None,
     settings: Sequence[str] | str = (),
@@ -276,6 +278,8 @@ def finetune(
     labels: obs column with the cell types
     head: "pooled", "cnn" or "subtype"; None for "pooled", but "cnn" after preset paper
     holdout: share of each type's cells that test, or "column=value": all cells with that value test
+    label_map: table of from and to, which renames, merges and drops labels before anything else
+    hierarchy: table of child and parent, or an OBO or OWL file, with what lies above the labels
     config, settings: as for ``pretrain``
     """
     from annatac_scale.config import override, read_toml
@@ -296,7 +300,17 @@ def finetune(
         chosen = replace(chosen, freeze_encoder=True)
     if epochs is not None:
         chosen = replace(chosen, train=replace(chosen.train, epochs=epochs, min_steps=0))
-    return run(IslandStore.open(store), pretrained, labels, out, chosen, holdout, progress)
+    return run(
+        IslandStore.open(store),
+        pretrained,
+        labels,
+        out,
+        chosen,
+        holdout,
+        progress,
+        label_map=label_map,
+        hierarchy=hierarchy,
+    )
 
 
 def predict(
@@ -305,23 +319,43 @@ def predict(
     model: "Location",
     out: AnyPath,
     novel_threshold: float | None = None,
+    hierarchy_threshold: float | None = None,
     write_h5ad: AnyPath | None = None,
     progress: Progress | None = None,
 ) -> "PredictReport":
     """Label every cell of a store; ``out`` becomes a folder of Parquet tables.
 
     store, model: on a disk or in object storage; out, write_h5ad: on a disk
+    hierarchy_threshold: probability that a lineage needs, for a model with a hierarchy; None: 0.8
     """
     from annatac_scale.annotate.predict import predict as run
 
-    return run(store, model, out, novel_threshold=novel_threshold, write_h5ad=write_h5ad, progress=progress)
+    return run(
+        store,
+        model,
+        out,
+        novel_threshold=novel_threshold,
+        hierarchy_threshold=hierarchy_threshold,
+        write_h5ad=write_h5ad,
+        progress=progress,
+    )
 
 
-def evaluate(labels: AnyPath, *, store: "Location", truth: str, cells: str = "test") -> "EvaluationReport":
-    """Compare predicted labels with an obs column of the store, on held-out cells ("test") or on "all"."""
+def evaluate(
+    labels: AnyPath,
+    *,
+    store: "Location",
+    truth: str,
+    cells: str = "test",
+    label_map: AnyPath | None = None,
+) -> "EvaluationReport":
+    """Compare predicted labels with an obs column of the store, on held-out cells ("test") or on "all".
+
+    label_map: table of from and to that the true labels go through first, as in ``finetune``
+    """
     from annatac_scale.annotate.evaluate import evaluate as run
 
-    return run(labels, store, truth, cells=cells)
+    return run(labels, store, truth, cells=cells, label_map=label_map)
 
 
 def export(

@@ -109,6 +109,7 @@ _file = partial(click.option, type=_LOCATION, metavar="FILE")
 _folder = partial(click.option, type=_LOCATION, metavar="FOLDER")
 _place = partial(click.option, type=_LOCATION, metavar="FOLDER|URL")
 _text = partial(click.option, metavar="FILE")
+_LABEL_MAP_HELP = "Table of from and to that renames, merges and (empty to) drops labels first."
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -342,6 +343,11 @@ def pretrain(store: "Location", **options: Any) -> None:
     help="Cells to test on, never trained on: a share of each type, or all with a value, as donor=D5.",
 )  # fmt: skip
 @click.option("--freeze-encoder", is_flag=True, help="Train the head alone.")
+@_file("--label-map", help=_LABEL_MAP_HELP)
+@_file(
+    "--hierarchy",
+    help="What lies above the labels: table of child and parent, or the Cell Ontology as .obo or .owl.",
+)
 @_training_options
 def finetune(store: "Location", **options: Any) -> None:
     """Fine-tune a pretrained model on the labelled cells of a store.
@@ -362,6 +368,10 @@ def finetune(store: "Location", **options: Any) -> None:
     "--novel-threshold", metavar="SHARE", type=float,
     help="Confidence below which a cell is Novel_cell_type; 0: none is; default: the model's own, 0.5.",
 )  # fmt: skip
+@click.option(
+    "--hierarchy-threshold", metavar="SHARE", type=float,
+    help="Probability that a lineage needs, for a model with a hierarchy; default: 0.8.",
+)  # fmt: skip
 @_file("--write-h5ad", help="Also write the h5ad that was converted, with the labels in its obs.")
 def predict(store: "Location", **options: Any) -> None:
     """Label every cell of a store.
@@ -379,6 +389,7 @@ def predict(store: "Location", **options: Any) -> None:
 @click.option(
     "--cells", default="test", type=click.Choice(["test", "all"]), help="Held-out test cells, or all cells."
 )
+@_file("--label-map", help=_LABEL_MAP_HELP)
 @_json
 def evaluate(labels: "Location", as_json: bool, **options: Any) -> None:
     """Compare the labels of predict with the truth, on held-out cells."""

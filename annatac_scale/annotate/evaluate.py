@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annatac_scale.annotate.confidence import NOVEL
+from annatac_scale.annotate.hierarchy_metrics import LineageFigures, lineage_figures
 from annatac_scale.annotate.labels import LabelsFolder
 from annatac_scale.annotate.metrics import Evaluation, evaluate_labels
 from annatac_scale.errors import InputError
@@ -18,6 +19,7 @@ from annatac_scale.model.calibration import expected_calibration_error
 from annatac_scale.model.labels import label_texts
 from annatac_scale.store.place import Location, on_disk
 from annatac_scale.store.store import IslandStore
+from annatac_scale.train.label_map import LabelMap
 from annatac_scale.train.splits import SPLITS
 
 CELLS = ("test", "all")
@@ -56,6 +58,11 @@ class EvaluationReport:
     calibration_error: float
     n_novel: int
     unknown_types: dict[str, int]
+    lineage: LineageFigures | None = None
+    """Where the model has a hierarchy."""
+    label_map: LabelMap | None = None
+    """What the truth went through, and as ``not_in_truth`` those of its labels that no evaluated cell has."""
+    not_in_truth: tuple[str, ...] = ()
 
     @property
     def share_novel(self) -> float:
@@ -89,6 +96,10 @@ class EvaluationReport:
             )
         if self.evaluation.n_without_truth:
             notes.append(f"{self.evaluation.n_without_truth:,} cells without a {self.truth} are left out")
+        if self.not_in_truth:
+            notes.append(
+                f"labels of the label map that none of these cells has: {', '.join(self.not_in_truth)}"
+            )
         if self.unknown_types:
             types = ", ".join(f"{name} ({n:,} cells)" for name, n in self.unknown_types.items())
             notes.append(f"types that the model does not know, so that no best type can be right: {types}")
@@ -109,6 +120,8 @@ class EvaluationReport:
             "best_accuracy": self.best.accuracy,
             "best_macro_f1": self.best.macro_f1,
             "unknown_types": self.unknown_types,
+            "lineage": None if self.lineage is None else self.lineage.to_dict(),
+            "label_map": None if self.label_map is None else self.label_map.facts,
             "notes": self.notes,
             **self.evaluation.to_dict(),
         }
@@ -134,6 +147,7 @@ class EvaluationReport:
             *self.notes,
             "",
             *(f"{name:<{width}}  {value:>8}" for name, value in figures.items()),
+            *([] if self.lineage is None else ["", *self.lineage.text()]),
             "",
             *per_type.to_string(index=False, float_format="{:.4f}".format).splitlines(),
             "",
@@ -148,11 +162,14 @@ def evaluate(
     truth: str,
     *,
     cells: str = "test",
+    label_map: Location | None = None,
 ) -> EvaluationReport:
     """Compare a labels data set with the true types of its cells.
 
     labels: folder on a disk that ``predict`` wrote, complete; store: may lie in object storage
     truth: obs column of the store; cells: "test", those that fine-tuning held out, or "all"
+    label_map: a table on a disk that the truth goes through first, as in fine-tuning; labels that it names and no
+        evaluated cell has are told, and refused where it names no label of these cells
 
     Raises InputError where the labels are a URL, parts or cells are missing, no cell was held out, or no cell has a
     truth.
@@ -162,7 +179,12 @@ def evaluate(
     folder = LabelsFolder.open_complete(on_disk(labels, "labels"))
     store = store if isinstance(store, IslandStore) else IslandStore.open(store)
     rows, chances, n_by_split = _rows(folder, cells)
-    true_types = _true_types(folder, store, truth, rows)
+    true_types = given = _true_types(folder, store, truth, rows)
+    mapping = None if label_map is None else LabelMap.read(label_map)
+    if mapping is not None:
+        if not set(mapping.to).intersection(given):
+            mapping.check(truth, given)
+        true_types = mapping.applied(given)
     evaluation = evaluate_labels(true_types, rows["label"])
     classes = folder.manifest.classes
     n_true = evaluation.per_type.set_index("cell_type")["n"]
@@ -178,6 +200,9 @@ def evaluate(
         calibration_error=_calibration_error(chances, true_types, classes),
         n_novel=int((rows["label"][true_types != ""] == NOVEL).sum()),
         unknown_types={str(name): int(n) for name, n in n_true.items() if name not in classes},
+        lineage=_lineage(folder, true_types, rows),
+        label_map=mapping,
+        not_in_truth=() if mapping is None else tuple(mapping.unknown(given)),
     )
 
 
@@ -186,7 +211,7 @@ def _rows(folder: LabelsFolder, cells: str) -> tuple[pd.DataFrame, Floats, dict[
     n_by_split: Counter[str] = Counter()
     rows, chances = [], []
     for part in folder.manifest.parts:
-        table = folder.read(part, list(_READ))
+        table = folder.read(part, [*_READ, *(["lineage"] if folder.manifest.parents is not None else [])])
         split = table["split"].to_pandas().fillna(NO_SPLIT)
         n_by_split.update(split)
         kept = np.full(len(split), True) if cells == "all" else (split == "test").to_numpy()
@@ -217,6 +242,13 @@ def _true_types(folder: LabelsFolder, store: IslandStore, truth: str, rows: pd.D
             f"{absent['barcode'].iloc[0]!r} of sample {absent['sample'].iloc[0]!r}; give the store that was predicted"
         )
     return label_texts(obs.iloc[place])
+
+
+def _lineage(folder: LabelsFolder, true_types: Texts, rows: pd.DataFrame) -> LineageFigures | None:
+    hierarchy = folder.manifest.hierarchy
+    if hierarchy is None:
+        return None
+    return lineage_figures(hierarchy, true_types, rows["best"], rows["lineage"])
 
 
 def _calibration_error(chances: Floats, true_types: Texts, classes: tuple[str, ...]) -> float:

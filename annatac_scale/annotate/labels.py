@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from annatac_scale.errors import InputError, ModelError
+from annatac_scale.model.hierarchy import Hierarchy
 from annatac_scale.store.schema import SHARD_CELLS
 
 FORMAT = "annatac_scale.labels"
@@ -63,6 +64,8 @@ class Manifest:
 
     model: the model's digest; store: path, for information; split_sha256: of the split.parquet beside the model, ""
     where there was none; classes: cell types in the order of ``probabilities``; columns: of the table
+    parents, hierarchy_threshold: the model's hierarchy, as ``Hierarchy.to_json`` has it, and the probability that a
+    lineage has at least; None where it has none
     """
 
     model: str
@@ -73,6 +76,13 @@ class Manifest:
     classes: tuple[str, ...]
     columns: tuple[str, ...]
     complete: bool = False
+    parents: dict[str, list[str]] | None = None
+    hierarchy_threshold: float | None = None
+
+    @property
+    def hierarchy(self) -> Hierarchy | None:
+        """What lies above the classes. Raises InputError where ``parents`` say none of these classes."""
+        return None if self.parents is None else Hierarchy.of(self.classes, self.parents, MANIFEST)
 
     @property
     def parts(self) -> list[Part]:
@@ -91,6 +101,8 @@ class Manifest:
             "novel_threshold": self.novel_threshold,
             "split_sha256": self.split_sha256,
         }
+        if self.hierarchy_threshold is not None:
+            made_with["hierarchy_threshold"] = self.hierarchy_threshold
         return {_MADE_WITH: json.dumps(made_with).encode(), _CLASSES: json.dumps(self.classes).encode()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,6 +126,7 @@ def read_manifest(path: Path | str) -> Manifest:
             classes=tuple(values["classes"]),
             columns=tuple(values["columns"]),
             **{key: values[key] for key in ("model", "store", "novel_threshold", "split_sha256", "complete")},
+            **{key: values.get(key) for key in ("parents", "hierarchy_threshold")},
         )
     except FileNotFoundError as error:
         raise InputError(
@@ -253,6 +266,7 @@ def _check_same(path: Path, there: Manifest, now: Manifest) -> None:
         )
     options: list[tuple[str, Any, Any]] = [
         ("novel_threshold", there.novel_threshold, now.novel_threshold),
+        ("hierarchy_threshold", there.hierarchy_threshold, now.hierarchy_threshold),
         ("split_sha256", there.split_sha256[:12] or "none", now.split_sha256[:12] or "none"),
     ]
     for name, before, after in options:

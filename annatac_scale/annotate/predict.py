@@ -27,10 +27,11 @@ from annatac_scale.annotate.labels import (
 )
 from annatac_scale.annotate.splits import Splits
 from annatac_scale.annotate.table import LabelRule
-from annatac_scale.errors import InputError, ModelError
+from annatac_scale.errors import ConfigError, InputError, ModelError
 from annatac_scale.memory import give_back_freed_memory
 from annatac_scale.model.cell_typer import CellTyper
 from annatac_scale.model.folder import Model, read_model
+from annatac_scale.model.hierarchy import DEFAULT_THRESHOLD
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.export import write_obs_into_h5ad
 from annatac_scale.store.open_islands import OpenIslands
@@ -78,6 +79,7 @@ def predict(
     out: Location,
     *,
     novel_threshold: float | None = None,
+    hierarchy_threshold: float | None = None,
     write_h5ad: Location | None = None,
     progress: Progress | None = None,
 ) -> PredictReport:
@@ -85,13 +87,14 @@ def predict(
 
     store, model: may lie in object storage; out, write_h5ad: only on a disk
     novel_threshold: a cell whose confidence is below it is named Novel_cell_type, 0 names none; None: the model's own
+    hierarchy_threshold: probability that a node of the model's hierarchy needs to be a cell's lineage; None: 0.8
     write_h5ad: where to write the h5ad that the one sample was converted from, with the labels in its obs
 
     Parts that are there already are skipped: the same command goes on after an interruption. ``split`` is copied from
     split.parquet beside the model folder. Raises ModelError where the model has no cell types, does not fit the store
     or is another one than made the labels in ``out``; InputError where ``out`` holds something else or labels made
     with other options, where ``out`` or ``write_h5ad`` is a URL, and where ``write_h5ad`` asks for the impossible;
-    ConfigError for a threshold out of range.
+    ConfigError for a threshold out of range, and for ``hierarchy_threshold`` where the model has no hierarchy.
     """
     progress = progress or Silent()
     out = on_disk(out, "--out")
@@ -99,7 +102,7 @@ def predict(
     store = store if isinstance(store, IslandStore) else IslandStore.open(store)
     if not isinstance(model, Model):
         model = read_model(model, "cuda" if torch.cuda.is_available() else "cpu")
-    predictor = _Predictor(store, model, novel_threshold)
+    predictor = _Predictor(store, model, novel_threshold, hierarchy_threshold)
     source = None if h5ad is None else _h5ad_source(store, h5ad)
     with labels_writer(out, predictor.manifest) as folder:
         n_skipped = _write_parts(folder, predictor, progress)
@@ -147,13 +150,20 @@ def _report(folder: LabelsFolder, store: IslandStore, n_skipped: int) -> Predict
 class _Predictor:
     """A model set up for a store: makes the table of any part of it."""
 
-    def __init__(self, store: IslandStore, model: Model, novel_threshold: float | None) -> None:
+    def __init__(
+        self,
+        store: IslandStore,
+        model: Model,
+        novel_threshold: float | None,
+        hierarchy_threshold: float | None,
+    ) -> None:
         self._typer = _typer_of(model)
         model.check_store(store)
         info = model.info
         threshold = info.novel_threshold if novel_threshold is None else novel_threshold
         self._store = store
-        self._rule = LabelRule(info.labels, info.temperature, float(threshold))
+        lineage = _lineage_threshold(model, hierarchy_threshold)
+        self._rule = LabelRule(info.labels, info.temperature, float(threshold), info.hierarchy, lineage)
         self._attend = model.attend
         self._lister = model.lister(store)
         self._new_of_old = model.vocabulary.new_of_old()
@@ -169,6 +179,8 @@ class _Predictor:
             split_sha256=self._splits.sha256,
             classes=info.labels,
             columns=tuple(self._rule.schema.names),
+            parents=None if info.hierarchy is None else info.hierarchy.to_json(),
+            hierarchy_threshold=None if info.hierarchy is None else lineage,
         )
 
     def table(self, part: Part) -> pa.Table:
@@ -225,6 +237,15 @@ def _typer_of(model: Model) -> CellTyper:
             "the model was never written, so its labels could not say what made them; write it first"
         )
     return model.typer
+
+
+def _lineage_threshold(model: Model, asked: float | None) -> float:
+    if asked is not None and model.info.hierarchy is None:
+        raise ConfigError(
+            f"--hierarchy-threshold {asked:g}: {model.path or 'the model'} has no hierarchy; leave it out, or "
+            "fine-tune with --hierarchy"
+        )
+    return DEFAULT_THRESHOLD if asked is None else float(asked)
 
 
 def _h5ad_source(store: IslandStore, out: Path) -> Path:

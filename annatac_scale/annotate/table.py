@@ -1,6 +1,7 @@
 """The columns of the labels data set, and how the logits of some cells become rows of it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 
 from annatac_scale.annotate.confidence import name_novel
 from annatac_scale.model.calibration import probabilities
+from annatac_scale.model.hierarchy import DEFAULT_THRESHOLD, Hierarchy, check_threshold
 
 
 @dataclass(frozen=True)
@@ -15,15 +17,19 @@ class LabelRule:
     """How logits become labels.
 
     classes: cell types in the order of the logits; temperature: that they are divided by; novel_threshold: confidence
-    below which a cell is Novel_cell_type. Raises ConfigError for a threshold that is not from 0 to 1.
+    below which a cell is Novel_cell_type; hierarchy: what lies above the classes, hierarchy_threshold: the probability
+    that a lineage needs. Raises ConfigError for a threshold that is not from 0 to 1.
     """
 
     classes: tuple[str, ...]
     temperature: float
     novel_threshold: float
+    hierarchy: Hierarchy | None = None
+    hierarchy_threshold: float = DEFAULT_THRESHOLD
 
     def __post_init__(self) -> None:
         name_novel([], [], self.novel_threshold)
+        check_threshold(self.hierarchy_threshold)
 
     @property
     def schema(self) -> pa.Schema:
@@ -35,7 +41,10 @@ class LabelRule:
         probabilities: of all classes, in their order
         n_open: open islands of the cell that the model has a token for
         split: train, val, calib or test in the model's fine-tuning, null for a cell that was not in it
+        lineage, lineage_confidence: the deepest node of the hierarchy that is likely enough, and its probability, null
+        where none is; these columns are there where the model has a hierarchy
         """
+        lineage = {"lineage": pa.string(), "lineage_confidence": pa.float32()}
         return pa.schema(
             {
                 "sample": pa.string(),
@@ -48,6 +57,7 @@ class LabelRule:
                 "probabilities": pa.list_(pa.float32(), len(self.classes)),
                 "n_open": pa.int32(),
                 "split": pa.string(),
+                **({} if self.hierarchy is None else lineage),
             }
         )
 
@@ -82,5 +92,14 @@ class LabelRule:
             "probabilities": pa.FixedSizeListArray.from_arrays(chances.ravel(), len(self.classes)),
             "n_open": n_open,
             "split": split,
+            **self._lineage(chances),
         }
         return pa.table(columns, schema=self.schema)
+
+    def _lineage(self, chances: NDArray[np.float32]) -> dict[str, Any]:
+        if self.hierarchy is None:
+            return {}
+        names, found = self.hierarchy.deepest(chances, self.hierarchy_threshold)
+        none = names == ""
+        names[none] = None
+        return {"lineage": names, "lineage_confidence": pa.array(found, mask=none)}

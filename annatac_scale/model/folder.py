@@ -4,7 +4,8 @@
     weights.safetensors    encoder, pooled layer and head, without positions
     positions.safetensors  the positions, [islands, width]
     islands.tsv.gz         the vocabulary: number in the island space, chrom, start, end, genes
-    labels.json            cell types in the order of the logits (fine-tuned models)
+    labels.json            cell types in the order of the logits, and the parents of each where there is a hierarchy
+                           (fine-tuned models)
     calibration.json       temperature (fine-tuned models)
     README.md              the model card
 
@@ -36,6 +37,7 @@ from annatac_scale.errors import ConfigError, ModelError
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.model.cell_typer import CellTyper, HeadConfig, build_head
 from annatac_scale.model.encoder import Encoder
+from annatac_scale.model.hierarchy import Hierarchy
 from annatac_scale.model.linformer import EncoderConfig, Linformer
 from annatac_scale.model.pool import IslandPool
 from annatac_scale.store.files import move
@@ -77,6 +79,8 @@ class ModelInfo:
     """Of a pretrained encoder that has one; a fine-tuned model's is in its head."""
     head: HeadConfig | None = None
     labels: tuple[str, ...] = ()
+    hierarchy: Hierarchy | None = None
+    """What lies above the labels, where fine-tuning was given it."""
     temperature: float = 1.0
     novel_threshold: float = 0.5
     linformer_trained: bool = True
@@ -216,7 +220,7 @@ def _encoded(model: Model, card: str) -> dict[str, bytes]:
     }
     if model.typer is not None:
         calibration = {"temperature": model.info.temperature, "novel_threshold": model.info.novel_threshold}
-        files |= {"labels.json": _json(list(model.info.labels)), "calibration.json": _json(calibration)}
+        files |= {"labels.json": _json(_encoded_labels(model.info)), "calibration.json": _json(calibration)}
     config = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -227,10 +231,27 @@ def _encoded(model: Model, card: str) -> dict[str, bytes]:
         "vocabulary_sha256": model.vocabulary.sha256,
         "files": {name: _sha256(files[name]) for name in sorted(files)},
     }
-    for key in ("labels", "temperature", "novel_threshold"):
+    for key in ("labels", "hierarchy", "temperature", "novel_threshold"):
         del config[key]
     config["sha256"] = _content_sha256(config)
     return {**files, _CARD: card.encode(), _CONFIG: _json(config)}
+
+
+def _encoded_labels(info: ModelInfo) -> dict[str, Any]:
+    return {
+        "labels": list(info.labels),
+        "parents": None if info.hierarchy is None else info.hierarchy.to_json(),
+    }
+
+
+def _read_labels(file: Location, text: bytes) -> dict[str, Any]:
+    """The fields of ModelInfo that labels.json holds. ``file``: for messages"""
+    said = json.loads(text)
+    labels, parents = tuple(said["labels"]), said["parents"]
+    return {
+        "labels": labels,
+        "hierarchy": None if parents is None else Hierarchy.of(labels, parents, str(file)),
+    }
 
 
 def _json(value: Any) -> bytes:
@@ -351,7 +372,7 @@ def _read_info(folder: _Folder) -> ModelInfo:
     if head is not None:
         typing = {
             "head": from_dict(HeadConfig, head, place="head."),
-            "labels": tuple(json.loads(folder.read("labels.json"))),
+            **_read_labels(joined(folder.location, "labels.json"), folder.read("labels.json")),
             **json.loads(folder.read("calibration.json")),
         }
     plain = (

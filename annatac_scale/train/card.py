@@ -41,18 +41,44 @@ def finetuned_card(info: ModelInfo, vocabulary: Vocabulary) -> str:
             f"- head: {head}; labels from obs column `{facts['labels']}`, held out: {facts['holdout']}",
             f"- cells: {', '.join(f'{n:,} {split}' for split, n in facts['split'].items())}",
             f"- temperature {info.temperature:.3f}, fitted on the val cells; novel below {info.novel_threshold}",
+            *_labels(info),
             *_figures("val", facts["validation"]),
             *_figures("test (cells that fine-tuning never saw)", facts["test"]),
             f"- {facts['pretraining_cells']}",
             "",
             "| cell type | training cells |",
             "|---|---|",
-            *[f"| {name} | {n:,} |" for name, n in facts["training_cells_per_type"].items()],
+            *[f"| {_in_table(name)} | {n:,} |" for name, n in facts["training_cells_per_type"].items()],
             "",
             _CONFIDENCE,
             "",
         ]
     )
+
+
+def _labels(info: ModelInfo) -> list[str]:
+    """What fine-tuning did to the labels, and what lies above them."""
+    facts, lines = info.provenance, []
+    if facts["label_map"] is not None:
+        lines.append(
+            f"- label map: {len(facts['label_map']['to']):,} labels named, {facts['n_dropped']:,} cells dropped, "
+            f"sha256 {facts['label_map']['sha256']}"
+        )
+    if info.hierarchy is not None:
+        roots = [
+            name
+            for name, above in zip(info.hierarchy.nodes, info.hierarchy.parents, strict=True)
+            if not above
+        ]
+        lines.append(
+            f"- hierarchy: {len(info.hierarchy.nodes):,} nodes below {', '.join(map(_in_table, roots))}"
+        )
+    return lines
+
+
+def _in_table(name: str) -> str:
+    """A name as one field of a table in Markdown."""
+    return " ".join(name.split()).replace("|", "\\|")
 
 
 def _common(info: ModelInfo, vocabulary: Vocabulary) -> list[str]:

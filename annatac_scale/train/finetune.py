@@ -1,6 +1,7 @@
 """Fine-tuning: a pretrained encoder and a cell-type head on labelled cells, to a model that annotates."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from annatac_scale.model.cell_typer import CellTyper, build_head
 from annatac_scale.model.encoder import batch_tokens
 from annatac_scale.model.folder import Model, ModelInfo, read_model, write_model
 from annatac_scale.model.heads import LossSum, PooledHead
+from annatac_scale.model.hierarchy import Hierarchy
+from annatac_scale.model.ontology import read_hierarchy
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.place import Location, on_disk
 from annatac_scale.store.store import IslandStore
@@ -32,6 +35,7 @@ from annatac_scale.stream.tokens import TokenLister
 from annatac_scale.stream.vocabulary import count_open
 from annatac_scale.train.card import finetuned_card
 from annatac_scale.train.interruption import interruption
+from annatac_scale.train.label_map import LabelMap
 from annatac_scale.train.loop import Loop, micro_batches, train
 from annatac_scale.train.positions import inverse_document_frequency, truncated_svd
 from annatac_scale.train.presets import FinetuneConfig
@@ -52,6 +56,8 @@ class FinetuneReport:
     types: tuple[str, ...]
     split: dict[str, int]
     n_without_label: int
+    """Cells of the store that have none, apart from those that the label map drops."""
+    n_dropped: int
     temperature: float
     figures: dict[str, float]
     test: dict[str, float]
@@ -166,6 +172,8 @@ class _Work:
     labelled: LabelledCells
     config: FinetuneConfig
     holdout: str
+    label_map: LabelMap | None
+    hierarchy: Hierarchy | None
 
 
 def finetune(
@@ -176,6 +184,8 @@ def finetune(
     config: FinetuneConfig,
     holdout: float | str = 0.2,
     progress: Progress | None = None,
+    label_map: Location | None = None,
+    hierarchy: Location | None = None,
 ) -> FinetuneReport:
     """Fine-tune a pretrained model on the cells of a store that have a label; the model folder is ``out``/model.
 
@@ -183,6 +193,8 @@ def finetune(
     labels: obs column with the cell types; cells without one are left out and counted
     out: a folder on a disk
     holdout: share of each type's cells, or "column=value", that test and are never trained on
+    label_map: a table on a disk that renames, merges and drops labels first (train/label_map.py)
+    hierarchy: a table or ontology on a disk with what lies above the labels (model/ontology.py), kept in the model
 
     Run again with the same arguments, it goes on after the newest checkpoint; a complete run is left as it is.
     Raises InputError where there are too few labelled cells or ``out`` is a URL, ModelError where model and store do
@@ -197,11 +209,13 @@ def finetune(
         )
     pretrained.check_store(store)
     rule = SplitRule(holdout, config.validation_share, config.calibration_share, config.train.seed)
-    labelled = split_cells(store, labels, rule)
+    mapping = None if label_map is None else LabelMap.read(label_map)
+    labelled = split_cells(store, labels, rule, mapping, progress)
     progress.say(_split_line(labels, labelled))
     if not labelled.sizes["val"]:
         raise InputError(_too_few(labels, labelled))
-    work = _Work(store, pretrained, labels, labelled, config, rule.described)
+    above = None if hierarchy is None else read_hierarchy(hierarchy, labelled.types)
+    work = _Work(store, pretrained, labels, labelled, config, rule.described, mapping, above)
     run = RunFolder(out, config, _identity(work))
     with run.use(progress.say):
         if run.complete:
@@ -213,7 +227,9 @@ def finetune(
 
 def _split_line(labels: str, labelled: LabelledCells) -> str:
     sizes = ", ".join(f"{n:,} {name}" for name, n in labelled.sizes.items())
-    return f"labels {labels}: {len(labelled.types)} types, {sizes}; {labelled.n_without_label:,} cells without a label"
+    dropped = f", {labelled.n_dropped:,} dropped by the label map" if labelled.n_dropped else ""
+    without = f"{labelled.n_without_label:,} cells without a label{dropped}"
+    return f"labels {labels}: {len(labelled.types)} types, {sizes}; {without}"
 
 
 def _too_few(labels: str, labelled: LabelledCells) -> str:
@@ -229,13 +245,15 @@ def _too_few(labels: str, labelled: LabelledCells) -> str:
 def _identity(work: _Work) -> dict[str, Any]:
     labelled = work.labelled
     cells = hashlib.sha256(labelled.cells.tobytes() + labelled.codes.tobytes())
-    cells.update("\n".join([*labelled.split, *labelled.types]).encode())
+    cells.update(json.dumps([*labelled.split, *labelled.types]).encode())
+    named = {"label_map": work.label_map, "hierarchy": work.hierarchy}
     return {
         "kind": "finetune",
         "model": work.pretrained.digest,
         "labels": work.labels,
         "holdout": work.holdout,
         "labelled_cells": cells.hexdigest(),
+        **{name: file.sha256 for name, file in named.items() if file is not None},
         **run_inputs(work.store),
     }
 
@@ -264,6 +282,8 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
         "holdout": work.holdout,
         "split": labelled.sizes,
         "n_without_label": labelled.n_without_label,
+        "n_dropped": labelled.n_dropped,
+        "label_map": None if work.label_map is None else work.label_map.facts,
         "validation": figures,
         "test": figures_of(*task.logits(labelled.of("test"))),
     }
@@ -336,6 +356,7 @@ def _info(work: _Work, temperature: float, facts: dict[str, Any]) -> ModelInfo:
         linformer_trained=before_trained or (reads and not work.config.freeze_encoder),
         head=work.config.head,
         labels=labelled.types,
+        hierarchy=work.hierarchy,
         temperature=temperature,
         provenance={
             "made_by": made_by(),
@@ -359,6 +380,7 @@ def _report(run: RunFolder) -> FinetuneReport:
         info.labels,
         facts["split"],
         facts["n_without_label"],
+        facts["n_dropped"],
         info.temperature,
         facts["validation"],
         facts["test"],

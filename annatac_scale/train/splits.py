@@ -15,8 +15,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from annatac_scale.errors import InputError
-from annatac_scale.model.labels import label_texts
+from annatac_scale.genome.rows import shown
+from annatac_scale.model.labels import OWN_LABELS, label_texts
+from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.store import IslandStore
+from annatac_scale.train.label_map import LabelMap
 
 SPLITS = ("train", "val", "calib", "test")
 SPLIT_FILE = "split.parquet"
@@ -36,7 +39,7 @@ class LabelledCells:
     cells: int64 cell ids, increasing; split: object, one of SPLITS
     codes: int64, index into ``types``; below 0, a number for each, where a type has no training cells
     types: the cell types that have training cells, sorted
-    n_without_label: cells of the store without a label
+    n_without_label: cells of the store without a label; n_dropped: those whose label the label map drops
     """
 
     cells: NDArray[np.int64]
@@ -44,6 +47,7 @@ class LabelledCells:
     split: Texts
     types: tuple[str, ...]
     n_without_label: int
+    n_dropped: int = 0
 
     def of(self, split: str) -> NDArray[np.int64]:
         """Cell ids of a split."""
@@ -99,17 +103,30 @@ class SplitRule:
         return share
 
 
-def split_cells(store: IslandStore, labels: str, rule: SplitRule) -> LabelledCells:
+def split_cells(
+    store: IslandStore,
+    labels: str,
+    rule: SplitRule,
+    label_map: LabelMap | None = None,
+    progress: Progress | None = None,
+) -> LabelledCells:
     """Split the labelled cells of a store, type by type; ``labels``: obs column with the cell types.
+
+    label_map: what they become before anything else; a value that ``rule`` holds out is one of the store
 
     Cells of a type are dealt in the order of a hash of (seed, sample, barcode): a cell's split does not depend on the
     order of samples. A type with few cells trains before it validates, calibrates or tests.
-    Raises InputError when fewer than two types are left to train on.
+    Raises InputError when fewer than two types are left to train on, when a type is called as cells of no known type
+    are, and when the map has a label that no cell has.
     """
     group = rule.group
     columns = [labels] if group is None else [labels, group[0]]
     obs = store.obs(list(dict.fromkeys(columns)))
-    text = label_texts(obs[labels])
+    text = given = label_texts(obs[labels])
+    if label_map is not None:
+        label_map.check(labels, given)
+        (progress or Silent()).say(label_map.described(given))
+        text = label_map.applied(given)
     cells = np.flatnonzero(text != "")
     split = np.full(store.n_cells, "train", object)
     if group is not None:
@@ -124,8 +141,17 @@ def split_cells(store: IslandStore, labels: str, rule: SplitRule) -> LabelledCel
             f"--labels {labels}: {len(types)} cell types have training cells ({', '.join(types)}), expected at least "
             f"{FEWEST_TRAIN_TYPES}; label more cells or hold out fewer"
         )
+    taken = [name for name in types if name in OWN_LABELS]
+    if taken:
+        raise InputError(
+            f"--labels {labels}: found cells labelled {shown(taken[0])}, which is what prediction calls cells of no "
+            "known type; expected types; drop or rename it with --label-map"
+        )
     codes = _codes(text[cells], types)
-    return LabelledCells(cells, codes, split[cells], tuple(types), store.n_cells - len(cells))
+    n_without = int((given == "").sum())
+    return LabelledCells(
+        cells, codes, split[cells], tuple(types), n_without, store.n_cells - n_without - len(cells)
+    )
 
 
 def _held_out(
