@@ -170,8 +170,8 @@ def resign(folder: Path, config: dict) -> None:
         ("files", {}, r"config\.json: cut short or edited"),
         ("n_space", 3, r"islands\.tsv\.gz: not the vocabulary"),
         ("vocabulary_sha256", "0", r"islands\.tsv\.gz: not the vocabulary"),
-        ("version", 3, "format annatac_scale.model 3, expected annatac_scale.model 2; train"),
-        ("format", "other", "format other 2, expected"),
+        ("version", 2, "format annatac_scale.model 2, expected annatac_scale.model 3; train"),
+        ("format", "other", "format other 3, expected"),
     ],
 )
 def test_folders_that_contradict_themselves_are_refused(
