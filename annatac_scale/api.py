@@ -304,17 +304,18 @@ def predict(
     *,
     model: "Location",
     out: AnyPath,
-    novel_threshold: float | None = None,
     write_h5ad: AnyPath | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> "PredictReport":
     """Label every cell of a store; ``out`` becomes a folder of Parquet tables.
 
     store, model: on a disk or in object storage; out, write_h5ad: on a disk
+    options: as in ``annotate.confidence.ConfidenceOptions``, as novel_threshold=0.5, novel_rate=0.05 or coverage=0.9
     """
     from annatac_scale.annotate.predict import predict as run
 
-    return run(store, model, out, novel_threshold=novel_threshold, write_h5ad=write_h5ad, progress=progress)
+    return run(store, model, out, write_h5ad=write_h5ad, progress=progress, **options)
 
 
 def evaluate(labels: AnyPath, *, store: "Location", truth: str, cells: str = "test") -> "EvaluationReport":

@@ -20,11 +20,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from annatac_scale.annotate.confidence import ConfidenceRule
 from annatac_scale.errors import InputError, ModelError
 from annatac_scale.store.schema import SHARD_CELLS
 
 FORMAT = "annatac_scale.labels"
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "2.0"
 MANIFEST = "_manifest.json"
 PART_CELLS = SHARD_CELLS
 """Cells in a part: 16 blocks of one sample."""
@@ -61,14 +62,15 @@ class SampleRecord:
 class Manifest:
     """What a labels data set is of.
 
-    model: the model's digest; store: path, for information; split_sha256: of the split.parquet beside the model, ""
-    where there was none; classes: cell types in the order of ``probabilities``; columns: of the table
+    model: the model's digest; store: path, for information; rule: what was asked for
+    split_sha256: of the split.parquet beside the model, "" where there was none
+    classes: cell types in the order of ``probabilities``; columns: of the table
     """
 
     model: str
     store: str
     samples: dict[str, SampleRecord]
-    novel_threshold: float
+    rule: ConfidenceRule
     split_sha256: str
     classes: tuple[str, ...]
     columns: tuple[str, ...]
@@ -88,7 +90,7 @@ class Manifest:
         made_with = {
             "model": self.model,
             "x_sha256": self.samples[sample].x_sha256,
-            "novel_threshold": self.novel_threshold,
+            **asdict(self.rule),
             "split_sha256": self.split_sha256,
         }
         return {_MADE_WITH: json.dumps(made_with).encode(), _CLASSES: json.dumps(self.classes).encode()}
@@ -111,9 +113,10 @@ def read_manifest(path: Path | str) -> Manifest:
             )
         return Manifest(
             samples={name: SampleRecord(**record) for name, record in values["samples"].items()},
+            rule=ConfidenceRule(**values["rule"]),
             classes=tuple(values["classes"]),
             columns=tuple(values["columns"]),
-            **{key: values[key] for key in ("model", "store", "novel_threshold", "split_sha256", "complete")},
+            **{key: values[key] for key in ("model", "store", "split_sha256", "complete")},
         )
     except FileNotFoundError as error:
         raise InputError(
@@ -252,7 +255,7 @@ def _check_same(path: Path, there: Manifest, now: Manifest) -> None:
             "choose another --out or use that model"
         )
     options: list[tuple[str, Any, Any]] = [
-        ("novel_threshold", there.novel_threshold, now.novel_threshold),
+        *((name, getattr(there.rule, name), value) for name, value in asdict(now.rule).items()),
         ("split_sha256", there.split_sha256[:12] or "none", now.split_sha256[:12] or "none"),
     ]
     for name, before, after in options:

@@ -38,6 +38,11 @@ def rank_of(n: int, share: float) -> int:
     return min(math.ceil((n + 1) * Fraction(str(float(share)))), n + 1)
 
 
+def fewest_calib(rate: float) -> int:
+    """Calib cells that it takes to tell a share ``rate`` of them apart: the least n with n >= 1 / rate - 1."""
+    return math.ceil(1 / Fraction(str(float(rate)))) - 1
+
+
 def set_thresholds(
     chances: Floats, codes: NDArray[np.integer], n_types: int, coverage: float, *, per_class: bool
 ) -> Floats:
