@@ -318,15 +318,16 @@ def predict(
     *,
     model: "Location",
     out: AnyPath,
-    novel_threshold: float | None = None,
     hierarchy_threshold: float | None = None,
     write_h5ad: AnyPath | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> "PredictReport":
     """Label every cell of a store; ``out`` becomes a folder of Parquet tables.
 
     store, model: on a disk or in object storage; out, write_h5ad: on a disk
     hierarchy_threshold: probability that a lineage needs, for a model with a hierarchy; None: 0.8
+    options: as in ``annotate.confidence.ConfidenceOptions``, as novel_threshold=0.5, novel_rate=0.05 or coverage=0.9
     """
     from annatac_scale.annotate.predict import predict as run
 
@@ -334,10 +335,10 @@ def predict(
         store,
         model,
         out,
-        novel_threshold=novel_threshold,
         hierarchy_threshold=hierarchy_threshold,
         write_h5ad=write_h5ad,
         progress=progress,
+        **options,
     )
 
 

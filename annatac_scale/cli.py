@@ -365,8 +365,29 @@ def finetune(store: "Location", **options: Any) -> None:
 @_place("--model", required=True, help="The fine-tuned model.")
 @_folder("--out", required=True, help="Folder for the labels, a Parquet data set.")
 @click.option(
+    "--novelty", type=click.Choice(["max_probability", "energy", "mahalanobis", "knn"]),
+    help="Score of how unlike the known cells a cell is; default: the model's own.",
+)  # fmt: skip
+@click.option(
+    "--novel-rate", metavar="SHARE", type=float,
+    help="Share of known cells that may be called Novel_cell_type; default: the model's own, else 0.05 with --novelty.",
+)  # fmt: skip
+@click.option(
     "--novel-threshold", metavar="SHARE", type=float,
-    help="Confidence below which a cell is Novel_cell_type; 0: none is; default: the model's own, 0.5.",
+    help="In their place, the paper's rule: confidence below which a cell is Novel_cell_type; 0: none is.",
+)  # fmt: skip
+@click.option(
+    "--novel-adapt", is_flag=True,
+    help="Take each sample's own median score as usual; assumes that few of its cells are novel.",
+)  # fmt: skip
+@click.option(
+    "--coverage", metavar="SHARE", type=float,
+    help="Share of the cells whose prediction set holds the true type; default: 0.9.",
+)  # fmt: skip
+@click.option("--coverage-per-class", is_flag=True, help="That share of the cells of each type.")
+@click.option(
+    "--min-open", metavar="N", default=0, type=click.IntRange(min=0),
+    help="Cells with fewer open islands are Unassigned_low_depth, and never novel.",
 )  # fmt: skip
 @click.option(
     "--hierarchy-threshold", metavar="SHARE", type=float,
@@ -379,7 +400,8 @@ def predict(store: "Location", **options: Any) -> None:
     Run again, the same command goes on after the last complete part.
     """
     report = api.predict(store, progress=TerminalProgress(), **options)
-    click.echo(f"{report.out}: {report.n_cells:,} cells, {report.n_novel:,} named Novel_cell_type")
+    low_depth = f", {report.n_low_depth:,} Unassigned_low_depth" if options["min_open"] else ""
+    click.echo(f"{report.out}: {report.n_cells:,} cells, {report.n_novel:,} named Novel_cell_type{low_depth}")
 
 
 @main.command()

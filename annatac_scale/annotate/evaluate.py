@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from annatac_scale.annotate.confidence import NOVEL
+from annatac_scale.annotate.confidence import LOW_DEPTH, NOVEL, ConfidenceRule
 from annatac_scale.annotate.hierarchy_metrics import LineageFigures, lineage_figures
 from annatac_scale.annotate.labels import LabelsFolder
 from annatac_scale.annotate.metrics import Evaluation, evaluate_labels
@@ -40,10 +40,10 @@ class EvaluationReport:
 
     evaluation: the figures of ``label``, where Novel_cell_type is an error, against ``truth``, an obs column
     best: the same of ``best``, the likeliest type however sure the model is
-    cells: "test" or "all"; novel_threshold: below this confidence a cell was named Novel_cell_type
+    cells: "test" or "all"; rule: what made a cell Novel_cell_type
     n_by_split: all cells of the data set by split, "none" for those that were not in the fine-tuning
     calibration_error: expected calibration error of the cells whose type the model knows, NaN without any
-    n_novel: evaluated cells that are named Novel_cell_type
+    n_novel, n_low_depth: evaluated cells that are named Novel_cell_type, Unassigned_low_depth
     unknown_types: true types that the model does not know, with their cells
     """
 
@@ -51,12 +51,13 @@ class EvaluationReport:
     model: str
     truth: str
     cells: str
-    novel_threshold: float
+    rule: ConfidenceRule
     evaluation: Evaluation
     best: Evaluation
     n_by_split: dict[str, int]
     calibration_error: float
     n_novel: int
+    n_low_depth: int
     unknown_types: dict[str, int]
     lineage: LineageFigures | None = None
     """Where the model has a hierarchy."""
@@ -91,8 +92,13 @@ class EvaluationReport:
             )
         if self.share_novel > MUCH_NOVEL:
             notes.append(
-                f"{self.n_novel:,} of {self.evaluation.n_cells:,} cells are below the novel threshold "
-                f"{self.novel_threshold:g}; see best, or predict with --novel-threshold 0"
+                f"{self.n_novel:,} of {self.evaluation.n_cells:,} cells are {self.rule.novel_means}; see best, "
+                "or predict with --novel-threshold 0"
+            )
+        if self.n_low_depth:
+            notes.append(
+                f"{self.n_low_depth:,} of {self.evaluation.n_cells:,} cells have fewer than {self.rule.min_open:,} "
+                f"open islands and are named {LOW_DEPTH}, which counts as an error"
             )
         if self.evaluation.n_without_truth:
             notes.append(f"{self.evaluation.n_without_truth:,} cells without a {self.truth} are left out")
@@ -115,8 +121,9 @@ class EvaluationReport:
             "n_by_split": self.n_by_split,
             "n_trained_on": self.n_trained_on,
             "calibration_error": None if math.isnan(self.calibration_error) else self.calibration_error,
-            "novel_threshold": self.novel_threshold,
+            "options": asdict(self.rule),
             "share_novel": self.share_novel,
+            "n_low_depth": self.n_low_depth,
             "best_accuracy": self.best.accuracy,
             "best_macro_f1": self.best.macro_f1,
             "unknown_types": self.unknown_types,
@@ -193,12 +200,13 @@ def evaluate(
         model=folder.manifest.model,
         truth=truth,
         cells=cells,
-        novel_threshold=folder.manifest.novel_threshold,
+        rule=folder.manifest.rule,
         evaluation=evaluation,
         best=evaluate_labels(true_types, rows["best"]),
         n_by_split=n_by_split,
         calibration_error=_calibration_error(chances, true_types, classes),
         n_novel=int((rows["label"][true_types != ""] == NOVEL).sum()),
+        n_low_depth=int((rows["label"][true_types != ""] == LOW_DEPTH).sum()),
         unknown_types={str(name): int(n) for name, n in n_true.items() if name not in classes},
         lineage=_lineage(folder, true_types, rows),
         label_map=mapping,

@@ -70,14 +70,25 @@ class CellTyper(nn.Module):
         logits: Tensor = self.head(hidden, tokens, islands, offsets)
         return logits
 
-    @torch.inference_mode()
     def predict(self, batch: Batch) -> NDArray[np.float32]:
         """Logits float32 [B, Y] of a batch whose tokens are listed, dropout off."""
+        return self.predict_with_embedding(batch)[0]
+
+    @torch.inference_mode()
+    def predict_with_embedding(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Logits float32 [B, Y], and the embedding [B, M] that the head's last layer made them of, dropout off."""
         training = self.training
         self.eval()
         try:
-            logits = self(*batch_tokens(batch, self.head.classifier.weight.device))
+            tokens = batch_tokens(batch, self.head.classifier.weight.device)
+            hidden = self.linformer(*tokens) if self.head.reads_encoder else None
+            embedding = self.head.embed(hidden, *tokens)
+            logits = self.head.classifier(embedding)
         finally:
             self.train(training)
-        result: NDArray[np.float32] = logits.float().cpu().numpy()
-        return result
+        return _float32(logits), _float32(embedding)
+
+
+def _float32(tensor: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = tensor.float().cpu().numpy()
+    return array

@@ -40,7 +40,8 @@ def finetuned_card(info: ModelInfo, vocabulary: Vocabulary) -> str:
             *_common(info, vocabulary),
             f"- head: {head}; labels from obs column `{facts['labels']}`, held out: {facts['holdout']}",
             f"- cells: {', '.join(f'{n:,} {split}' for split, n in facts['split'].items())}",
-            f"- temperature {info.temperature:.3f}, fitted on the val cells; novel below {info.novel_threshold}",
+            f"- {_scaling(info)}, fitted on the val cells; {_novel(info)}",
+            *_errors(info),
             *_labels(info),
             *_figures("val", facts["validation"]),
             *_figures("test (cells that fine-tuning never saw)", facts["test"]),
@@ -79,6 +80,24 @@ def _labels(info: ModelInfo) -> list[str]:
 def _in_table(name: str) -> str:
     """A name as one field of a table in Markdown."""
     return " ".join(name.split()).replace("|", "\\|")
+
+
+def _scaling(info: ModelInfo) -> str:
+    return f"temperature {info.temperature:.3f}" if not info.scales else "vector scaling"
+
+
+def _novel(info: ModelInfo) -> str:
+    if info.novel_rate is None:
+        return f"novel below {info.novel_threshold}"
+    return f"novel by {info.novelty}, so that {info.novel_rate:.1%} of known cells are"
+
+
+def _errors(info: ModelInfo) -> list[str]:
+    shown = [
+        f"{found['before']:.3f} -> {found['after']:.3f} ({split})"
+        for split, found in info.calibration_errors.items()
+    ]
+    return [f"- expected calibration error, before -> after scaling: {', '.join(shown)}"] if shown else []
 
 
 def _common(info: ModelInfo, vocabulary: Vocabulary) -> list[str]:

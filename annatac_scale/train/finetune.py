@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from annatac_scale.errors import ConfigError, InputError, ModelError
-from annatac_scale.model.calibration import fit_temperature
+from annatac_scale.model.calibration import VECTOR_CELLS
 from annatac_scale.model.cell_typer import CellTyper, build_head
 from annatac_scale.model.encoder import batch_tokens
 from annatac_scale.model.folder import Model, ModelInfo, read_model, write_model
 from annatac_scale.model.heads import LossSum, PooledHead
 from annatac_scale.model.hierarchy import Hierarchy
+from annatac_scale.model.novelty import Outputs
 from annatac_scale.model.ontology import read_hierarchy
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.place import Location, on_disk
@@ -34,6 +35,7 @@ from annatac_scale.stream.selection import sequential
 from annatac_scale.stream.tokens import TokenLister
 from annatac_scale.stream.vocabulary import count_open
 from annatac_scale.train.card import finetuned_card
+from annatac_scale.train.confidence_fit import Confidence, fit_confidence
 from annatac_scale.train.interruption import interruption
 from annatac_scale.train.label_map import LabelMap
 from annatac_scale.train.loop import Loop, micro_batches, train
@@ -134,14 +136,25 @@ class FinetuneTask:
         self, cells: NDArray[np.int64], after_batch: Callable[[], None] = lambda: None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Logits [n, types] and true codes [n] of labelled cells, in order of their ids."""
-        parts = [np.empty((0, len(self._labelled.types)), np.float32)]
+        return self.outputs(cells, after_batch).logits, self._labelled.codes_of(np.sort(cells))
+
+    def outputs(self, cells: NDArray[np.int64], after_batch: Callable[[], None] = lambda: None) -> Outputs:
+        """What the model says of cells, in order of their ids."""
+        typer = self.module.typer
+        logits = [np.empty((0, typer.head.classifier.out_features), np.float32)]
+        embedding = [np.empty((0, typer.head.classifier.in_features), np.float32)]
+        n_open = [np.empty(0, np.int64)]
         new_of_old = self._lister.vocabulary.new_of_old()
         for ids, rows in sequential(self._store, cells):
-            batch = self._lister(Batch.from_open(ids, rows.renumber(new_of_old)))
-            pieces = micro_batches(batch, self._config.train.micro_tokens)
-            parts += [self.module.typer.predict(piece) for piece in pieces]
+            read = rows.renumber(new_of_old)
+            n_open.append(read.n_open)
+            batch = self._lister(Batch.from_open(ids, read))
+            for piece in micro_batches(batch, self._config.train.micro_tokens):
+                said = typer.predict_with_embedding(piece)
+                logits.append(said[0])
+                embedding.append(said[1])
             after_batch()
-        return np.concatenate(parts), self._labelled.codes_of(np.sort(cells))
+        return Outputs(np.concatenate(logits), np.concatenate(embedding), np.concatenate(n_open))
 
 
 def figures_of(logits: NDArray[np.float32], truth: NDArray[np.int64]) -> dict[str, float]:
@@ -277,6 +290,11 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
     ):
         loop = Loop(task, stream, options, ranks, record, progress, asked)
         figures = train(loop, lambda: _initialise(task.module.typer, work, progress))
+    tested = task.logits(labelled.of("test"))
+    calibration = work.config.calibration
+    confidence = fit_confidence(task.outputs, work.store, labelled, calibration, options.seed, tested)
+    if confidence.scaling.kind != calibration:
+        progress.say(_no_vector(labelled))
     facts = {
         "labels": work.labels,
         "holdout": work.holdout,
@@ -285,13 +303,14 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
         "n_dropped": labelled.n_dropped,
         "label_map": None if work.label_map is None else work.label_map.facts,
         "validation": figures,
-        "test": figures_of(*task.logits(labelled.of("test"))),
+        "test": figures_of(*tested),
+        "calibration": {"kind": confidence.scaling.kind, "errors": confidence.errors},
     }
-    info = _info(work, fit_temperature(*task.logits(labelled.of("val"))), facts)
+    info = _info(work, confidence, facts)
     pretrained = work.pretrained
     typer = task.module.typer
     encoder = typer.encoder_and_pool(info.linformer_trained)
-    model = Model(info, pretrained.vocabulary, pretrained.islands, encoder, typer)
+    model = Model(info, pretrained.vocabulary, pretrained.islands, encoder, typer, known=confidence.known)
     write_split(Path(run.location) / SPLIT_FILE, work.store, labelled)
     write_model(run.model, model, finetuned_card(info, model.vocabulary))
 
@@ -345,7 +364,16 @@ def class_weights(counts: NDArray[np.int64], rule: str) -> NDArray[np.float32]:
     return ((1 - frequency) ** 2 if rule == "paper" else np.ones(len(counts))).astype(np.float32)
 
 
-def _info(work: _Work, temperature: float, facts: dict[str, Any]) -> ModelInfo:
+def _no_vector(labelled: LabelledCells) -> str:
+    codes = labelled.codes_of(labelled.of("val"))
+    counts = np.bincount(codes, minlength=len(labelled.types))
+    return (
+        f"calibration=vector: found {counts.min():,} val cells of {labelled.types[int(counts.argmin())]!r}, expected "
+        f"{VECTOR_CELLS} of each type; one temperature is fitted instead"
+    )
+
+
+def _info(work: _Work, confidence: Confidence, facts: dict[str, Any]) -> ModelInfo:
     labelled, before = work.labelled, work.pretrained.info.provenance
     before_trained = work.pretrained.info.linformer_trained
     reads = work.config.head.kind != "pooled" or work.config.head.reads != "none"
@@ -357,7 +385,13 @@ def _info(work: _Work, temperature: float, facts: dict[str, Any]) -> ModelInfo:
         head=work.config.head,
         labels=labelled.types,
         hierarchy=work.hierarchy,
-        temperature=temperature,
+        temperature=confidence.scaling.temperature,
+        scales=confidence.scaling.scales,
+        biases=confidence.scaling.biases,
+        novel_threshold=work.config.novel_threshold,
+        novelty=work.config.novelty,
+        novel_rate=work.config.novel_rate,
+        calibration_errors=confidence.errors,
         provenance={
             "made_by": made_by(),
             "kind": "finetuned",

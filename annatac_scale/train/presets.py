@@ -8,6 +8,7 @@ from annatac_scale.model.cell_typer import HeadConfig
 from annatac_scale.model.folder import PoolConfig
 from annatac_scale.model.heads import objectives_of
 from annatac_scale.model.linformer import EncoderConfig
+from annatac_scale.model.novelty import checked_score
 from annatac_scale.model.pool import READS
 from annatac_scale.stream.masking import MaskingOptions
 from annatac_scale.train.positions import VALUES
@@ -15,6 +16,9 @@ from annatac_scale.train.train_options import TrainOptions
 
 PRESETS = ("tiny", "small", "paper")
 CLASS_WEIGHTS = ("balanced", "paper", "none")
+CALIBRATIONS = ("temperature", "vector")
+PAPER_NOVEL_THRESHOLD = 0.5
+"""annATAC's rule: a cell whose largest probability is below it is of a novel type."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,31 @@ class FinetuneConfig:
     """Of the cells that are not held out: for early stopping and the temperature."""
     calibration_share: float = 0.1
     """Of the cells that are not held out: for thresholds."""
+    calibration: str = "temperature"
+    """How val cells scale the logits: by one "temperature", or "vector", where there are enough of them."""
+    novelty: str = "max_probability"
+    """The model's novelty score: one of model.novelty.SCORES."""
+    novel_rate: float | None = None
+    """Share of known cells that the model may call novel by it; None: ``novel_threshold`` decides."""
+    novel_threshold: float = PAPER_NOVEL_THRESHOLD
+    """Confidence below which the model calls a cell novel, where there is no rate."""
 
     def __post_init__(self) -> None:
+        checked_score(self.novelty)
+        if self.calibration not in CALIBRATIONS:
+            raise ConfigError(
+                f"calibration: found {self.calibration!r}, expected {' or '.join(CALIBRATIONS)}"
+            )
+        if self.novel_rate is None and self.novelty != "max_probability":
+            raise ConfigError(
+                f"novelty: found {self.novelty!r} and no novel_rate, expected one, as novel_rate=0.05: the threshold "
+                "is of max_probability alone"
+            )
+        rate = self.novel_rate
+        if not 0 <= self.novel_threshold <= 1 or (rate is not None and not 0 < rate < 1):
+            raise ConfigError(
+                f"novel_threshold, novel_rate: found {self.novel_threshold}, {rate}, expected shares"
+            )
         if self.class_weights not in CLASS_WEIGHTS:
             raise ConfigError(
                 f"class_weights: found {self.class_weights!r}, expected {', '.join(CLASS_WEIGHTS)}"

@@ -131,7 +131,7 @@ def split_cells(
     split = np.full(store.n_cells, "train", object)
     if group is not None:
         split[_held_out(store, rule, label_texts(obs[group[0]]), cells)] = "test"
-    by_hash = cells[np.argsort(_hashes(obs.iloc[cells], rule.seed), kind="stable")]
+    by_hash = cells[np.argsort(cell_hashes(obs.iloc[cells], rule.seed), kind="stable")]
     by_hash = by_hash[split[by_hash] == "train"]
     for _, members in pd.Series(by_hash).groupby(text[by_hash]):
         split[members] = _dealt(len(members), rule)
@@ -192,7 +192,8 @@ def _codes(text: Texts, types: list[str]) -> NDArray[np.int64]:
     return np.array([code[name] for name in text], np.int64)
 
 
-def _hashes(obs: pd.DataFrame, seed: int) -> NDArray[np.uint64]:
+def cell_hashes(obs: pd.DataFrame, seed: int) -> NDArray[np.uint64]:
+    """A hash of (seed, sample, barcode) for each row of ``obs``, uint64 [n]: no order of samples changes it."""
     cells = zip(obs["sample"], obs["barcode"], strict=True)
     digests = [hashlib.blake2b(f"{seed}\t{s}\t{b}".encode(), digest_size=8).digest() for s, b in cells]
     return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)

@@ -156,6 +156,22 @@ def test_a_note_says_so_where_most_cells_are_novel_and_best_does_not_depend_on_i
     assert report.best.accuracy == pytest.approx((known["best"] == known["truth"]).mean())
 
 
+def test_cells_of_low_depth_are_counted_noted_and_errors(atlas: Path, tmp_path: Path) -> None:
+    predict(atlas / "atlas.zarr", atlas / "run/model", tmp_path / "labels", min_open=5, novel_threshold=0)
+    report = evaluate(tmp_path / "labels", atlas / "atlas.zarr", "truth")
+    table = joined(atlas)
+    known = table[(table["split"] == "test") & table["truth"].notna()]
+    low = known["n_open"] < 5
+    assert report.n_low_depth == low.sum() > 0
+    assert report.evaluation.accuracy == pytest.approx(((known["best"] == known["truth"]) & ~low).mean())
+    assert report.n_novel == 0
+    note = (
+        f"{low.sum()} of {len(known)} cells have fewer than 5 open islands and are named Unassigned_low_depth"
+    )
+    assert any(line.startswith(note) for line in report.notes)
+    assert report.to_dict()["n_low_depth"] == low.sum()
+
+
 def test_truths_of_numbers_are_compared_as_text(atlas: Path, tmp_path: Path) -> None:
     small_model(tmp_path / "run/model", types=("0", "1", "9"))
     predict(atlas / "atlas.zarr", tmp_path / "run/model", tmp_path / "labels", novel_threshold=0)

@@ -13,6 +13,7 @@ from click.testing import Result
 from command_line import EPOCHS, N_CELLS, N_PEAKS, Atlas, done, files_below, run, strict_json
 
 from annatac_scale.cli import main
+from annatac_scale.model.novelty import SCORES
 from annatac_scale.store.store import IslandStore
 
 
@@ -88,6 +89,35 @@ def test_a_novel_threshold_of_0_names_no_cell_novel_and_an_h5ad_carries_the_labe
     assert (table["label"] == table["best"]).all()
     obs = anndata.read_h5ad(h5ad).obs
     assert obs["annatac_label"].astype(str).tolist() == table["label"].loc[obs.index].astype(str).tolist()
+
+
+def test_a_chosen_rate_sets_and_low_depth_are_asked_for_on_the_command_line(atlas: Atlas) -> None:
+    out = atlas.folder / "labels_rate"
+    words = (
+        "--model",
+        atlas.typer,
+        "--out",
+        out,
+        "--coverage",
+        0.5,
+        "--coverage-per-class",
+        "--min-open",
+        10_000,
+    )
+    asked = (*words, "--novelty", "knn", "--novel-rate", 0.5, "--novel-adapt")
+    assert (
+        f", 0 named Novel_cell_type, {N_CELLS} Unassigned_low_depth"
+        in done("predict", atlas.store, *asked).stdout
+    )
+    table = pd.read_parquet(out)
+    assert (table["label"] == "Unassigned_low_depth").all()
+    assert table["set_size"].tolist() == [len(types) for types in table["set"]]
+    assert table["novelty_p"].between(0, 1).all()
+
+
+def test_the_novelty_scores_of_the_command_line_are_those_that_there_are() -> None:
+    (option,) = [option for option in main.commands["predict"].params if option.name == "novelty"]
+    assert tuple(option.type.choices) == SCORES
 
 
 def test_labels_are_joined_to_a_store_without_inputs(atlas: Atlas, tmp_path: Path) -> None:

@@ -123,6 +123,10 @@ MISTAKES = {
         f"{PREDICT} --write-h5ad s3://b/x.h5ad", "--write-h5ad s3://b/x.h5ad: found an URL", "a path on a disk",
     ),
     "threshold out of range": (f"{PREDICT} --novel-threshold 1.5", "1.5", "expected"),
+    "threshold and rate": (
+        f"{PREDICT} --novel-threshold 0.5 --novel-rate 0.1", "--novel-threshold 0.5", "--novel-rate was given too",
+    ),
+    "coverage out of range": (f"{PREDICT} --coverage 90", "found 90.0", "above 0 and below 1"),
     # evaluate
     "evaluation of no labels": (
         "evaluate nosuch --store {store} --truth cell_type", "nosuch: found no", "`annatac predict`",

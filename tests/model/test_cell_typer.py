@@ -31,6 +31,22 @@ def test_logits_of_a_batch_are_those_of_its_cells_one_by_one(kind: str) -> None:
 
 
 @ONE_OF_EACH
+def test_the_embedding_is_what_the_last_layer_makes_the_logits_of(kind: str) -> None:
+    typer = toy_model(HeadConfig(kind)).typer.eval()
+    batch = toy_batch()
+    logits, embedding = typer.predict_with_embedding(batch)
+    np.testing.assert_array_equal(logits, typer.predict(batch))
+    weight, bias = (tensor.detach().numpy() for tensor in typer.head.classifier.parameters())
+    np.testing.assert_allclose(embedding @ weight.T + bias, logits, rtol=1e-5, atol=1e-5)
+    tokens = batch_tokens(batch, torch.device("cpu"))
+    with torch.no_grad():
+        expected = typer.head.embed(typer.linformer(*tokens), *tokens)
+        np.testing.assert_array_equal(logits, typer(*tokens).numpy())
+    np.testing.assert_array_equal(embedding, expected.numpy())
+    assert embedding.dtype == np.float32
+
+
+@ONE_OF_EACH
 def test_cells_without_tokens_and_batches_without_cells_have_logits(kind: str) -> None:
     typer = toy_model(HeadConfig(kind)).typer
     closed = typer.predict(toy_batch((0, 0)))
