@@ -13,6 +13,7 @@ from click.testing import Result
 from command_line import EPOCHS, N_CELLS, N_PEAKS, Atlas, done, files_below, run, strict_json
 
 from annatac_scale.cli import main
+from annatac_scale.model.novelty import SCORES
 from annatac_scale.store.store import IslandStore
 
 
