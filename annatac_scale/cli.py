@@ -384,7 +384,10 @@ def finetune(store: "Location", **options: Any) -> None:
     "--coverage", metavar="SHARE", type=float,
     help="Share of the cells whose prediction set holds the true type; default: 0.9.",
 )  # fmt: skip
-@click.option("--coverage-per-class", is_flag=True, help="That share of the cells of each type.")
+@click.option(
+    "--coverage-per-class/--coverage-marginal", default=True,
+    help="That share of the cells of each type, or of all cells together.",
+)  # fmt: skip
 @click.option(
     "--min-open", metavar="N", default=0, type=click.IntRange(min=0),
     help="Cells with fewer open islands are Unassigned_low_depth, and never novel.",

@@ -27,15 +27,17 @@ DEFAULT_RATE = 0.05
 class ConfidenceOptions:
     """What ``predict`` is asked for; None is the model's own.
 
-    coverage: share of the cells whose prediction set holds the true type; coverage_per_class: in each type
+    coverage: share of the cells whose prediction set holds the true type
+    coverage_per_class: that share of the cells of each type, whatever the mixture of types; else of all cells together
     novelty: a score (model/novelty.py); novel_rate: share of known cells that it may call novel
     novel_threshold: confidence below which a cell is novel, the paper's rule, in place of both; 0 calls none novel
-    novel_adapt: take what the median score of each sample is above that of the calib cells off its scores
+    novel_adapt: take what the median score of each sample is above that of the calib cells off its scores; assumes that
+        few of its cells are novel, and that its types are about as frequent as in the calib cells
     min_open: cells with fewer open islands are Unassigned_low_depth, and never novel
     """
 
     coverage: float | None = None
-    coverage_per_class: bool = False
+    coverage_per_class: bool = True
     novelty: str | None = None
     novel_rate: float | None = None
     novel_threshold: float | None = None
@@ -90,7 +92,7 @@ class ConfidenceRule:
         info = model.info
         n_calib = 0 if model.known is None else model.known.n_calib
         coverage = options.coverage or (DEFAULT_COVERAGE if n_calib else None)
-        if not n_calib and (options.coverage or options.coverage_per_class):
+        if not n_calib and options.coverage:
             raise ModelError(_no_calib(model, "--coverage"))
         novelty, rate, threshold = (
             options.novelty or info.novelty,

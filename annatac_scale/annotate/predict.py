@@ -213,13 +213,14 @@ class _Predictor:
         if self._cells.sample != sample.name:
             barcodes = sample.obs().index.to_numpy(object)
             split = self._splits.of(sample, barcodes)
-            self._cells = _SampleCells(sample.name, barcodes, split, self._shift(sample))
+            self._cells = _SampleCells(sample.name, barcodes, split, self._shift(sample, split))
         return self._cells
 
-    def _shift(self, sample: Sample) -> float:
-        """What the median novelty score of a sample is above that of the calib cells.
+    def _shift(self, sample: Sample, split: NDArray[np.object_]) -> float:
+        """What the median novelty score of a sample's cells is above that of the calib cells.
 
-        It is taken over 16 blocks, evenly spaced: one part's memory and time, and a function of the sample alone.
+        It is taken over 16 blocks, evenly spaced: one part's memory and time, and a function of the sample alone. Cells
+        that the model was trained on score low and are left out, as are closed ones and those of low depth.
         """
         rule, known = self._rule.rule, self._rule.known
         if not rule.novel_adapt or known is None:
@@ -231,12 +232,14 @@ class _Predictor:
         rows = OpenIslands.concatenate(read)
         first_of_block = blocks * BLOCK_CELLS
         in_sample = [first + np.arange(len(some)) for first, some in zip(first_of_block, read, strict=True)]
-        outputs = self._outputs(sample.first_cell, np.concatenate([np.empty(0, np.int64), *in_sample]), rows)
-        scores = self._rule.novelty_scores(outputs)[outputs.n_open >= max(rule.min_open, 1)]
+        cells = np.concatenate([np.empty(0, np.int64), *in_sample])
+        outputs = self._outputs(sample.first_cell, cells, rows)
+        taken = (outputs.n_open >= max(rule.min_open, 1)) & (split[cells] != "train")
+        scores = self._rule.novelty_scores(outputs)[taken]
         if len(scores) < ADAPT_CELLS:
             self._progress.say(
-                f"{sample.name}: --novel-adapt: found {len(scores):,} cells, expected at least {ADAPT_CELLS}; its "
-                "novelty scores stay as they are"
+                f"{sample.name}: --novel-adapt: found {len(scores):,} cells that the model was not trained on, "
+                f"expected at least {ADAPT_CELLS}; its novelty scores stay as they are"
             )
             return 0.0
         return float(np.median(scores) - np.median(known.scores[rule.novelty]))

@@ -6,8 +6,8 @@ from annatac_scale.model.folder import ModelInfo
 from annatac_scale.stream.vocabulary import Vocabulary
 
 _CONFIDENCE = (
-    "A confidence is the largest softmax probability after temperature scaling. The model knows only the types "
-    "above: a cell of another type gets one of them, or `Novel_cell_type` when its confidence is low."
+    "A confidence is the largest softmax probability after scaling. The model knows only the types above: a cell of "
+    "another type gets one of them, or `Novel_cell_type` where the novelty rule says so."
 )
 
 

@@ -30,7 +30,7 @@ def test_labels_are_best_types_novel_or_of_low_depth() -> None:
 def test_by_default_the_threshold_of_the_model_decides(model: Model) -> None:
     rule = rule_of(model)
     assert (rule.novelty, rule.novel_threshold, rule.novel_rate) == ("max_probability", NOVEL_THRESHOLD, None)
-    assert (rule.coverage, rule.coverage_per_class, rule.novel_adapt, rule.min_open) == (0.9, False, False, 0)
+    assert (rule.coverage, rule.coverage_per_class, rule.novel_adapt, rule.min_open) == (0.9, True, False, 0)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,6 @@ def test_without_calib_cells_there_is_the_threshold_and_nothing_else(model: Mode
         assert rule_of(without, novel_threshold=0.2).novel_threshold == 0.2
         for options in (
             {"coverage": 0.8},
-            {"coverage_per_class": True},
             {"novelty": "knn"},
             {"novel_rate": 0.1},
         ):
