@@ -264,6 +264,7 @@ def finetune(
     out: AnyPath,
     head: str | None = None,
     holdout: float | str = 0.2,
+    group: str | None = None,
     freeze_encoder: bool = False,
     epochs: int | None = None,
     config: AnyPath | None = None,
@@ -274,8 +275,9 @@ def finetune(
 
     store, model: on a disk or in object storage; out: on a disk
     labels: obs column with the cell types
-    head: "pooled", "cnn" or "subtype"; None for "pooled", but "cnn" after preset paper
+    head: "pooled", "linear", "cnn" or "subtype"; None for "pooled", with few labels "linear", "cnn" after preset paper
     holdout: share of each type's cells that test, or "column=value": all cells with that value test
+    group: obs column, or "sample", whose cells of one value (a donor, a batch) keep together: whole groups test
     config, settings: as for ``pretrain``
     """
     from annatac_scale.config import override, read_toml
@@ -296,7 +298,7 @@ def finetune(
         chosen = replace(chosen, freeze_encoder=True)
     if epochs is not None:
         chosen = replace(chosen, train=replace(chosen.train, epochs=epochs, min_steps=0))
-    return run(IslandStore.open(store), pretrained, labels, out, chosen, holdout, progress)
+    return run(IslandStore.open(store), pretrained, labels, out, chosen, holdout, progress, group or "")
 
 
 def predict(
