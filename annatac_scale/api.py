@@ -264,6 +264,7 @@ def finetune(
     out: AnyPath,
     head: str | None = None,
     holdout: float | str = 0.2,
+    group: str | None = None,
     freeze_encoder: bool = False,
     label_map: AnyPath | None = None,
     hierarchy: AnyPath | None = None,
@@ -276,8 +277,9 @@ def finetune(
 
     store, model: on a disk or in object storage; out: on a disk
     labels: obs column with the cell types
-    head: "pooled", "cnn" or "subtype"; None for "pooled", but "cnn" after preset paper
+    head: "pooled", "linear", "cnn" or "subtype"; None for "pooled", with few labels "linear", "cnn" after preset paper
     holdout: share of each type's cells that test, or "column=value": all cells with that value test
+    group: obs column, or "sample", whose cells of one value (a donor, a batch) keep together: whole groups test
     label_map: table of from and to, which renames, merges and drops labels before anything else
     hierarchy: table of child and parent, or an OBO or OWL file, with what lies above the labels
     config, settings: as for ``pretrain``
@@ -308,6 +310,7 @@ def finetune(
         chosen,
         holdout,
         progress,
+        group=group or "",
         label_map=label_map,
         hierarchy=hierarchy,
     )

@@ -335,12 +335,16 @@ def pretrain(store: "Location", **options: Any) -> None:
 @_folder("--out", required=True, help="Folder of the run; the model is FOLDER/model.")
 @click.option(
     "--head",
-    type=click.Choice(["pooled", "cnn", "subtype"]),
-    help="Default: pooled, but cnn after preset paper.",
+    type=click.Choice(["pooled", "linear", "cnn", "subtype"]),
+    help="Default: pooled; linear, a probe of the frozen model, with few labels; cnn after preset paper.",
 )
 @click.option(
     "--holdout", default="0.2", metavar="SHARE|COLUMN=VALUE",
     help="Cells to test on, never trained on: a share of each type, or all with a value, as donor=D5.",
+)  # fmt: skip
+@click.option(
+    "--group", metavar="COLUMN",
+    help="Keep the cells of a donor or batch together: whole groups test, never cells of one that trains.",
 )  # fmt: skip
 @click.option("--freeze-encoder", is_flag=True, help="Train the head alone.")
 @_file("--label-map", help=_LABEL_MAP_HELP)
@@ -355,7 +359,7 @@ def finetune(store: "Location", **options: Any) -> None:
     Run again, the same command goes on after the newest checkpoint.
     """
     report = api.finetune(store, progress=TerminalProgress(), **options)
-    click.echo(f"{report.model}: {len(report.types)} types, val {_figures(report.figures)}")
+    click.echo(f"{report.model}: {len(report.types)} types, {report.judged_on} {_figures(report.figures)}")
     if report.test:
         click.echo(f"held-out cells ({report.split['test']:,}): {_figures(report.test)}")
 

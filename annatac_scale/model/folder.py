@@ -120,7 +120,7 @@ class ModelInfo:
     @property
     def pooled_layer(self) -> PoolConfig | None:
         """That of the encoder, or of a fine-tuned model's head; None where there is none."""
-        if self.head is None or self.head.kind != "pooled":
+        if self.head is None or not self.head.pools:
             return self.pool
         return PoolConfig(self.head.pooled, self.head.reads)
 

@@ -1,5 +1,6 @@
 """Model cards, generated from what was run."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from annatac_scale.model.folder import ModelInfo
@@ -39,11 +40,12 @@ def finetuned_card(info: ModelInfo, vocabulary: Vocabulary) -> str:
             "",
             *_common(info, vocabulary),
             f"- head: {head}; labels from obs column `{facts['labels']}`, held out: {facts['holdout']}",
+            *([] if facts["groups"] is None else [f"- {groups_text(facts['groups'])}"]),
             f"- cells: {', '.join(f'{n:,} {split}' for split, n in facts['split'].items())}",
-            f"- {_scaling(info)}, fitted on the val cells; {_novel(info)}",
+            f"- {_scaling(info)}, fitted on the {facts['judged_on']} cells; {_novel(info)}",
             *_errors(info),
             *_labels(info),
-            *_figures("val", facts["validation"]),
+            *_figures(facts["judged_on"], facts["validation"]),
             *_figures("test (cells that fine-tuning never saw)", facts["test"]),
             f"- {facts['pretraining_cells']}",
             "",
@@ -54,6 +56,18 @@ def finetuned_card(info: ModelInfo, vocabulary: Vocabulary) -> str:
             _CONFIDENCE,
             "",
         ]
+    )
+
+
+def groups_text(groups: Mapping[str, Any]) -> str:
+    """Which groups the splits are of. groups: column, of_split, whole, n_without_group"""
+    of_split, whole = groups["of_split"], groups["whole"]
+    shown = [f"{split} {', '.join(of_split[split])}" for split in (*whole, "train")]
+    if "val" not in whole:
+        shown.append("val and calib: cells of the groups that train, of which none can be spared")
+    return (
+        f"whole groups of {groups['column']}: {'; '.join(shown)}; {groups['n_without_group']:,} labelled cells without "
+        "a group are left out"
     )
 
 

@@ -1,14 +1,16 @@
 """What a fine-tuning run learns of its own confidence, at its end: scaling, and what the model keeps of known cells.
 
 train cells: means of the types, spread within them, and the stored references; at most MOST_CELLS of a type
-val cells: the scaling of the logits, and the depth trends of the distances
+val cells: the scaling of the logits, and the depth trends of the distances; where a linear probe has none, its training
+    cells, each by a fit and by distances that leave its fold out
 calib cells: their scores alone, so that they stay exchangeable with cells that are still to come
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from sklearn.covariance import LedoitWolf
 
@@ -22,18 +24,34 @@ from annatac_scale.model.calibration import (
 )
 from annatac_scale.model.novelty import DISTANCES, SCORES, DepthTrend, KnownCells, Outputs
 from annatac_scale.store.store import IslandStore
-from annatac_scale.train.presets import CALIBRATIONS
+from annatac_scale.train.presets import CALIBRATIONS, FinetuneConfig
 from annatac_scale.train.splits import LabelledCells, cell_hashes
 
 MOST_CELLS = 2000
 """Training cells of a type that means and spread are taken from, drawn by hash: bounds time and memory."""
 REFERENCES = 200
 """Training cells of a type that are stored: the first of those."""
+OUT_OF_FOLD = "out-of-fold training"
+"""Names the cells that judge a linear probe without val cells: each by a fit that did not see it."""
 
 _LEAST_VARIANCE = 1e-6  # Of the mean variance: a layer norm leaves one direction without any.
 
 Floats = NDArray[np.float32]
 Codes = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """Labelled cells that the fit did not see, and what it says of them: scaling and depth trends are fitted on them.
+
+    on: which they are, "val" or OUT_OF_FOLD; cells: int64 [n], increasing ids; logits: [n, C]
+    folds: int64 [n], which fold held out each where they are training cells, else None
+    """
+
+    on: str
+    cells: NDArray[np.int64]
+    logits: NDArray[np.floating]
+    folds: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,48 +63,68 @@ class Confidence:
     errors: dict[str, dict[str, float]]
 
 
+@dataclass(frozen=True, eq=False)
+class _Training:
+    """The training cells that are looked at, in order of their ids; places: in the order of hashes, int64 [n]."""
+
+    cells: NDArray[np.int64]
+    codes: Codes
+    embedding: Floats
+    n_open: NDArray[np.int64]
+    places: NDArray[np.int64]
+
+    def measure(self, chosen: NDArray[np.bool_]) -> KnownCells:
+        """What distances are taken to, of some of the cells, bool [n]; no trends and no calib cells yet."""
+        _, codes = np.unique(self.codes[chosen], return_inverse=True)
+        embedding = self.embedding[chosen]
+        means, whitening = means_and_whitening(embedding, codes, int(codes.max()) + 1)
+        stored = embedding[_first(self.places[chosen], codes, REFERENCES)]
+        none = np.empty(0, np.float32)
+        return KnownCells(means, whitening, stored, {}, none, none.astype(np.int32), {})
+
+
 def fit_confidence(
     outputs: Callable[[NDArray[np.int64]], Outputs],
     store: IslandStore,
     labelled: LabelledCells,
-    calibration: str,
-    seed: int,
-    tested: tuple[Floats, Codes],
+    config: FinetuneConfig,
+    judged: Judged,
+    said: Mapping[str, Outputs],
 ) -> Confidence:
     """Fit all of it.
 
     outputs: what the model says of labelled cells, in order of their ids
-    calibration: one of CALIBRATIONS; "vector" is taken only with VECTOR_CELLS val cells of each type, else the
-        temperature: ``scaling.kind`` tells
-    tested: logits and codes of the test cells, below 0 where the model does not know the type
+    config: its calibration "vector" is taken only with VECTOR_CELLS judged cells of each type, else the temperature:
+        ``scaling.kind`` tells
+    said: what the model says of the val, calib and test cells
     """
-    n_types = len(labelled.types)
-    val, val_codes = labelled.of("val"), labelled.codes_of(labelled.of("val"))
-    validated = outputs(val)
-    scaling = fit_scaling(validated.logits, val_codes, calibration)
-    drawn, stored = _drawn(store, labelled, seed)
-    training = outputs(drawn).embedding
-    known = _measure(training, labelled.codes_of(drawn), n_types, np.isin(drawn, stored))
-    trends = {
-        name: DepthTrend.fit(known.distance(name, validated.embedding), validated.n_open)
-        for name in DISTANCES
-    }
+    scaling = fit_scaling(judged.logits, labelled.codes_of(judged.cells), config.calibration)
+    training = _training(outputs, store, labelled, config.train.seed)
+    known = training.measure(np.full(len(training.cells), True))
+    if judged.folds is None:
+        distances, n_open = _distances(known, said["val"].embedding), said["val"].n_open
+    else:
+        distances, n_open = _out_of_fold(training, judged.cells, judged.folds)
+    trends = {name: DepthTrend.fit(distances[name], n_open) for name in DISTANCES}
     known = replace(known, trends=trends)
-    calib = labelled.of("calib")
-    codes = labelled.codes_of(calib)
-    said = outputs(calib)
-    chances = scaling.probabilities(said.logits).astype(np.float32)
+    codes = labelled.codes_of(labelled.of("calib"))
+    chances = scaling.probabilities(said["calib"].logits).astype(np.float32)
     known = replace(
         known,
         chances=chances[np.arange(len(codes)), codes],
         codes=codes.astype(np.int32),
-        scores={name: np.sort(known.score(name, said, chances, scaling.temperature)) for name in SCORES},
+        scores={
+            name: np.sort(known.score(name, said["calib"], chances, scaling.temperature)) for name in SCORES
+        },
     )
-    errors = {"calib": _errors(said.logits, codes, scaling), "test": _errors(*tested, scaling)}
-    return Confidence(scaling, known, {name: found for name, found in errors.items() if found})
+    errors = {
+        split: _errors(said[split].logits, labelled.codes_of(labelled.of(split)), scaling)
+        for split in ("calib", "test")
+    }
+    return Confidence(scaling, known, {split: found for split, found in errors.items() if found})
 
 
-def fit_scaling(logits: Floats, codes: Codes, calibration: str) -> Scaling:
+def fit_scaling(logits: NDArray[np.floating], codes: Codes, calibration: str) -> Scaling:
     """The scaling fitted on some cells: see ``fit_confidence``. Raises ConfigError for another calibration."""
     if calibration not in CALIBRATIONS:
         raise ConfigError(f"calibration: found {calibration!r}, expected {' or '.join(CALIBRATIONS)}")
@@ -95,11 +133,25 @@ def fit_scaling(logits: Floats, codes: Codes, calibration: str) -> Scaling:
     return Scaling(fit_temperature(logits, codes))
 
 
-def _measure(embedding: Floats, codes: Codes, n_types: int, stored: NDArray[np.bool_]) -> KnownCells:
-    """What distances are taken to; no trends and no calib cells yet."""
-    means, whitening = means_and_whitening(embedding, codes, n_types)
-    none = np.empty(0, np.float32)
-    return KnownCells(means, whitening, embedding[stored], {}, none, none.astype(np.int32), {})
+def _distances(known: KnownCells, embedding: Floats) -> dict[str, NDArray[np.float64]]:
+    return {name: known.distance(name, embedding) for name in DISTANCES}
+
+
+def _out_of_fold(
+    training: _Training, cells: NDArray[np.int64], folds: NDArray[np.int64]
+) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.int64]]:
+    """Distances of judged training cells to what is left of the training cells without their fold, and their n_open.
+
+    cells, folds: as in ``Judged``; those of the cells that are not looked at have no part in it.
+    """
+    fold_of = pd.Series(folds, cells).reindex(training.cells).to_numpy()  # NaN for a cell that is in all fits
+    distances = {name: np.full(len(fold_of), np.nan) for name in DISTANCES}
+    for fold in set(folds.tolist()):
+        out = fold_of == fold
+        for name, found in _distances(training.measure(~out), training.embedding[out]).items():
+            distances[name][out] = found
+    is_judged = ~np.isnan(fold_of)
+    return {name: found[is_judged] for name, found in distances.items()}, training.n_open[is_judged]
 
 
 def means_and_whitening(embedding: Floats, codes: Codes, n_types: int) -> tuple[Floats, Floats]:
@@ -118,18 +170,21 @@ def means_and_whitening(embedding: Floats, codes: Codes, n_types: int) -> tuple[
     return means.astype(np.float32), (axes / np.sqrt(variances)).astype(np.float32)
 
 
-def _drawn(
-    store: IslandStore, labelled: LabelledCells, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Training cells that are looked at, and those of them that are stored, both increasing ids."""
+def _training(
+    outputs: Callable[[NDArray[np.int64]], Outputs], store: IslandStore, labelled: LabelledCells, seed: int
+) -> _Training:
     cells = labelled.of("train")
-    cells = cells[np.argsort(cell_hashes(store.obs([]).iloc[cells], seed), kind="stable")]
     codes = labelled.codes_of(cells)
-    of_types = [cells[codes == code] for code in range(len(labelled.types))]
-    return (
-        np.sort(np.concatenate([own[:MOST_CELLS] for own in of_types])),
-        np.sort(np.concatenate([own[:REFERENCES] for own in of_types])),
-    )
+    places = np.argsort(np.argsort(cell_hashes(store.obs([]).iloc[cells], seed), kind="stable"))
+    drawn = _first(places, codes, MOST_CELLS)
+    said = outputs(cells[drawn])
+    return _Training(cells[drawn], codes[drawn], said.embedding, said.n_open, places[drawn])
+
+
+def _first(places: NDArray[np.int64], codes: Codes, most: int) -> NDArray[np.bool_]:
+    """Whether each cell is among the ``most`` of its type that come first, bool [n]."""
+    first: NDArray[np.bool_] = (pd.Series(places).groupby(codes).rank() <= most).to_numpy()
+    return first
 
 
 def _errors(logits: Floats, codes: Codes, scaling: Scaling) -> dict[str, float]:

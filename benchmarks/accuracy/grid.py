@@ -219,7 +219,7 @@ def pretrain_config(over: Mapping[str, Any], seed: int) -> Config:
 def finetune_config(over: Mapping[str, Any], seed: int) -> Config:
     """All of a FinetuneConfig; no cells are set aside for thresholds, which nothing here looks at."""
     settled = {"calibration_share": 0.0, "train": {"seed": seed}}
-    return to_dict(from_dict(FinetuneConfig, _merged(over, settled), finetune_preset(PRESET)))
+    return to_dict(from_dict(FinetuneConfig, _merged(over, settled), finetune_preset(PRESET, "pooled")))
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Config:

@@ -27,6 +27,7 @@ HEADS = [
     HeadConfig("pooled", pooled=5),
     HeadConfig("cnn", hidden=(7, 6)),
     HeadConfig("subtype", (6, 5, 4)),
+    HeadConfig("linear", pooled=5),
 ]
 MODEL_FILES = {"config.json", "weights.safetensors", "positions.safetensors", "islands.tsv.gz", "README.md"}
 TYPER_FILES = MODEL_FILES | {"labels.json", "calibration.json", "known_cells.safetensors"}

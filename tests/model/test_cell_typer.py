@@ -6,7 +6,7 @@ from model_folders import LABELS, toy_batch, toy_model
 from annatac_scale.errors import ConfigError
 from annatac_scale.model.cell_typer import HEADS, HeadConfig, build_head
 from annatac_scale.model.encoder import batch_tokens
-from annatac_scale.model.heads import CnnHead, PooledHead
+from annatac_scale.model.heads import CnnHead, LinearHead, PooledHead
 from annatac_scale.stream.batch import Batch
 
 ONE_OF_EACH = pytest.mark.parametrize("kind", HEADS)
@@ -55,6 +55,25 @@ def test_cells_without_tokens_and_batches_without_cells_have_logits(kind: str) -
     assert typer.predict(toy_batch(())).shape == (0, len(LABELS))
 
 
+@pytest.mark.parametrize("reads", ["none", "gate"])
+def test_a_linear_head_is_linear_in_the_direction_of_z_from_the_centre(reads: str) -> None:
+    typer = toy_model(HeadConfig("linear", pooled=5, reads=reads)).typer
+    head = typer.head
+    assert isinstance(head, LinearHead)
+    generator = torch.Generator().manual_seed(0)
+    centre, bias = torch.randn(5, generator=generator), torch.randn(len(LABELS), generator=generator)
+    weight = torch.randn(len(LABELS), 5, generator=generator)
+    head.take_over(centre, weight, bias)
+    z = typer.pooled(toy_batch())
+    assert z.shape == (4, 5)
+    moved = z.astype(float) - centre.numpy()
+    expected = moved / np.sqrt((moved**2).sum(1, keepdims=True)) @ weight.numpy().T + bias.numpy()
+    np.testing.assert_allclose(typer.predict(toy_batch()), expected, rtol=1e-4, atol=1e-5)
+    trained = {name for name, parameter in head.named_parameters() if parameter.requires_grad}
+    assert trained == {"classifier.weight", "classifier.bias"}
+    assert head.table_parameters() == head.reading_parameters() == []
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_predict_drops_nothing_and_leaves_the_mode_as_it_was(training: bool) -> None:
     typer = toy_model(HeadConfig("pooled", island_dropout=0.9)).typer.train(training)
@@ -95,7 +114,7 @@ def test_the_configured_head_is_built() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "mean"}, "head kind: found 'mean', expected pooled, cnn, subtype"),
+        ({"kind": "mean"}, "head kind: found 'mean', expected pooled, linear, cnn, subtype"),
         ({"reads": "all"}, r"head reads: found 'all', expected none, gate, gate\+sum"),
         ({"pooled": 0}, "head sizes"),
         ({"hidden": (5, 0)}, "head sizes"),
