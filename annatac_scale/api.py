@@ -12,7 +12,7 @@ from annatac_scale.errors import ConfigError, InputError
 from annatac_scale.progress import Progress, Silent
 
 if TYPE_CHECKING:
-    from annatac_scale.annotate.evaluate import EvaluationReport
+    from annatac_scale.annotate.evaluation_report import EvaluationReport
     from annatac_scale.annotate.predict import PredictReport
     from annatac_scale.genome.islands import IslandSpace
     from annatac_scale.ingest.convert import ConvertReport
@@ -317,11 +317,35 @@ def predict(
     return run(store, model, out, novel_threshold=novel_threshold, write_h5ad=write_h5ad, progress=progress)
 
 
-def evaluate(labels: AnyPath, *, store: "Location", truth: str, cells: str = "test") -> "EvaluationReport":
-    """Compare predicted labels with an obs column of the store, on held-out cells ("test") or on "all"."""
+def evaluate(
+    labels: "Location",
+    *,
+    truth: str,
+    store: "Location | None" = None,
+    truth_file: "Location | None" = None,
+    labels_column: str | None = None,
+    against: "Location | None" = None,
+    against_column: str | None = None,
+    cells: str | None = None,
+) -> "EvaluationReport":
+    """Compare labels with the truth: an obs column of the store, or a column of a CSV, TSV, Parquet or h5ad file.
+
+    labels: what ``predict`` wrote, or the column ``labels_column`` of such a file or of a store
+    against: other labels of the same cells, for a paired test
+    cells: held-out cells ("test") or "all"; None for "test" where ``predict`` wrote any of the labels
+    """
     from annatac_scale.annotate.evaluate import evaluate as run
 
-    return run(labels, store, truth, cells=cells)
+    return run(
+        labels,
+        store,
+        truth,
+        cells=cells,
+        labels_column=labels_column,
+        truth_file=truth_file,
+        against=against,
+        against_column=against_column,
+    )
 
 
 def export(

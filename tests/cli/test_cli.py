@@ -80,6 +80,23 @@ def test_evaluate_of_types_that_the_model_does_not_know_is_still_json(atlas: Atl
     assert (values["accuracy"], values["calibration_error"]) == (0, None)
 
 
+def test_evaluate_compares_the_labels_of_any_tool_with_those_of_predict(atlas: Atlas, tmp_path: Path) -> None:
+    file = tmp_path / "tool.csv"
+    said = atlas.obs["cell_type"].where(np.arange(N_CELLS) % 5 > 0, "B cell")
+    said.rename("tool").to_csv(file)
+    truth = ("--truth-file", atlas.cells, "--truth", "cell_type")
+    alone = strict_json(done("evaluate", file, "--labels-column", "tool", *truth, "--json").stdout)
+    right = (said == atlas.obs["cell_type"]).mean()
+    assert (alone["cells"], alone["n_cells"], alone["accuracy"]) == ("all", N_CELLS, pytest.approx(right))
+    beside = ("--against", file, "--against-column", "tool", "--json")
+    values = strict_json(done("evaluate", atlas.labels, *truth, *beside).stdout)
+    table = pd.read_parquet(atlas.labels)
+    test = table["barcode"][table["split"] == "test"]
+    assert values["against"]["test"]["n_cells"] == len(test) == 24
+    assert values["against"]["accuracy"] == pytest.approx((said == atlas.obs["cell_type"])[test].mean())
+    assert values["against"]["test"]["accuracy"]["first"] == values["accuracy"]
+
+
 def test_a_novel_threshold_of_0_names_no_cell_novel_and_an_h5ad_carries_the_labels(atlas: Atlas) -> None:
     out, h5ad = atlas.folder / "labels_0", atlas.folder / "labelled.h5ad"
     words = ("--model", atlas.typer, "--out", out, "--novel-threshold", 0, "--write-h5ad", h5ad)
