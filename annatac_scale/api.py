@@ -272,6 +272,8 @@ def finetune(
 ) -> "FinetuneReport":
     """Fine-tune a pretrained model on the labelled cells of a store; the model folder is ``out``/model.
 
+    ``out``/report.md says what the held-out cells tell, in figures, pictures and sentences.
+
     store, model: on a disk or in object storage; out: on a disk
     labels: obs column with the cell types
     head: "pooled", "cnn" or "subtype"; None for "pooled", but "cnn" after preset paper
@@ -280,6 +282,7 @@ def finetune(
     """
     from annatac_scale.config import override, read_toml
     from annatac_scale.model.folder import read_model
+    from annatac_scale.store.place import on_disk
     from annatac_scale.store.store import IslandStore
     from annatac_scale.train.finetune import finetune as run
     from annatac_scale.train.presets import FinetuneConfig, finetune_preset
@@ -296,7 +299,23 @@ def finetune(
         chosen = replace(chosen, freeze_encoder=True)
     if epochs is not None:
         chosen = replace(chosen, train=replace(chosen.train, epochs=epochs, min_steps=0))
-    return run(IslandStore.open(store), pretrained, labels, out, chosen, holdout, progress)
+    report = run(IslandStore.open(store), pretrained, labels, out, chosen, holdout, progress)
+    _report_finetuning(on_disk(out, "--out"), progress or Silent())
+    return report
+
+
+def _report_finetuning(run: Path, progress: Progress) -> None:
+    """Write the report of a complete run; one without held-out cells on record, of an older version, gets none."""
+    from annatac_scale.report.finetuning import REPORT_MD, write_finetuning_report
+
+    try:
+        report = write_finetuning_report(run)
+    except InputError as error:
+        progress.say(f"no report: {error}")
+        return
+    for sentence in report.confusions.sentences:
+        progress.say(sentence)
+    progress.say(f"report: {run / REPORT_MD}")
 
 
 def predict(

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from annatac_scale.errors import InputError
 from annatac_scale.model.labels import label_texts
+from annatac_scale.train.confusions import confusion_table, per_type_figures
 
 HEADLINES = ("accuracy", "macro_f1", "kappa", "jaccard_micro", "jaccard_weighted")
 """The figures of an Evaluation that are one number each."""
@@ -78,7 +79,7 @@ def evaluate_labels(truth: ArrayLike, predicted: ArrayLike) -> Evaluation:
         )
     known = true_label != ""
     _check_cells(known, label)
-    return _evaluation(_confusion(true_label[known], label[known]), int((~known).sum()))
+    return _evaluation(confusion_table(true_label[known], label[known]), int((~known).sum()))
 
 
 def _check_cells(known: NDArray[np.bool_], label: NDArray[np.object_]) -> None:
@@ -92,19 +93,6 @@ def _check_cells(known: NDArray[np.bool_], label: NDArray[np.object_]) -> None:
         raise InputError(
             f"predicted labels: found none for {n_blank:,} cells; expected one each; predict these cells too"
         )
-
-
-def _confusion(truth: NDArray[np.object_], predicted: NDArray[np.object_]) -> pd.DataFrame:
-    types = sorted(set(truth))
-    labels = types + sorted(set(predicted) - set(types))
-    number_of = {label: i for i, label in enumerate(labels)}
-    row, column = pd.Series(truth).map(number_of), pd.Series(predicted).map(number_of)
-    counts = np.bincount(row * len(labels) + column, minlength=len(types) * len(labels))
-    return pd.DataFrame(
-        counts.reshape(len(types), len(labels)),
-        pd.Index(types, name="truth"),
-        pd.Index(labels, name="predicted"),
-    )
 
 
 def figures_of_counts(
@@ -137,19 +125,10 @@ def _evaluation(confusion: pd.DataFrame, n_without_truth: int) -> Evaluation:
     n_predicted = counts.sum(axis=0)[: len(counts)]
     right = counts.diagonal()
     figures = figures_of_counts(right, n_true, n_predicted, n)
-    per_type = pd.DataFrame(
-        {
-            "cell_type": confusion.index,
-            "n": n_true,
-            "precision": right / np.maximum(n_predicted, 1),
-            "recall": right / n_true,
-            "f1": 2 * right / (n_true + n_predicted),
-        }
-    )
     return Evaluation(
         n_cells=n,
         n_without_truth=n_without_truth,
-        per_type=per_type,
+        per_type=per_type_figures(confusion),
         confusion=confusion,
         **{name: float(value) for name, value in figures.items()},
     )

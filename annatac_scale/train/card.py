@@ -45,14 +45,31 @@ def finetuned_card(info: ModelInfo, vocabulary: Vocabulary) -> str:
             *_figures("test (cells that fine-tuning never saw)", facts["test"]),
             f"- {facts['pretraining_cells']}",
             "",
-            "| cell type | training cells |",
-            "|---|---|",
-            *[f"| {name} | {n:,} |" for name, n in facts["training_cells_per_type"].items()],
+            *_types(facts),
             "",
+            *[f"{sentence}\n" for sentence in facts.get("confusions", ())],
             _CONFIDENCE,
             "",
         ]
     )
+
+
+def _types(facts: dict[str, Any]) -> list[str]:
+    """A table of the types, with the figures of their test cells."""
+    figures = {row["cell_type"]: row for row in facts.get("test_types", ())}
+    lines = [
+        "| cell type | training cells | test cells | precision | recall | F1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, n in facts["training_cells_per_type"].items():
+        row = figures.get(name)
+        shown = (
+            [f"{row['n']:,}", *(f"{row[f]:.3f}" for f in ("precision", "recall", "f1"))]
+            if row
+            else ["0", *"---"]
+        )
+        lines.append(f"| {name} | {n:,} | {' | '.join(shown)} |")
+    return lines
 
 
 def _common(info: ModelInfo, vocabulary: Vocabulary) -> list[str]:

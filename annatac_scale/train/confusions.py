@@ -1,4 +1,4 @@
-"""What a model cannot tell apart, in plain sentences with numbers, from the table of its confusions.
+"""The table of confusions of two sets of labels, and what a model cannot tell apart, in sentences with numbers.
 
 A type is said to be called another where that happens to more than 5% of its cells beyond chance noise: the exact
 binomial test of "at most 5%" is refused at 5%, Bonferroni's correction over all pairs of a type and a label included.
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy.stats import binom
 
 LEAST_SHARE = 0.05
@@ -18,6 +19,38 @@ SIGNIFICANCE = 0.05
 FEWEST_CELLS = 17
 """The fewest cells of a type with which, all of them right, the exact 95% interval of the share right begins above
 80%: 0.025 ** (1 / 17) = 0.805."""
+
+
+def confusion_table(truth: NDArray[np.object_], predicted: NDArray[np.object_]) -> pd.DataFrame:
+    """Counts of cells: a row each type of the truth, a column each type in the same order, then each other label.
+
+    truth, predicted: labels as text, object [n]
+    """
+    types = sorted(set(truth))
+    labels = types + sorted(set(predicted) - set(types))
+    number_of = {label: i for i, label in enumerate(labels)}
+    row, column = pd.Series(truth).map(number_of), pd.Series(predicted).map(number_of)
+    counts = np.bincount(row * len(labels) + column, minlength=len(types) * len(labels))
+    return pd.DataFrame(
+        counts.reshape(len(types), len(labels)),
+        pd.Index(types, name="truth"),
+        pd.Index(labels, name="predicted"),
+    )
+
+
+def per_type_figures(confusion: pd.DataFrame) -> pd.DataFrame:
+    """One row a type: cell_type, n (true cells), precision (0 if never predicted), recall, f1."""
+    counts = confusion.to_numpy()
+    n_true, n_predicted, right = counts.sum(axis=1), counts.sum(axis=0)[: len(counts)], counts.diagonal()
+    return pd.DataFrame(
+        {
+            "cell_type": confusion.index,
+            "n": n_true,
+            "precision": right / np.maximum(n_predicted, 1),
+            "recall": right / n_true,
+            "f1": 2 * right / (n_true + n_predicted),
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -49,7 +82,8 @@ class ConfusedPair:
 
 
 def _share(n: int, cell_type: str, n_called: int, label: str) -> str:
-    return f"of {n:,} {cell_type} cells {n_called / n:.0%} are called {label}"
+    share = "none" if not n_called else "less than 1%" if n_called < 0.01 * n else f"{n_called / n:.0%}"
+    return f"of {n:,} {cell_type} cells {share} are called {label}"
 
 
 @dataclass(frozen=True)
@@ -68,8 +102,8 @@ class Confusions:
         if self.too_few:
             types = ", ".join(f"{name} ({n:,})" for name, n in self.too_few.items())
             said.append(
-                f"Too few cells to say anything of {types}: with fewer than {FEWEST_CELLS} cells of a type, all of "
-                "them right would still leave 20% wrong possible."
+                f"Too few cells for a figure of {types}: with fewer than {FEWEST_CELLS} cells of a type, all of them "
+                "right would still leave 20% wrong possible."
             )
         return said
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from annatac_scale.errors import ConfigError, InputError, ModelError
-from annatac_scale.model.calibration import fit_temperature
+from annatac_scale.model.calibration import fit_temperature, probabilities
 from annatac_scale.model.cell_typer import CellTyper, build_head
 from annatac_scale.model.encoder import batch_tokens
 from annatac_scale.model.folder import Model, ModelInfo, read_model, write_model
@@ -31,6 +31,7 @@ from annatac_scale.stream.selection import sequential
 from annatac_scale.stream.tokens import TokenLister
 from annatac_scale.stream.vocabulary import count_open
 from annatac_scale.train.card import finetuned_card
+from annatac_scale.train.heldout import HELDOUT_FILE, HELDOUT_SPLITS, facts_of_test, write_heldout
 from annatac_scale.train.interruption import interruption
 from annatac_scale.train.loop import Loop, micro_batches, train
 from annatac_scale.train.positions import inverse_document_frequency, truncated_svd
@@ -241,7 +242,7 @@ def _identity(work: _Work) -> dict[str, Any]:
 
 
 def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
-    """Train, fit the temperature, test, and write split and model."""
+    """Train, fit the temperature, test, and write split, held-out cells and model."""
     ranks, options, labelled = Ranks(), work.config.train, work.labelled
     torch.manual_seed(options.seed)
     task = _task(work, ranks)
@@ -259,20 +260,24 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
     ):
         loop = Loop(task, stream, options, ranks, record, progress, asked)
         figures = train(loop, lambda: _initialise(task.module.typer, work, progress))
+    heldout = {split: task.logits(labelled.of(split)) for split in HELDOUT_SPLITS}
     facts = {
         "labels": work.labels,
         "holdout": work.holdout,
         "split": labelled.sizes,
         "n_without_label": labelled.n_without_label,
         "validation": figures,
-        "test": figures_of(*task.logits(labelled.of("test"))),
+        "test": figures_of(*heldout["test"]),
+        **facts_of_test(labelled, *heldout["test"]),
     }
-    info = _info(work, fit_temperature(*task.logits(labelled.of("val"))), facts)
+    info = _info(work, fit_temperature(*heldout["val"]), facts)
     pretrained = work.pretrained
     typer = task.module.typer
     encoder = typer.encoder_and_pool(info.linformer_trained)
     model = Model(info, pretrained.vocabulary, pretrained.islands, encoder, typer)
     write_split(Path(run.location) / SPLIT_FILE, work.store, labelled)
+    chances = {split: probabilities(logits, info.temperature) for split, (logits, _) in heldout.items()}
+    write_heldout(Path(run.location) / HELDOUT_FILE, work.store, labelled, chances)
     write_model(run.model, model, finetuned_card(info, model.vocabulary))
 
 

@@ -37,6 +37,7 @@ class LabelledCells:
     codes: int64, index into ``types``; below 0, a number for each, where a type has no training cells
     types: the cell types that have training cells, sorted
     n_without_label: cells of the store without a label
+    strangers: the types without training cells, sorted: that of code -1, -2, ...
     """
 
     cells: NDArray[np.int64]
@@ -44,6 +45,7 @@ class LabelledCells:
     split: Texts
     types: tuple[str, ...]
     n_without_label: int
+    strangers: tuple[str, ...] = ()
 
     def of(self, split: str) -> NDArray[np.int64]:
         """Cell ids of a split."""
@@ -52,6 +54,11 @@ class LabelledCells:
     def codes_of(self, cells: NDArray[np.int64]) -> NDArray[np.int64]:
         """Codes of the given labelled cells."""
         return self.codes[np.searchsorted(self.cells, cells)]
+
+    def names_of(self, codes: NDArray[np.int64]) -> Texts:
+        """The types that codes stand for."""
+        names = np.array([*self.types, *reversed(self.strangers)], object)
+        return names[codes]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -125,7 +132,10 @@ def split_cells(store: IslandStore, labels: str, rule: SplitRule) -> LabelledCel
             f"{FEWEST_TRAIN_TYPES}; label more cells or hold out fewer"
         )
     codes = _codes(text[cells], types)
-    return LabelledCells(cells, codes, split[cells], tuple(types), store.n_cells - len(cells))
+    strangers = tuple(sorted(set(text[cells]) - set(types)))
+    return LabelledCells(
+        cells, codes, split[cells], tuple(types), store.n_cells - len(cells), strangers=strangers
+    )
 
 
 def _held_out(

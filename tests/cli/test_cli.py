@@ -52,6 +52,17 @@ def test_info_says_the_same_as_text_and_as_json(atlas: Atlas) -> None:
     assert str(atlas.h5ad) in text.stdout
 
 
+def test_finetune_says_what_it_cannot_tell_apart_and_where_the_report_is(
+    atlas: Atlas, said: dict[str, Result]
+) -> None:
+    values = strict_json((atlas.finetuned / "report.json").read_text())
+    lines = said["finetune"].stderr.splitlines()
+    assert lines[-1] == f"report: {atlas.finetuned / 'report.md'}"
+    n_said = len(values["confusions"]["sentences"])
+    assert lines[-1 - n_said : -1] == values["confusions"]["sentences"]
+    assert values["n_cells"] == 24
+
+
 def test_evaluate_agrees_with_the_tables_on_disk(atlas: Atlas) -> None:
     result = done("evaluate", atlas.labels, "--store", atlas.store, "--truth", "cell_type", "--json")
     assert result.stderr == ""

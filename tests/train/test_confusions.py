@@ -25,7 +25,7 @@ def test_a_pair_that_is_mixed_both_ways_is_one_sentence_with_its_numbers() -> No
 
 def test_a_type_that_is_called_another_one_way_is_told_with_the_way_back() -> None:
     found = confusions_of(table([[60, 60], [2, 998]], "AB", "AB"))
-    assert found.sentences == ["Of 120 A cells 50% are called B; of 1,000 B cells 0% are called A."]
+    assert found.sentences == ["Of 120 A cells 50% are called B; of 1,000 B cells less than 1% are called A."]
 
 
 def test_a_label_that_no_cell_has_can_be_what_a_type_is_called() -> None:
