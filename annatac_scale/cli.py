@@ -413,15 +413,29 @@ def predict(store: "Location", **options: Any) -> None:
 
 @main.command()
 @click.argument("labels", type=_LOCATION)
-@_place("--store", required=True, help="The store with the true types.")
-@click.option("--truth", required=True, metavar="COLUMN", help="obs column with the true types.")
+@_place("--store", help="The store with the true types.")
+@_text("--truth-file", help="In place of --store: a CSV, TSV, Parquet or h5ad file with the true types.")
 @click.option(
-    "--cells", default="test", type=click.Choice(["test", "all"]), help="Held-out test cells, or all cells."
+    "--truth", required=True, metavar="COLUMN", help="Column with the true types, of obs or the file."
+)
+@click.option("--labels-column", metavar="COLUMN", help="Column with the labels; default: label of predict.")
+@click.option(
+    "--against", metavar="PLACE", type=_LOCATION, help="Other labels of the same cells, for a paired test."
+)
+@click.option("--against-column", metavar="COLUMN", help="The same as --labels-column, of --against.")
+@click.option(
+    "--cells",
+    type=click.Choice(["test", "all"]),
+    help="Held-out test cells, or all; default: test where predict wrote any of the labels.",
 )
 @_file("--label-map", help=_LABEL_MAP_HELP)
 @_json
 def evaluate(labels: "Location", as_json: bool, **options: Any) -> None:
-    """Compare the labels of predict with the truth, on held-out cells."""
+    """Compare labels with the truth.
+
+    LABELS is a folder that predict wrote, of which the held-out cells count, or any CSV, TSV, Parquet or h5ad file or a
+    store, with --labels-column. Cells are joined by barcode, and by sample where both sides name it.
+    """
     report = api.evaluate(labels, **options)
     click.echo(_dumped(report.to_dict()) if as_json else "\n".join(report.text()))
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from annatac_scale.annotate.confidence import LOW_DEPTH, NOVEL, ConfidenceOptions, ConfidenceRule
+from annatac_scale.annotate.confidence import ConfidenceOptions, ConfidenceRule
 from annatac_scale.annotate.labels import (
     PART_CELLS,
     LabelsFolder,
@@ -33,6 +33,7 @@ from annatac_scale.memory import give_back_freed_memory
 from annatac_scale.model.cell_typer import CellTyper
 from annatac_scale.model.folder import Model, read_model
 from annatac_scale.model.hierarchy import DEFAULT_THRESHOLD
+from annatac_scale.model.labels import LOW_DEPTH, NOVEL
 from annatac_scale.model.novelty import Outputs
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.export import write_obs_into_h5ad

@@ -20,6 +20,9 @@ TEMPERATURE_BOUNDS = (0.05, 20.0)
 
 _BIAS_BOUND = 20.0
 
+BINS = 15
+"""Bins of confidence, of equal width, that a calibration error is taken over."""
+
 VECTOR_CELLS = 20
 """Cells that each type must have for vector scaling: 10 for each of its two numbers."""
 
@@ -134,19 +137,24 @@ def probabilities(logits: ArrayLike, temperature: float) -> NDArray[np.float64]:
     return Scaling(temperature).probabilities(logits)
 
 
-def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike, n_bins: int = 15) -> float:
+def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike, n_bins: int = BINS) -> float:
     """Mean distance of confidence and share of right cells, over equal-width bins weighted by their cells.
 
-    probabilities: float [n, C]; labels: int [n]. A bin holds the cells whose largest probability lies in
-    (b / n_bins, (b + 1) / n_bins]. Raises InputError without cells or for labels that do not fit.
+    probabilities: float [n, C]; labels: int [n]. Bins are those of ``confidence_bins``. Raises InputError without cells
+    or for labels that do not fit.
     """
     chances = np.asarray(probabilities, np.float64)
     truth = _checked(labels, chances)
     confidence = chances.max(axis=1)
     right = chances.argmax(axis=1) == truth
-    bins = np.digitize(confidence, np.linspace(0, 1, n_bins + 1)[1:-1], right=True)
-    surplus = np.bincount(bins, weights=confidence - right, minlength=n_bins)
+    surplus = np.bincount(confidence_bins(confidence, n_bins), weights=confidence - right, minlength=n_bins)
     return float(np.abs(surplus).sum() / len(truth))
+
+
+def confidence_bins(confidence: NDArray[np.floating], n_bins: int = BINS) -> NDArray[np.int64]:
+    """Number of each cell's bin, int64 [n]: b where (b / n_bins, (b + 1) / n_bins] holds its confidence; 0 for 0."""
+    bins: NDArray[np.int64] = np.digitize(confidence, np.linspace(0, 1, n_bins + 1)[1:-1], right=True)
+    return bins
 
 
 def _targets(logits: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

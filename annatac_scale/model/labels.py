@@ -12,7 +12,10 @@ from annatac_scale.ingest.tables import MISSING
 _MISSING = frozenset({*MISSING, "<NA>", "None"})
 """Missing values as tables write them, and as pandas turns them into text: no cell type is called so."""
 
-OWN_LABELS = ("Novel_cell_type", "Unassigned_low_depth")
+NOVEL = "Novel_cell_type"
+LOW_DEPTH = "Unassigned_low_depth"
+"""Label of a cell with too few open islands to say anything of: an abstention, not a type."""
+OWN_LABELS = (NOVEL, LOW_DEPTH)
 """Labels that prediction gives to cells of no known type, so that no type of a model can be called so."""
 
 
@@ -39,3 +42,8 @@ def label_text(value: Hashable) -> str:
     text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
     text = unicodedata.normalize("NFC", text).strip()
     return "" if text in _MISSING else text
+
+
+def in_table(label: str) -> str:
+    """A label as one field of a table in Markdown."""
+    return " ".join(label.split()).replace("|", "\\|")

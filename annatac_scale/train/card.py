@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from annatac_scale.model.folder import ModelInfo
+from annatac_scale.model.labels import in_table
 from annatac_scale.stream.vocabulary import Vocabulary
 
 _CONFIDENCE = (
@@ -49,10 +50,9 @@ def finetuned_card(info: ModelInfo, vocabulary: Vocabulary) -> str:
             *_figures("test (cells that fine-tuning never saw)", facts["test"]),
             f"- {facts['pretraining_cells']}",
             "",
-            "| cell type | training cells |",
-            "|---|---|",
-            *[f"| {_in_table(name)} | {n:,} |" for name, n in facts["training_cells_per_type"].items()],
+            *_types(facts),
             "",
+            *[f"{sentence}\n" for sentence in facts["confusions"]],
             _CONFIDENCE,
             "",
         ]
@@ -71,6 +71,24 @@ def groups_text(groups: Mapping[str, Any]) -> str:
     )
 
 
+def _types(facts: dict[str, Any]) -> list[str]:
+    """A table of the types, with the figures of their test cells."""
+    figures = {row["cell_type"]: row for row in facts["test_types"]}
+    lines = [
+        "| cell type | training cells | test cells | precision | recall | F1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, n in facts["training_cells_per_type"].items():
+        row = figures.get(name)
+        shown = (
+            [f"{row['n']:,}", *(f"{row[f]:.3f}" for f in ("precision", "recall", "f1"))]
+            if row
+            else ["0", *"---"]
+        )
+        lines.append(f"| {in_table(name)} | {n:,} | {' | '.join(shown)} |")
+    return lines
+
+
 def _labels(info: ModelInfo) -> list[str]:
     """What fine-tuning did to the labels, and what lies above them."""
     facts, lines = info.provenance, []
@@ -86,14 +104,9 @@ def _labels(info: ModelInfo) -> list[str]:
             if not above
         ]
         lines.append(
-            f"- hierarchy: {len(info.hierarchy.nodes):,} nodes below {', '.join(map(_in_table, roots))}"
+            f"- hierarchy: {len(info.hierarchy.nodes):,} nodes below {', '.join(map(in_table, roots))}"
         )
     return lines
-
-
-def _in_table(name: str) -> str:
-    """A name as one field of a table in Markdown."""
-    return " ".join(name.split()).replace("|", "\\|")
 
 
 def _scaling(info: ModelInfo) -> str:

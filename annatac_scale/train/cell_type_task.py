@@ -141,7 +141,7 @@ class FinetuneTask:
             after_batch()
 
 
-def figures_of(logits: NDArray[np.float32], truth: NDArray[np.int64]) -> dict[str, float]:
+def figures_of(logits: NDArray[np.floating], truth: NDArray[np.int64]) -> dict[str, float]:
     """accuracy, macro_f1 over the types in the truth, and loss over the cells of types that the model knows.
 
     truth: codes; those below 0 are types that the model does not know, whose cells are errors. Empty without cells.

@@ -3,20 +3,23 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from annatac_scale.errors import ConfigError, ModelError
-from annatac_scale.model.calibration import VECTOR_CELLS
+from annatac_scale.model.calibration import VECTOR_CELLS, Scaling
 from annatac_scale.model.cell_typer import CellTyper, build_head
 from annatac_scale.model.folder import Model, ModelInfo, read_model, write_model
 from annatac_scale.model.heads import LinearHead, PooledHead
 from annatac_scale.model.hierarchy import Hierarchy
 from annatac_scale.model.lora import add_adapters, merge_adapters
+from annatac_scale.model.novelty import Outputs
 from annatac_scale.model.ontology import read_hierarchy
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.place import Location, on_disk
@@ -30,6 +33,7 @@ from annatac_scale.train.cell_type_task import CellTypeModel, FinetuneTask, figu
 from annatac_scale.train.cell_weights import cell_weights, class_weights
 from annatac_scale.train.confidence_fit import OUT_OF_FOLD, Confidence, Judged, fit_confidence
 from annatac_scale.train.few_labels import check_enough, training_counts, with_head
+from annatac_scale.train.heldout import HELDOUT_FILE, HELDOUT_SPLITS, facts_of_test, write_heldout
 from annatac_scale.train.interruption import interruption
 from annatac_scale.train.label_map import LabelMap
 from annatac_scale.train.loop import Loop, train
@@ -169,20 +173,22 @@ def _identity(work: _Work) -> dict[str, Any]:
 
 
 def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
-    """Train or fit, learn how sure to be, test, and write split and model."""
+    """Train or fit, learn how sure to be, test, and write split, held-out cells and model."""
     ranks, labelled, config = Ranks(), work.labelled, work.config
     torch.manual_seed(config.train.seed)
     task = _task(work, ranks)
-    judged, figures = None, {}
+    judged: Judged | None = None
+    figures: dict[str, float] = {}
     if config.head.kind == "linear":
         judged = _fit(work, task, progress)
     else:
         figures = _train(work, task, run, ranks, progress)
-    said = {split: task.outputs(labelled.of(split)) for split in SPLITS if split != "train"}
+    said = {split: task.outputs(labelled.of(split)) for split in HELDOUT_SPLITS}
     judged = judged or Judged("val", labelled.of("val"), said["val"].logits)
     confidence = fit_confidence(task.outputs, work.store, labelled, config, judged, said)
     if confidence.scaling.kind != config.calibration:
         progress.say(_no_vector(judged, labelled))
+    tested = confidence.scaling.scaled(said["test"].logits), labelled.codes_of(labelled.of("test"))
     facts = {
         "labels": work.labels,
         "holdout": work.holdout,
@@ -193,7 +199,8 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
         "label_map": None if work.label_map is None else work.label_map.facts,
         "judged_on": judged.on,
         "validation": figures or figures_of(judged.logits, labelled.codes_of(judged.cells)),
-        "test": figures_of(said["test"].logits, labelled.codes_of(labelled.of("test"))),
+        "test": figures_of(*tested),
+        **facts_of_test(labelled, *tested),
         "calibration": {"kind": confidence.scaling.kind, "errors": confidence.errors},
     }
     info = _info(work, confidence, facts)
@@ -202,7 +209,21 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
     encoder = typer.encoder_and_pool(info.linformer_trained)
     model = Model(info, pretrained.vocabulary, pretrained.islands, encoder, typer, known=confidence.known)
     write_split(Path(run.location) / SPLIT_FILE, work.store, labelled)
+    told = _told(labelled, judged, said, confidence.scaling)
+    write_heldout(Path(run.location) / HELDOUT_FILE, work.store, labelled, told)
     write_model(run.model, model, finetuned_card(info, model.vocabulary))
+
+
+def _told(
+    labelled: LabelledCells, judged: Judged, said: Mapping[str, Outputs], scaling: Scaling
+) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
+    """Cells that the fit did not see, and their probabilities, by split."""
+    told: dict[str, tuple[NDArray[np.int64], NDArray[np.floating]]] = {
+        split: (labelled.of(split), outputs.logits) for split, outputs in said.items()
+    }
+    if judged.on == OUT_OF_FOLD:
+        told["train"] = judged.cells, judged.logits
+    return {split: (cells, scaling.probabilities(logits)) for split, (cells, logits) in told.items()}
 
 
 def _train(

@@ -44,6 +44,7 @@ class LabelledCells:
     types: the cell types that have training cells, sorted
     n_without_label: cells of the store without a label, apart from those whose label the label map drops
     n_dropped: those
+    strangers: the types without training cells, sorted: that of code -1, -2, ...
     groups: object, the group of each cell, where groups are kept whole; else None
     whole: the splits that consist of whole groups; the rest is dealt among the cells of the groups that train
     n_without_group: cells with a label that are in no split because nobody knows their group
@@ -55,6 +56,7 @@ class LabelledCells:
     types: tuple[str, ...]
     n_without_label: int
     n_dropped: int = 0
+    strangers: tuple[str, ...] = ()
     groups: Texts | None = None
     whole: tuple[str, ...] = ()
     n_without_group: int = 0
@@ -66,6 +68,11 @@ class LabelledCells:
     def codes_of(self, cells: NDArray[np.int64]) -> NDArray[np.int64]:
         """Codes of the given labelled cells."""
         return self.codes[np.searchsorted(self.cells, cells)]
+
+    def names_of(self, codes: NDArray[np.int64]) -> Texts:
+        """The types that codes stand for."""
+        names = np.array([*self.types, *reversed(self.strangers)], object)
+        return names[codes]
 
     def groups_of(self, split: str) -> list[str]:
         """The groups that have cells in a split, sorted; none where there are no groups."""
@@ -192,13 +199,15 @@ def split_cells(
             f"--labels {labels}: found cells labelled {shown(taken[0])}, which is what prediction calls cells of no "
             "known type; expected types; drop or rename it with --label-map"
         )
+    strangers = sorted(set(text[cells]) - set(types))
     return LabelledCells(
         cells,
-        _codes(text[cells], types),
+        _codes(text[cells], types, strangers),
         split[cells],
         tuple(types),
         n_without_label=int((given == "").sum()),
         n_dropped=int(((given != "") & ~labelled).sum()),
+        strangers=tuple(strangers),
         groups=None if groups is None else groups[cells],
         whole=whole,
         n_without_group=int(labelled.sum()) - len(cells),
@@ -275,9 +284,8 @@ def _dealt(n: int, shares: Mapping[str, float]) -> list[str]:
     return given + ["train"] * (n - len(given))
 
 
-def _codes(text: Texts, types: list[str]) -> NDArray[np.int64]:
+def _codes(text: Texts, types: list[str], strangers: list[str]) -> NDArray[np.int64]:
     code = {name: number for number, name in enumerate(types)}
-    strangers = sorted(set(text) - code.keys())
     code |= {name: -1 - number for number, name in enumerate(strangers)}
     return np.array([code[name] for name in text], np.int64)
 

@@ -183,7 +183,7 @@ def test_evaluation_takes_the_truth_through_a_label_map(atlas: Path, tmp_path: P
     assert report.evaluation.n_cells == int(known.sum())
     assert report.evaluation.n_without_truth == int((~known).sum())
     assert report.best.accuracy == pytest.approx((truth[known] == table["best"][known]).mean())
-    assert report.not_in_truth == ("never",)
+    assert report.unused_labels == ("never",)
     assert "labels of the label map that none of these cells has: never" in report.notes
     assert report.to_dict()["label_map"]["to"] == {"B cell": "", "elsewhere": "neuron", "never": "astro"}
 

@@ -28,7 +28,6 @@ from small_atlas import (
 )
 
 from annatac_scale.annotate import predict as predict_module
-from annatac_scale.annotate.confidence import NOVEL
 from annatac_scale.annotate.labels import MANIFEST
 from annatac_scale.annotate.predict import BATCH_CELLS, BATCH_TOKENS, cut_batches, predict
 from annatac_scale.errors import ConfigError, InputError, ModelError
@@ -36,6 +35,7 @@ from annatac_scale.genome.assembly import Assembly
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.ingest.convert import convert
 from annatac_scale.model.folder import read_model
+from annatac_scale.model.labels import NOVEL
 from annatac_scale.progress import Silent
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.batch import Batch

@@ -24,11 +24,11 @@ from small_atlas import (
     write_split,
 )
 
-from annatac_scale.annotate.confidence import LOW_DEPTH, NOVEL
 from annatac_scale.annotate.labels import MANIFEST
 from annatac_scale.annotate.predict import ADAPT_CELLS, predict
 from annatac_scale.errors import ConfigError, InputError
 from annatac_scale.model.folder import read_model, write_model
+from annatac_scale.model.labels import LOW_DEPTH, NOVEL
 from annatac_scale.model.novelty import NEIGHBOURS, KnownCells
 from annatac_scale.progress import Silent
 from annatac_scale.store.store import IslandStore

@@ -138,6 +138,12 @@ MISTAKES = {
     "evaluation of labels in object storage": (
         "evaluate s3://b/labels --store {store} --truth cell_type", "labels s3://b/labels: found an URL", "on a disk",
     ),
+    "evaluation without a truth": (
+        "evaluate {labels} --truth cell_type", "found neither a store nor a file", "give --store or --truth-file",
+    ),
+    "evaluation of a file without its column": (
+        "evaluate {cells} --store {store} --truth cell_type", "cells.tsv: found a file", "--labels-column COLUMN",
+    ),
     "truth that is no column": (f"{EVALUATE} --truth celltype", "no obs column 'celltype'", "cell_type, donor"),
     # export
     "export of no store": ("export nosuch --out {new}.h5ad", *NO_STORE),

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from annatac_scale.annotate.confidence import NOVEL
 from annatac_scale.ingest.tables import typed
-from annatac_scale.model.labels import OWN_LABELS, label_texts
+from annatac_scale.model.labels import NOVEL, OWN_LABELS, label_texts
 
 VALUES = st.one_of(
     st.none(),

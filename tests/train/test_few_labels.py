@@ -1,11 +1,14 @@
 """Fine-tuning with few labels: the linear probe, and when it is the default."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from planted import Lines, draw_cells, files_of, small_finetuning, small_pretraining, write_store
+from scipy.special import softmax
 from sklearn.covariance import ledoit_wolf
 from sklearn.linear_model import LogisticRegression
 
@@ -137,6 +140,30 @@ def test_depth_trends_are_of_training_cells_whose_fold_is_left_out(pooled, tmp_p
         spread = np.std(raw - intercept - slope * np.log1p(n_open))
         assert trend.spread == pytest.approx(spread, rel=2e-2), name
     assert model.known.n_calib == labelled.sizes["calib"]
+
+
+def test_held_out_cells_are_those_of_training_out_of_fold_too_and_report_where_there_are_no_others(
+    pooled, tmp_path
+):
+    store = store_of(tmp_path / "a.zarr", 30, own=0.4, other=0.3)
+    how = {"model": pooled, "labels": "few", "out": tmp_path / "run", "head": "linear", "holdout": 0}
+    report = api.finetune(store.path, **how, settings=["calibration_share=0"])
+    assert report.split == {"train": 60, "val": 0, "calib": 0, "test": 0}
+    labelled = split_cells(store, "few", SplitRule(0, 0.1, 0, 0)).with_val_training()
+    training = labelled.of("train")
+    codes = labelled.codes_of(training)
+    weights = len(codes) / 2 / np.bincount(codes)[codes]
+    probe = fit_probe(z_of(pooled, store)[training], codes, weights, deal_folds(codes, None, 0))
+    rows = pd.read_parquet(tmp_path / "run" / "heldout.parquet")
+    assert rows["barcode"].tolist() == store.obs([])["barcode"].iloc[training].tolist()
+    assert set(rows["split"]) == {"train"}
+    assert rows["truth"].tolist() == [report.types[code] for code in codes]
+    chances = softmax(probe.logits / report.temperature, axis=1)
+    np.testing.assert_allclose(np.stack(rows["probabilities"].to_list()), chances, atol=1e-3)
+    values = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (values["split"], values["n_cells"]) == ("train", 60)
+    assert values["accuracy"] == pytest.approx(report.figures["accuracy"])
+    assert "each as judged by a fit that left it out" in (tmp_path / "run" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("labels_a_type", [5, 10, 50])
