@@ -83,7 +83,11 @@ class ConfusedPair:
 
 def _share(n: int, cell_type: str, n_called: int, label: str) -> str:
     share = "none" if not n_called else "less than 1%" if n_called < 0.01 * n else f"{n_called / n:.0%}"
-    return f"of {n:,} {cell_type} cells {share} are called {label}"
+    return f"of {n:,} {_on_a_line(cell_type)} cells {share} are called {_on_a_line(label)}"
+
+
+def _on_a_line(name: str) -> str:
+    return " ".join(name.split())
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class Confusions:
             f"No type is called another for more than {LEAST_SHARE:.0%} of its cells beyond chance noise."
         ]
         if self.too_few:
-            types = ", ".join(f"{name} ({n:,})" for name, n in self.too_few.items())
+            types = ", ".join(f"{_on_a_line(name)} ({n:,})" for name, n in self.too_few.items())
             said.append(
                 f"Too few cells for a figure of {types}: with fewer than {FEWEST_CELLS} cells of a type, all of them "
                 "right would still leave 20% wrong possible."

@@ -87,3 +87,10 @@ def test_pure_noise_makes_a_sentence_in_few_tables() -> None:
         counts = np.array([rng.multinomial(150, row) for row in chances])
         n_told += bool(confusions_of(table(counts.tolist(), "ABCDEFGH", "ABCDEFGH")).pairs)
     assert n_told / 300 == pytest.approx(0.04, abs=0.04)
+
+
+def test_sentences_stay_on_a_line_whatever_the_types_are_called() -> None:
+    names = ["a\n| b", "c\u2028d"]
+    found = confusions_of(pd.DataFrame([[2, 18], [0, 5]], index=names, columns=names))
+    assert found.sentences[0] == "Of 20 a | b cells 90% are called c d; of 5 c d cells none are called a | b."
+    assert found.sentences[1].startswith("Too few cells for a figure of c d (5): ")
