@@ -127,6 +127,10 @@ def finetune(
             "the model was never written, so the run could not say what it is trained from; write it first"
         )
     pretrained.check_store(store)
+    if config.group_weights != "none" and not group:
+        raise ConfigError(
+            f"group_weights: found {config.group_weights!r} without --group, expected the column of the groups; add it"
+        )
     rule = SplitRule(holdout, config.validation_share, config.calibration_share, config.train.seed, group)
     mapping = None if label_map is None else LabelMap.read(label_map)
     labelled = split_cells(store, labels, rule, mapping, progress)

@@ -11,7 +11,7 @@ def labelled_of(codes, groups, split=None):
     n = len(codes)
     types = tuple("abcd"[: max(codes) + 1])
     split = np.full(n, "train", object) if split is None else np.array(split, object)
-    return LabelledCells(np.arange(n), np.array(codes), split, types, 0, np.array(groups, object))
+    return LabelledCells(np.arange(n), np.array(codes), split, types, 0, groups=np.array(groups, object))
 
 
 pairs = st.lists(st.tuples(st.integers(0, 2), st.sampled_from("xyz")), min_size=1, max_size=60)
