@@ -186,7 +186,7 @@ class ScaleTask:
     def counts(self, batch):
         return {"it": len(batch)}
 
-    def validate(self, ranks):
+    def validate(self, ranks, after_batch):
         self.weights.append(self.module.weight.item())
         return {"score": next(self.scores)}
 
