@@ -60,7 +60,7 @@ def walk(store, pretrained, folder, expected):
         line for line in card.splitlines() if line.startswith("| ") and not line.startswith("| cell type")
     ]
     assert len(rows) == len(types)
-    assert all(re.fullmatch(r"\| ([^|]|\\\|)+ \| [\d,]+ \|", row) for row in rows)
+    assert all(re.fullmatch(r"\| ([^|]|\\\|)+( \| [-\d,.]+){5} \|", row) for row in rows)
     predict(store, report.model, folder / "labels")
     table = pd.concat(
         [pq.read_table(file).to_pandas() for file in sorted((folder / "labels").glob("*.parquet"))]
