@@ -18,10 +18,11 @@ from torch.nn import functional
 from annatac_scale.errors import ConfigError, InputError, ModelError
 from annatac_scale.model.calibration import VECTOR_CELLS
 from annatac_scale.model.cell_typer import CellTyper, build_head
+from annatac_scale.model.conformal import fewest_calib
 from annatac_scale.model.encoder import batch_tokens
 from annatac_scale.model.folder import Model, ModelInfo, read_model, write_model
 from annatac_scale.model.heads import LossSum, PooledHead
-from annatac_scale.model.novelty import Outputs
+from annatac_scale.model.novelty import PAPER_SCORE, Outputs
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.place import Location, on_disk
 from annatac_scale.store.store import IslandStore
@@ -287,6 +288,8 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
         "calibration": {"kind": confidence.scaling.kind, "errors": confidence.errors},
     }
     info = _info(work, confidence, facts)
+    if info.novel_rate != work.config.novel_rate:
+        progress.say(_no_rate(work.config.novel_rate, confidence))
     pretrained = work.pretrained
     typer = task.module.typer
     encoder = typer.encoder_and_pool(info.linformer_trained)
@@ -353,11 +356,28 @@ def _no_vector(labelled: LabelledCells) -> str:
     )
 
 
+def _novelty_rule(config: FinetuneConfig, confidence: Confidence) -> tuple[str, float | None]:
+    """Score and rate of the model's own rule: those of the settings, unless it has too few calib cells for the rate."""
+    rate = config.novel_rate
+    if rate is not None and confidence.known.n_calib < fewest_calib(rate):
+        return PAPER_SCORE, None
+    return config.novelty, rate
+
+
+def _no_rate(rate: float | None, confidence: Confidence) -> str:
+    assert rate is not None
+    return (
+        f"novel_rate={rate:g}: found {confidence.known.n_calib:,} calib cells, expected at least "
+        f"{fewest_calib(rate):,} to tell what is so rare; the model calls novel what has a low confidence instead"
+    )
+
+
 def _info(work: _Work, confidence: Confidence, facts: dict[str, Any]) -> ModelInfo:
     labelled, before = work.labelled, work.pretrained.info.provenance
     before_trained = work.pretrained.info.linformer_trained
     reads = work.config.head.kind != "pooled" or work.config.head.reads != "none"
     counts = Counter(labelled.types[code] for code in labelled.codes_of(labelled.of("train")))
+    novelty, novel_rate = _novelty_rule(work.config, confidence)
     return replace(
         work.pretrained.info,
         pool=None,
@@ -368,8 +388,8 @@ def _info(work: _Work, confidence: Confidence, facts: dict[str, Any]) -> ModelIn
         scales=confidence.scaling.scales,
         biases=confidence.scaling.biases,
         novel_threshold=work.config.novel_threshold,
-        novelty=work.config.novelty,
-        novel_rate=work.config.novel_rate,
+        novelty=novelty,
+        novel_rate=novel_rate,
         calibration_errors=confidence.errors,
         provenance={
             "made_by": made_by(),
