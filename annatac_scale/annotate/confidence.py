@@ -9,13 +9,11 @@ from numpy.typing import ArrayLike, NDArray
 from annatac_scale.errors import ConfigError, ModelError
 from annatac_scale.model.conformal import DEFAULT_COVERAGE, fewest_calib, rank_of
 from annatac_scale.model.labels import LOW_DEPTH, NOVEL
-from annatac_scale.model.novelty import DISTANCES, checked_score
+from annatac_scale.model.novelty import DISTANCES, PAPER_SCORE, checked_score
 
 if TYPE_CHECKING:
     from annatac_scale.model.folder import Model
 
-PAPER_SCORE = "max_probability"
-"""The score that a novel threshold is of: 1 - confidence."""
 
 DEFAULT_RATE = 0.05
 """Share of known cells called novel, where a score is asked for without a rate and the model has none."""

@@ -24,6 +24,9 @@ from scipy.special import logsumexp
 from annatac_scale.errors import ConfigError, ModelError
 
 SCORES = ("max_probability", "energy", "mahalanobis", "knn")
+PAPER_SCORE = "max_probability"
+"""The score that a novel threshold is of: 1 - confidence."""
+
 DISTANCES = ("mahalanobis", "knn")
 """Those that look at the embedding, corrected for depth."""
 
@@ -150,6 +153,7 @@ def knn(embedding: Floats, references: Floats) -> NDArray[np.float64]:
     stored = references.astype(np.float64)
     found = np.empty(len(embedding))
     for start in range(0, len(embedding), _CHUNK):
-        some = slice(start, start + _CHUNK)
-        found[some] = np.partition(cdist(embedding[some].astype(np.float64), stored), place, axis=1)[:, place]
-    return found
+        cells = embedding[start : start + _CHUNK].astype(np.float64)
+        squares = (cells**2).sum(axis=1)[:, None] + (stored**2).sum(axis=1) - 2 * cells @ stored.T
+        found[start : start + _CHUNK] = np.partition(squares, place, axis=1)[:, place]
+    return np.sqrt(np.maximum(found, 0))  # rounding may leave less than 0 of a cell that is stored

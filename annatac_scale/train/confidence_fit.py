@@ -16,13 +16,15 @@ from sklearn.covariance import LedoitWolf
 
 from annatac_scale.errors import ConfigError
 from annatac_scale.model.calibration import (
+    VECTOR_CELLS,
     Scaling,
     expected_calibration_error,
     fit_temperature,
     fit_vector,
     fits_vector,
 )
-from annatac_scale.model.novelty import DISTANCES, SCORES, DepthTrend, KnownCells, Outputs
+from annatac_scale.model.conformal import fewest_calib
+from annatac_scale.model.novelty import DISTANCES, PAPER_SCORE, SCORES, DepthTrend, KnownCells, Outputs
 from annatac_scale.store.store import IslandStore
 from annatac_scale.train.presets import CALIBRATIONS, FinetuneConfig
 from annatac_scale.train.splits import LabelledCells, cell_hashes
@@ -56,11 +58,18 @@ class Judged:
 
 @dataclass(frozen=True, eq=False)
 class Confidence:
-    """scaling, known: for the model; errors: expected calibration error by split, "before" and "after" scaling."""
+    """What the model is told of it.
+
+    novelty, novel_rate: its own rule, as in FinetuneConfig; errors: expected calibration error by split, "before" and
+        "after" scaling; notes: sentences on what was asked for and takes more cells
+    """
 
     scaling: Scaling
     known: KnownCells
+    novelty: str
+    novel_rate: float | None
     errors: dict[str, dict[str, float]]
+    notes: list[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,11 +103,15 @@ def fit_confidence(
     """Fit all of it.
 
     outputs: what the model says of labelled cells, in order of their ids
-    config: its calibration "vector" is taken only with VECTOR_CELLS judged cells of each type, else the temperature:
-        ``scaling.kind`` tells
+    config: its calibration "vector" is taken only with VECTOR_CELLS judged cells of each type, else the temperature,
+        and its novel_rate only with enough calib cells to tell what is so rare, else the paper's rule
     said: what the model says of the val, calib and test cells
     """
-    scaling = fit_scaling(judged.logits, labelled.codes_of(judged.cells), config.calibration)
+    truth = labelled.codes_of(judged.cells)
+    scaling = fit_scaling(judged.logits, truth, config.calibration)
+    notes = []
+    if scaling.kind != config.calibration:
+        notes.append(_no_vector(judged.on, truth, labelled.types))
     training = _training(outputs, store, labelled, config.train.seed)
     known = training.measure(np.full(len(training.cells), True))
     if judged.folds is None:
@@ -121,7 +134,27 @@ def fit_confidence(
         split: _errors(said[split].logits, labelled.codes_of(labelled.of(split)), scaling)
         for split in ("calib", "test")
     }
-    return Confidence(scaling, known, {split: found for split, found in errors.items() if found})
+    novelty, rate = config.novelty, config.novel_rate
+    if rate is not None and known.n_calib < fewest_calib(rate):
+        notes.append(_no_rate(rate, known.n_calib))
+        novelty, rate = PAPER_SCORE, None
+    told = {split: found for split, found in errors.items() if found}
+    return Confidence(scaling, known, novelty, rate, told, notes)
+
+
+def _no_vector(judged_on: str, codes: Codes, types: tuple[str, ...]) -> str:
+    counts = np.bincount(codes, minlength=len(types))
+    return (
+        f"calibration=vector: found {counts.min():,} {judged_on} cells of {types[int(counts.argmin())]!r}, "
+        f"expected {VECTOR_CELLS} of each type; one temperature is fitted instead"
+    )
+
+
+def _no_rate(rate: float, n_calib: int) -> str:
+    return (
+        f"novel_rate={rate:g}: found {n_calib:,} calib cells, expected at least {fewest_calib(rate):,} to tell what is "
+        "so rare; the model calls novel what has a low confidence instead"
+    )
 
 
 def fit_scaling(logits: NDArray[np.floating], codes: Codes, calibration: str) -> Scaling:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from annatac_scale.errors import ConfigError, ModelError
-from annatac_scale.model.calibration import VECTOR_CELLS, Scaling
+from annatac_scale.model.calibration import Scaling
 from annatac_scale.model.cell_typer import CellTyper, build_head
 from annatac_scale.model.folder import Model, ModelInfo, read_model, write_model
 from annatac_scale.model.heads import LinearHead, PooledHead
@@ -190,8 +190,8 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
     said = {split: task.outputs(labelled.of(split)) for split in HELDOUT_SPLITS}
     judged = judged or Judged("val", labelled.of("val"), said["val"].logits)
     confidence = fit_confidence(task.outputs, work.store, labelled, config, judged, said)
-    if confidence.scaling.kind != config.calibration:
-        progress.say(_no_vector(judged, labelled))
+    for note in confidence.notes:
+        progress.say(note)
     tested = confidence.scaling.scaled(said["test"].logits), labelled.codes_of(labelled.of("test"))
     facts = {
         "labels": work.labels,
@@ -339,14 +339,6 @@ def _initialise(typer: CellTyper, work: _Work, progress: Progress) -> None:
     typer.head.pool.initialise(torch.from_numpy(idf), torch.from_numpy(svd.components * svd.singular_values))
 
 
-def _no_vector(judged: Judged, labelled: LabelledCells) -> str:
-    counts = np.bincount(labelled.codes_of(judged.cells), minlength=len(labelled.types))
-    return (
-        f"calibration=vector: found {counts.min():,} {judged.on} cells of {labelled.types[int(counts.argmin())]!r}, "
-        f"expected {VECTOR_CELLS} of each type; one temperature is fitted instead"
-    )
-
-
 def _info(work: _Work, confidence: Confidence, facts: dict[str, Any]) -> ModelInfo:
     labelled, before = work.labelled, work.pretrained.info.provenance
     before_trained = work.pretrained.info.linformer_trained
@@ -364,8 +356,8 @@ def _info(work: _Work, confidence: Confidence, facts: dict[str, Any]) -> ModelIn
         scales=confidence.scaling.scales,
         biases=confidence.scaling.biases,
         novel_threshold=work.config.novel_threshold,
-        novelty=work.config.novelty,
-        novel_rate=work.config.novel_rate,
+        novelty=confidence.novelty,
+        novel_rate=confidence.novel_rate,
         calibration_errors=confidence.errors,
         provenance={
             "made_by": made_by(),

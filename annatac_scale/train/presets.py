@@ -8,7 +8,7 @@ from annatac_scale.model.cell_typer import HeadConfig
 from annatac_scale.model.folder import PoolConfig
 from annatac_scale.model.heads import objectives_of
 from annatac_scale.model.linformer import EncoderConfig
-from annatac_scale.model.novelty import checked_score
+from annatac_scale.model.novelty import PAPER_SCORE, checked_score
 from annatac_scale.model.pool import READS
 from annatac_scale.stream.masking import MaskingOptions
 from annatac_scale.train.cell_weights import CLASS_WEIGHTS, GROUP_WEIGHTS
@@ -141,7 +141,7 @@ class FinetuneConfig:
             raise ConfigError(
                 f"calibration: found {self.calibration!r}, expected {' or '.join(CALIBRATIONS)}"
             )
-        if self.novel_rate is None and self.novelty != "max_probability":
+        if self.novel_rate is None and self.novelty != PAPER_SCORE:
             raise ConfigError(
                 f"novelty: found {self.novelty!r} and no novel_rate, expected one, as novel_rate=0.05: the threshold "
                 "is of max_probability alone"

@@ -138,6 +138,18 @@ def test_a_models_own_novelty_rule_comes_from_the_settings(atlas, pretrained, tm
     assert (info.novelty, info.novel_rate, info.novel_threshold) == ("mahalanobis", 0.1, 0.5)
 
 
+def test_a_rate_that_is_too_rare_for_the_calib_cells_leaves_the_papers_rule_and_says_so(
+    atlas, pretrained, tmp_path
+):
+    lines = Lines()
+    config = small_finetuning("pooled", 1, novelty="knn", novel_rate=0.01)
+    report = finetune(atlas, pretrained, "cell_type", tmp_path / "run", config, progress=lines)
+    info = read_model(report.model).info
+    assert (info.novelty, info.novel_rate) == ("max_probability", None)
+    (line,) = [line for line in lines.lines if "novel_rate=0.01" in line]
+    assert f"found {report.split['calib']} calib cells, expected at least 99" in line
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
