@@ -22,7 +22,24 @@ from annatac_scale.store.store import IslandStore
 MOST_GROUPS = 5
 """Groups of one's own set that are held out in turn: the largest."""
 
-DIGESTS: Mapping[str, str] = {}
+DIGESTS: Mapping[str, str] = {
+    "cerebellum/cell_type/0": "35e2b3b269bd",
+    "cerebellum/cell_type/1": "5bae638191a3",
+    "cerebellum/cell_type/2": "7d2c2e665702",
+    "cerebellum/cell_type/3": "8498f3e0fbb3",
+    "cerebellum/cell_type/4": "e999d7bd03b3",
+    "bm0828/cell_type/0": "9341d48bd214",
+    "bm0828/cell_type/1": "f35fcf64941e",
+    "bm0828/cell_type/2": "7c0fe9bd3ca2",
+    "bm0828/cell_type/3": "d6c011a185ac",
+    "bm0828/cell_type/4": "0417f1431797",
+    "granja/cell_type/D5": "d695060a76c6",
+    "granja/cell_type/D6": "237c4a459e6c",
+    "granja/coarse_label/D5": "0aba2786c822",
+    "granja/coarse_label/D6": "ddf885e44ed2",
+    "snareseq/cell_type/09I+09J+09K+09L": "c0f64c53ef01",
+    "snareseq/orig_label/09I+09J+09K+09L": "0a22ed8eda5a",
+}
 """Of the splits that PROTOCOL.md fixed: set / column of types / what is held out."""
 
 Texts = NDArray[np.str_]

@@ -115,10 +115,11 @@ class Stores:
 def _convert(stores: Stores, name: str, select: str, path: Path) -> None:
     if name in SETS:
         data_set = SETS[name]
-        obs = stores.work / "stores" / f"{name}.tsv"
-        _cells(anndata.read_h5ad(stores.data / data_set.file).obs, data_set).to_csv(
-            obs, sep="\t", index=False
-        )
+        cells = _cells(anndata.read_h5ad(stores.data / data_set.file).obs, data_set)
+        obs = None
+        if cells.shape[1] > 1:
+            obs = stores.work / "stores" / f"{name}.tsv"
+            cells.to_csv(obs, sep="\t", index=False)
         ats.convert(
             stores.data / data_set.file,
             assembly=data_set.assembly,
