@@ -26,7 +26,7 @@ Figures = dict[str, Any]
 SMALLEST = 1e-9
 """Chances below it count as it, where their logarithm is wanted."""
 ASIDE = 10
-"""One training cell of a type in so many is kept from training, to set the threshold of novelty."""
+"""One training cell of a type in so many sets the threshold of novelty, and another one judges it; neither trains."""
 
 
 @dataclass(frozen=True)
@@ -175,16 +175,20 @@ def _novelty(config: Config, lab: Lab) -> Figures:
             novel = np.union1d(novel, np.setdiff1d(problem.seen, problem.train))
         if not len(novel):
             continue
-        # The threshold comes from cells of the same donors that are kept out of training.
-        aside = folds(problem.types[problem.train], problem.barcodes[problem.train], ASIDE) == 0
-        calib, fit = problem.train[aside], problem.train[~aside]
-        cells = fit, calib, problem.test[~is_novel], novel
+        # Kept out of training, of the same donors: cells that set the threshold, and cells that it is judged by.
+        aside = folds(problem.types[problem.train], problem.barcodes[problem.train], ASIDE)
+        calib, within, fit = (problem.train[chosen] for chosen in (aside == 0, aside == 1, aside > 1))
+        cells = fit, calib, within, problem.test[~is_novel], novel
         states = _states(replace(problem, train=fit, seen=fit), cells, config, lab)
         n_novel, n_known = max(n_novel, len(novel)), n_known + int((~is_novel).sum())
         trained = replace(states[0], types=problem.types[fit])
         for name, score in SCORES.items():
-            held_out, known, strange = (score(trained, one) for one in states[1:])
-            figures = {**told_apart(known, strange), "false_share": false_share(held_out, known)}
+            held_out, like, known, strange = (score(trained, one) for one in states[1:])
+            figures = {
+                **told_apart(known, strange),
+                "false_within": false_share(held_out, like),
+                "false_share": false_share(held_out, known),
+            }
             for what, value in figures.items():
                 found[name].setdefault(what, []).append(value)
         if config.get("first"):
@@ -219,7 +223,8 @@ def _calibration(config: Config, lab: Lab) -> Figures:
         codes.append(np.searchsorted(classes, truth[asked]))
         cells.append(asked)
     pooled, code = np.concatenate(logits), np.concatenate(codes)
-    half = folds(truth[np.concatenate(cells)], whole.barcodes[np.concatenate(cells)]) % 2 == 0
+    asked = np.concatenate(cells)
+    half = folds(truth[asked], whole.barcodes[asked], 2) == 0
     figures["out of fold"] = judged((pooled[half], code[half]), (pooled[~half], code[~half]))
     if len(parts) == 1:
         told = _logits(whole, config, lab, classes)

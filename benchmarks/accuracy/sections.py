@@ -276,20 +276,24 @@ def _novelty(rows: Sequence[Row]) -> Iterator[str]:
     yield (
         "Each type is left out of training in turn. AUROC of its cells against those of the known types; FPR: known "
         "cells called novel where 95% of the novel are; false: known test cells above the threshold that 5% of the "
-        "training cells that were kept aside are above. Means over the types."
+        "training cells that were kept aside are above; within: the same share of other cells "
+        "that were kept aside, of the same donors. Means over the types."
     )
     of_model: dict[tuple[Task, str], list[Row]] = {}
     for row in newest(rows_of(rows, "novelty")):
+        if not row["figures"]["n_novel"]:
+            continue
         of_model.setdefault((_task(row), row["config"]["model"]), []).append(row)
     body = []
     for (task, model), lefts in of_model.items():
         for score in SCORES:
             figures = [row["figures"]["scores"][score] for row in lefts]
             means = [
-                statistics.fmean(one[key] for one in figures) for key in ("auroc", "fpr95", "false_share")
+                statistics.fmean(one[key] for one in figures)
+                for key in ("auroc", "fpr95", "false_within", "false_share")
             ]
             body.append([SETS[task], model, score, str(len(lefts)), *(f"{mean:.3f}" for mean in means)])
-    yield table(("set", "model", "score", "types", "AUROC", "FPR", "false, of 0.05"), body)
+    yield table(("set", "model", "score", "types", "AUROC", "FPR", "within, of 0.05", "false, of 0.05"), body)
     body = [
         [
             SETS[task],
