@@ -14,7 +14,7 @@ lines left out.
 - big: 1,011,883 cells beside 100,000, ten times the steps: memory by step, cells/s, the time to the first step, and
   by these the whole run.
 
---save writes results/pretrain.json. Ends with one line of JSON.
+--save writes results/pretrain.json; of cases that were not run, those saved there stay. Ends with one line of JSON.
 """
 
 import argparse
@@ -277,7 +277,8 @@ def main() -> None:
             2 if options.quick else 5,
         )
         bench.data.mkdir(parents=True, exist_ok=True)
-        cases = {name: CASES[name](bench) for name in options.cases}
+        saved = json.loads(RESULTS.read_text())["cases"] if options.save and RESULTS.exists() else {}
+        cases = saved | {name: CASES[name](bench) for name in options.cases}
     report = {
         "benchmark": "pretrain",
         "preset": bench.preset,

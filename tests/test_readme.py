@@ -101,6 +101,32 @@ def test_the_figures_of_the_stream_are_those_that_were_saved() -> None:
     assert list(said.groups()) == cpu + memory + disk
 
 
+def test_the_costs_of_the_jobs_are_those_that_were_saved() -> None:
+    results = {
+        name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        for name in ("pretrain", "convert", "encoder")
+    }
+    said = re.search(
+        r"r = (\d+) for `small`.*have ([0-9.]+)\s+times.*v = ([0-9,]+) from fragments.*q = (\d+) for.*take (\d+) core-hours.*"
+        r"\s([0-9.]+) to convert, (\d+) to predict",
+        (ROOT / "jobs" / "README.md").read_text(),
+        re.S,
+    )
+    assert said
+    workers, convert = results["pretrain"]["cases"]["workers"], results["convert"]
+    assert convert["spec"]["lines"] == 4000 * convert["spec"]["cells"]
+    per_s = [
+        workers["runs"]["plain"]["cells_per_s"]["median"],
+        convert["spec"]["cells"] / convert["cases"]["peers"]["runs"]["ours"]["cpu_s_median"],
+        results["encoder"]["cases"]["predict"]["runs"]["open_cnn_fp32"]["cells_per_cpu_s"]["median"],
+    ]
+    r, faster, v, q, *hours = (float(figure.replace(",", "")) for figure in said.groups())
+    assert [r, v, q] == [round(rate) for rate in per_s]
+    assert faster == round(workers["two_workers_over_one"]["median"], 1)
+    core_hours = [1e6 * cells / rate / 3600 for cells, rate in ((10, r), (1, v), (1, q))]
+    assert hours == [round(core_hours[0]), round(core_hours[1], 1), round(core_hours[2])]
+
+
 def test_the_figures_of_the_encoder_are_those_that_were_saved() -> None:
     bars = json.loads((ROOT / "benchmarks" / "results" / "encoder.json").read_text())["bars"]
     said = re.search(

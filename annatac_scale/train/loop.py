@@ -33,6 +33,8 @@ from annatac_scale.train.ranks import Ranks
 from annatac_scale.train.record import Record
 from annatac_scale.train.train_options import TrainOptions, autocast, rate_factor
 
+GIVE_BACK_EVERY_S = 60.0
+"""Seconds of steps after which freed memory goes back to the system: batches are of ever other lengths."""
 MOST_SKIPPED = 20
 """Steps in a row that may be left out because their loss is not finite: then the weights are past help."""
 
@@ -139,6 +141,7 @@ def _train(loop: Loop, optimizer: torch.optim.Optimizer, state: _State) -> None:
     module = ranks.parallel(task.module)
     _lay_out_buckets(loop, module)
     n_steps = options.epochs * len(stream)
+    given_back = time.monotonic()
     epoch = stream.state_dict()["epoch"]
     with loop.progress.task("Training", n_steps, "steps") as advance:
         advance.found(state.step)
@@ -172,6 +175,9 @@ def _train(loop: Loop, optimizer: torch.optim.Optimizer, state: _State) -> None:
                     _leave(loop, state, _checkpoint(loop, state, optimizer, place), counts.asked)
                 if record.is_due(state.step):
                     record.save(state.step, _checkpoint(loop, state, optimizer, place), state.bests)
+                if time.monotonic() - given_back > GIVE_BACK_EVERY_S:
+                    give_back_freed_memory()
+                    given_back = time.monotonic()
             epoch += 1
             _after_epoch(loop, state, optimizer, epoch, meter, place)
             give_back_freed_memory()

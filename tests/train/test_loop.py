@@ -15,6 +15,7 @@ from annatac_scale.errors import AnnatacError, ConfigError
 from annatac_scale.model.heads import LossSum
 from annatac_scale.progress import Silent
 from annatac_scale.stream.batch import Batch
+from annatac_scale.train import loop as loop_module
 from annatac_scale.train.checkpoint import Checkpoints
 from annatac_scale.train.loop import (
     MOST_SKIPPED,
@@ -23,7 +24,7 @@ from annatac_scale.train.loop import (
     micro_batches,
     train,
 )
-from annatac_scale.train.pretrain import PretrainData, pretrain_task
+from annatac_scale.train.pretrain import PretrainData, pretrain, pretrain_task
 from annatac_scale.train.ranks import Ranks
 from annatac_scale.train.record import Record
 from annatac_scale.train.run_folder import RunFolder
@@ -336,3 +337,15 @@ def test_a_run_whose_best_weights_are_damaged_goes_on_and_finds_the_best_of_what
     assert any(f"of step {int(best.stem[5:])}, is damaged" in line for line in progress.lines)
     assert any(f"after {int(newest.stem[5:])} steps" in line for line in progress.lines)
     assert task.module.weight.item() == task.weights[1]
+
+
+def test_freed_memory_goes_back_to_the_system_now_and_then_within_an_epoch(atlas, tmp_path, monkeypatch):
+    times = []
+    monkeypatch.setattr(loop_module, "give_back_freed_memory", lambda: times.append(1))
+    monkeypatch.setattr(loop_module, "GIVE_BACK_EVERY_S", 0.0)
+    pretrain(atlas, tmp_path / "often", small_pretraining(2))
+    assert len(times) == 2 * 12 + 2  # each step, and each epoch
+    times.clear()
+    monkeypatch.setattr(loop_module, "GIVE_BACK_EVERY_S", 1e9)
+    pretrain(atlas, tmp_path / "seldom", small_pretraining(2))
+    assert len(times) == 2
