@@ -107,8 +107,8 @@ def test_the_costs_of_the_jobs_are_those_that_were_saved() -> None:
         for name in ("pretrain", "convert", "encoder")
     }
     said = re.search(
-        r"r = (\d+) for `small`.*have ([0-9.]+)\s+times.*v = ([0-9,]+) from fragments.*q = (\d+) for.*take (\d+) core-hours.*"
-        r"\s([0-9.]+) to convert, (\d+) to predict",
+        r"r = (\d+) for `small`.*have ([0-9.]+)\s+times.*v = ([0-9,]+) from fragments.*q = (\d+) for.*"
+        r"take (\d+) core-hours.*\s([0-9.]+) to convert, (\d+) to predict",
         (ROOT / "jobs" / "README.md").read_text(),
         re.S,
     )
