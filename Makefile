@@ -9,7 +9,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WITH := $(if $(CONSTRAINT),-c $(CONSTRAINT))
 
-.PHONY: demo demo-full test test-slurm test-nodes lint bench clean
+# What benchmark-accuracy works with: labelled h5ad files (benchmarks/README.md), a folder that is kept, tiny or whole.
+DATA ?= data
+WORK ?= accuracy
+PLAN ?= whole
+PEERS := singler celltypist cellcano scvi rainbow epianno
+
+.PHONY: demo demo-full test test-slurm test-nodes lint bench benchmark-accuracy clean
 
 demo: $(READY)
 	$(BIN)/annatac demo --out $(OUT)
@@ -35,6 +41,13 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_road.py
+
+# Every figure of docs/accuracy.md: some two hours with PLAN=tiny, else a night. Goes on where it was stopped.
+# A peer whose environment cannot be made keeps a row that says why.
+benchmark-accuracy: $(READY)
+	-for peer in $(PEERS); do benchmarks/accuracy/peers/make_env.sh $$peer $(WORK)/envs; done
+	$(BIN)/python benchmarks/accuracy/run.py --data $(DATA) --work $(WORK) --plan $(PLAN) --jobs 2
+	$(BIN)/python benchmarks/accuracy/page.py --work $(WORK)
 
 $(READY): pyproject.toml constraints-cpu.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "annatac_scale needs Python 3.11 or later: make PYTHON=python3.11")'

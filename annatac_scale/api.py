@@ -12,7 +12,7 @@ from annatac_scale.errors import ConfigError, InputError
 from annatac_scale.progress import Progress, Silent
 
 if TYPE_CHECKING:
-    from annatac_scale.annotate.evaluate import EvaluationReport
+    from annatac_scale.annotate.evaluation_report import EvaluationReport
     from annatac_scale.annotate.predict import PredictReport
     from annatac_scale.genome.islands import IslandSpace
     from annatac_scale.ingest.convert import ConvertReport
@@ -264,7 +264,10 @@ def finetune(
     out: AnyPath,
     head: str | None = None,
     holdout: float | str = 0.2,
+    group: str | None = None,
     freeze_encoder: bool = False,
+    label_map: AnyPath | None = None,
+    hierarchy: AnyPath | None = None,
     epochs: int | None = None,
     config: AnyPath | None = None,
     settings: Sequence[str] | str = (),
@@ -272,14 +275,20 @@ def finetune(
 ) -> "FinetuneReport":
     """Fine-tune a pretrained model on the labelled cells of a store; the model folder is ``out``/model.
 
+    ``out``/report.md says what the held-out cells tell, in figures, pictures and sentences.
+
     store, model: on a disk or in object storage; out: on a disk
     labels: obs column with the cell types
-    head: "pooled", "cnn" or "subtype"; None for "pooled", but "cnn" after preset paper
+    head: "pooled", "linear", "cnn" or "subtype"; None for "pooled", with few labels "linear", "cnn" after preset paper
     holdout: share of each type's cells that test, or "column=value": all cells with that value test
+    group: obs column, or "sample", whose cells of one value (a donor, a batch) keep together: whole groups test
+    label_map: table of from and to, which renames, merges and drops labels before anything else
+    hierarchy: table of child and parent, or an OBO or OWL file, with what lies above the labels
     config, settings: as for ``pretrain``
     """
     from annatac_scale.config import override, read_toml
     from annatac_scale.model.folder import read_model
+    from annatac_scale.store.place import on_disk
     from annatac_scale.store.store import IslandStore
     from annatac_scale.train.finetune import finetune as run
     from annatac_scale.train.presets import FinetuneConfig, finetune_preset
@@ -296,7 +305,34 @@ def finetune(
         chosen = replace(chosen, freeze_encoder=True)
     if epochs is not None:
         chosen = replace(chosen, train=replace(chosen.train, epochs=epochs, min_steps=0))
-    return run(IslandStore.open(store), pretrained, labels, out, chosen, holdout, progress)
+    report = run(
+        IslandStore.open(store),
+        pretrained,
+        labels,
+        out,
+        chosen,
+        holdout,
+        progress,
+        group=group or "",
+        label_map=label_map,
+        hierarchy=hierarchy,
+    )
+    _report_finetuning(on_disk(out, "--out"), progress or Silent())
+    return report
+
+
+def _report_finetuning(run: Path, progress: Progress) -> None:
+    """Write the report of a complete run; one without held-out cells on record, of an older version, gets none."""
+    from annatac_scale.report.finetuning import REPORT_MD, write_finetuning_report
+
+    try:
+        report = write_finetuning_report(run)
+    except InputError as error:
+        progress.say(f"no report: {error}")
+        return
+    for sentence in report.confusions.sentences:
+        progress.say(sentence)
+    progress.say(f"report: {run / REPORT_MD}")
 
 
 def predict(
@@ -304,24 +340,62 @@ def predict(
     *,
     model: "Location",
     out: AnyPath,
-    novel_threshold: float | None = None,
+    hierarchy_threshold: float | None = None,
     write_h5ad: AnyPath | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> "PredictReport":
     """Label every cell of a store; ``out`` becomes a folder of Parquet tables.
 
     store, model: on a disk or in object storage; out, write_h5ad: on a disk
+    hierarchy_threshold: probability that a lineage needs, for a model with a hierarchy; None: 0.8
+    options: as in ``annotate.confidence.ConfidenceOptions``, as novel_threshold=0.5, novel_rate=0.05 or coverage=0.9
     """
     from annatac_scale.annotate.predict import predict as run
 
-    return run(store, model, out, novel_threshold=novel_threshold, write_h5ad=write_h5ad, progress=progress)
+    return run(
+        store,
+        model,
+        out,
+        hierarchy_threshold=hierarchy_threshold,
+        write_h5ad=write_h5ad,
+        progress=progress,
+        **options,
+    )
 
 
-def evaluate(labels: AnyPath, *, store: "Location", truth: str, cells: str = "test") -> "EvaluationReport":
-    """Compare predicted labels with an obs column of the store, on held-out cells ("test") or on "all"."""
+def evaluate(
+    labels: "Location",
+    *,
+    truth: str,
+    store: "Location | None" = None,
+    truth_file: "Location | None" = None,
+    labels_column: str | None = None,
+    against: "Location | None" = None,
+    against_column: str | None = None,
+    cells: str | None = None,
+    label_map: AnyPath | None = None,
+) -> "EvaluationReport":
+    """Compare labels with the truth: an obs column of the store, or a column of a CSV, TSV, Parquet or h5ad file.
+
+    labels: what ``predict`` wrote, or the column ``labels_column`` of such a file or of a store
+    against: other labels of the same cells, for a paired test
+    cells: held-out cells ("test") or "all"; None for "test" where ``predict`` wrote any of the labels
+    label_map: table of from and to that the true labels go through first, as in ``finetune``
+    """
     from annatac_scale.annotate.evaluate import evaluate as run
 
-    return run(labels, store, truth, cells=cells)
+    return run(
+        labels,
+        store,
+        truth,
+        cells=cells,
+        labels_column=labels_column,
+        truth_file=truth_file,
+        against=against,
+        against_column=against_column,
+        label_map=label_map,
+    )
 
 
 def export(

@@ -109,6 +109,7 @@ _file = partial(click.option, type=_LOCATION, metavar="FILE")
 _folder = partial(click.option, type=_LOCATION, metavar="FOLDER")
 _place = partial(click.option, type=_LOCATION, metavar="FOLDER|URL")
 _text = partial(click.option, metavar="FILE")
+_LABEL_MAP_HELP = "Table of from and to that renames, merges and (empty to) drops labels first."
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -334,14 +335,23 @@ def pretrain(store: "Location", **options: Any) -> None:
 @_folder("--out", required=True, help="Folder of the run; the model is FOLDER/model.")
 @click.option(
     "--head",
-    type=click.Choice(["pooled", "cnn", "subtype"]),
-    help="Default: pooled, but cnn after preset paper.",
+    type=click.Choice(["pooled", "linear", "cnn", "subtype"]),
+    help="Default: pooled; linear, a probe of the frozen model, with few labels; cnn after preset paper.",
 )
 @click.option(
     "--holdout", default="0.2", metavar="SHARE|COLUMN=VALUE",
     help="Cells to test on, never trained on: a share of each type, or all with a value, as donor=D5.",
 )  # fmt: skip
+@click.option(
+    "--group", metavar="COLUMN",
+    help="Keep the cells of a donor or batch together: whole groups test, never cells of one that trains.",
+)  # fmt: skip
 @click.option("--freeze-encoder", is_flag=True, help="Train the head alone.")
+@_file("--label-map", help=_LABEL_MAP_HELP)
+@_file(
+    "--hierarchy",
+    help="What lies above the labels: table of child and parent, or the Cell Ontology as .obo or .owl.",
+)
 @_training_options
 def finetune(store: "Location", **options: Any) -> None:
     """Fine-tune a pretrained model on the labelled cells of a store.
@@ -349,7 +359,7 @@ def finetune(store: "Location", **options: Any) -> None:
     Run again, the same command goes on after the newest checkpoint.
     """
     report = api.finetune(store, progress=TerminalProgress(), **options)
-    click.echo(f"{report.model}: {len(report.types)} types, val {_figures(report.figures)}")
+    click.echo(f"{report.model}: {len(report.types)} types, {report.judged_on} {_figures(report.figures)}")
     if report.test:
         click.echo(f"held-out cells ({report.split['test']:,}): {_figures(report.test)}")
 
@@ -359,8 +369,36 @@ def finetune(store: "Location", **options: Any) -> None:
 @_place("--model", required=True, help="The fine-tuned model.")
 @_folder("--out", required=True, help="Folder for the labels, a Parquet data set.")
 @click.option(
+    "--novelty", type=click.Choice(["max_probability", "energy", "mahalanobis", "knn"]),
+    help="Score of how unlike the known cells a cell is; default: the model's own.",
+)  # fmt: skip
+@click.option(
+    "--novel-rate", metavar="SHARE", type=float,
+    help="Share of known cells that may be called Novel_cell_type; default: the model's own, else 0.05 with --novelty.",
+)  # fmt: skip
+@click.option(
     "--novel-threshold", metavar="SHARE", type=float,
-    help="Confidence below which a cell is Novel_cell_type; 0: none is; default: the model's own, 0.5.",
+    help="In their place, the paper's rule: confidence below which a cell is Novel_cell_type; 0: none is.",
+)  # fmt: skip
+@click.option(
+    "--novel-adapt", is_flag=True,
+    help="Take each sample's own median score as usual; assumes that few of its cells are novel.",
+)  # fmt: skip
+@click.option(
+    "--coverage", metavar="SHARE", type=float,
+    help="Share of the cells whose prediction set holds the true type; default: 0.9.",
+)  # fmt: skip
+@click.option(
+    "--coverage-per-class/--coverage-marginal", default=True,
+    help="That share of the cells of each type, or of all cells together.",
+)  # fmt: skip
+@click.option(
+    "--min-open", metavar="N", default=0, type=click.IntRange(min=0),
+    help="Cells with fewer open islands are Unassigned_low_depth, and never novel.",
+)  # fmt: skip
+@click.option(
+    "--hierarchy-threshold", metavar="SHARE", type=float,
+    help="Probability that a lineage needs, for a model with a hierarchy; default: 0.8.",
 )  # fmt: skip
 @_file("--write-h5ad", help="Also write the h5ad that was converted, with the labels in its obs.")
 def predict(store: "Location", **options: Any) -> None:
@@ -369,19 +407,35 @@ def predict(store: "Location", **options: Any) -> None:
     Run again, the same command goes on after the last complete part.
     """
     report = api.predict(store, progress=TerminalProgress(), **options)
-    click.echo(f"{report.out}: {report.n_cells:,} cells, {report.n_novel:,} named Novel_cell_type")
+    low_depth = f", {report.n_low_depth:,} Unassigned_low_depth" if options["min_open"] else ""
+    click.echo(f"{report.out}: {report.n_cells:,} cells, {report.n_novel:,} named Novel_cell_type{low_depth}")
 
 
 @main.command()
 @click.argument("labels", type=_LOCATION)
-@_place("--store", required=True, help="The store with the true types.")
-@click.option("--truth", required=True, metavar="COLUMN", help="obs column with the true types.")
+@_place("--store", help="The store with the true types.")
+@_text("--truth-file", help="In place of --store: a CSV, TSV, Parquet or h5ad file with the true types.")
 @click.option(
-    "--cells", default="test", type=click.Choice(["test", "all"]), help="Held-out test cells, or all cells."
+    "--truth", required=True, metavar="COLUMN", help="Column with the true types, of obs or the file."
 )
+@click.option("--labels-column", metavar="COLUMN", help="Column with the labels; default: label of predict.")
+@click.option(
+    "--against", metavar="PLACE", type=_LOCATION, help="Other labels of the same cells, for a paired test."
+)
+@click.option("--against-column", metavar="COLUMN", help="The same as --labels-column, of --against.")
+@click.option(
+    "--cells",
+    type=click.Choice(["test", "all"]),
+    help="Held-out test cells, or all; default: test where predict wrote any of the labels.",
+)
+@_file("--label-map", help=_LABEL_MAP_HELP)
 @_json
 def evaluate(labels: "Location", as_json: bool, **options: Any) -> None:
-    """Compare the labels of predict with the truth, on held-out cells."""
+    """Compare labels with the truth.
+
+    LABELS is a folder that predict wrote, of which the held-out cells count, or any CSV, TSV, Parquet or h5ad file or a
+    store, with --labels-column. Cells are joined by barcode, and by sample where both sides name it.
+    """
     report = api.evaluate(labels, **options)
     click.echo(_dumped(report.to_dict()) if as_json else "\n".join(report.text()))
 

@@ -16,6 +16,7 @@ from scipy import sparse
 import annatac_scale as ats
 import annatac_scale.train.finetune
 from annatac_scale import api
+from annatac_scale.annotate.confidence import ConfidenceOptions
 from annatac_scale.cli import main
 from annatac_scale.errors import AnnatacError, ConfigError, InputError, StoreError
 from annatac_scale.genome.islands import IslandSpace
@@ -74,6 +75,8 @@ def defaults_of(name: str) -> dict[str, Any]:
         given |= {field.name: field.default for field in dataclasses.fields(ConvertOptions)}
     if name == "pretrain":
         given |= {field.name: field.default for field in dataclasses.fields(RunOptions)}
+    if name == "predict":
+        given |= {field.name: field.default for field in dataclasses.fields(ConfidenceOptions)}
     return given
 
 

@@ -41,6 +41,7 @@ FENCES = {
     "ray": ("train/cluster.py", "annotate/cluster.py"),
     "torch": ("stream/", "model/", "train/", "annotate/", "biology/"),
     "safetensors": ("model/",),
+    "pronto": ("model/ontology.py",),
     "sklearn": ("train/", "annotate/", "baseline.py", "demonstration.py"),
     "click": ("cli.py",),
     "rich": ("terminal.py",),

@@ -20,11 +20,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from annatac_scale.annotate.confidence import ConfidenceRule
 from annatac_scale.errors import InputError, ModelError
+from annatac_scale.model.hierarchy import Hierarchy
 from annatac_scale.store.schema import SHARD_CELLS
 
 FORMAT = "annatac_scale.labels"
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "2.0"
 MANIFEST = "_manifest.json"
 PART_CELLS = SHARD_CELLS
 """Cells in a part: 16 blocks of one sample."""
@@ -61,18 +63,28 @@ class SampleRecord:
 class Manifest:
     """What a labels data set is of.
 
-    model: the model's digest; store: path, for information; split_sha256: of the split.parquet beside the model, ""
-    where there was none; classes: cell types in the order of ``probabilities``; columns: of the table
+    model: the model's digest; store: path, for information; rule: what was asked for
+    split_sha256: of the split.parquet beside the model, "" where there was none
+    classes: cell types in the order of ``probabilities``; columns: of the table
+    parents, hierarchy_threshold: the model's hierarchy, as ``Hierarchy.to_json`` has it, and the probability that a
+    lineage has at least; None where it has none
     """
 
     model: str
     store: str
     samples: dict[str, SampleRecord]
-    novel_threshold: float
+    rule: ConfidenceRule
     split_sha256: str
     classes: tuple[str, ...]
     columns: tuple[str, ...]
     complete: bool = False
+    parents: dict[str, list[str]] | None = None
+    hierarchy_threshold: float | None = None
+
+    @property
+    def hierarchy(self) -> Hierarchy | None:
+        """What lies above the classes. Raises InputError where ``parents`` say none of these classes."""
+        return None if self.parents is None else Hierarchy.of(self.classes, self.parents, MANIFEST)
 
     @property
     def parts(self) -> list[Part]:
@@ -88,9 +100,11 @@ class Manifest:
         made_with = {
             "model": self.model,
             "x_sha256": self.samples[sample].x_sha256,
-            "novel_threshold": self.novel_threshold,
+            **asdict(self.rule),
             "split_sha256": self.split_sha256,
         }
+        if self.hierarchy_threshold is not None:
+            made_with["hierarchy_threshold"] = self.hierarchy_threshold
         return {_MADE_WITH: json.dumps(made_with).encode(), _CLASSES: json.dumps(self.classes).encode()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,9 +125,11 @@ def read_manifest(path: Path | str) -> Manifest:
             )
         return Manifest(
             samples={name: SampleRecord(**record) for name, record in values["samples"].items()},
+            rule=ConfidenceRule(**values["rule"]),
             classes=tuple(values["classes"]),
             columns=tuple(values["columns"]),
-            **{key: values[key] for key in ("model", "store", "novel_threshold", "split_sha256", "complete")},
+            **{key: values[key] for key in ("model", "store", "split_sha256", "complete")},
+            **{key: values.get(key) for key in ("parents", "hierarchy_threshold")},
         )
     except FileNotFoundError as error:
         raise InputError(
@@ -252,7 +268,8 @@ def _check_same(path: Path, there: Manifest, now: Manifest) -> None:
             "choose another --out or use that model"
         )
     options: list[tuple[str, Any, Any]] = [
-        ("novel_threshold", there.novel_threshold, now.novel_threshold),
+        *((name, getattr(there.rule, name), value) for name, value in asdict(now.rule).items()),
+        ("hierarchy_threshold", there.hierarchy_threshold, now.hierarchy_threshold),
         ("split_sha256", there.split_sha256[:12] or "none", now.split_sha256[:12] or "none"),
     ]
     for name, before, after in options:

@@ -10,6 +10,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from annatac_scale.errors import InputError
 from annatac_scale.model.labels import label_texts
+from annatac_scale.train.confusions import confusion_table, per_type_figures
+
+HEADLINES = ("accuracy", "macro_f1", "kappa", "jaccard_micro", "jaccard_weighted")
+"""The figures of an Evaluation that are one number each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +76,7 @@ def evaluate_labels(truth: ArrayLike, predicted: ArrayLike) -> Evaluation:
         )
     known = true_label != ""
     _check_cells(known, label)
-    return _evaluation(_confusion(true_label[known], label[known]), int((~known).sum()))
+    return _evaluation(confusion_table(true_label[known], label[known]), int((~known).sum()))
 
 
 def _check_cells(known: NDArray[np.bool_], label: NDArray[np.object_]) -> None:
@@ -88,17 +92,28 @@ def _check_cells(known: NDArray[np.bool_], label: NDArray[np.object_]) -> None:
         )
 
 
-def _confusion(truth: NDArray[np.object_], predicted: NDArray[np.object_]) -> pd.DataFrame:
-    types = sorted(set(truth))
-    labels = types + sorted(set(predicted) - set(types))
-    number_of = {label: i for i, label in enumerate(labels)}
-    row, column = pd.Series(truth).map(number_of), pd.Series(predicted).map(number_of)
-    counts = np.bincount(row * len(labels) + column, minlength=len(types) * len(labels))
-    return pd.DataFrame(
-        counts.reshape(len(types), len(labels)),
-        pd.Index(types, name="truth"),
-        pd.Index(labels, name="predicted"),
-    )
+def figures_of_counts(
+    right: NDArray[np.integer], n_true: NDArray[np.integer], n_predicted: NDArray[np.integer], n_cells: int
+) -> dict[str, NDArray[np.float64]]:
+    """accuracy, macro_f1, kappa, jaccard_micro and jaccard_weighted of one table of counts, or of many at once.
+
+    right: cells of a type that are given it, [..., types]; n_true: cells of the type; n_predicted: cells given it;
+    n_cells: of each table, above 0. Types without true cells count in no mean. Each figure is float64 [...].
+    """
+    n_right = right.sum(axis=-1)
+    accuracy = n_right / n_cells
+    by_chance = (n_true / n_cells * (n_predicted / n_cells)).sum(axis=-1)
+    f1 = np.where(n_true > 0, 2 * right / np.maximum(n_true + n_predicted, 1), 0)
+    jaccard = right / np.maximum(n_true + n_predicted - right, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kappa = np.where(by_chance < 1, (accuracy - by_chance) / (1 - by_chance), np.nan)
+    return {
+        "accuracy": accuracy,
+        "macro_f1": f1.sum(axis=-1) / (n_true > 0).sum(axis=-1),
+        "kappa": kappa,
+        "jaccard_micro": n_right / (2 * n_cells - n_right),
+        "jaccard_weighted": (jaccard * n_true).sum(axis=-1) / n_cells,
+    }
 
 
 def _evaluation(confusion: pd.DataFrame, n_without_truth: int) -> Evaluation:
@@ -106,26 +121,11 @@ def _evaluation(confusion: pd.DataFrame, n_without_truth: int) -> Evaluation:
     n, n_true = int(counts.sum()), counts.sum(axis=1)
     n_predicted = counts.sum(axis=0)[: len(counts)]
     right = counts.diagonal()
-    accuracy = float(right.sum() / n)
-    f1 = 2 * right / (n_true + n_predicted)
-    by_chance = float(n_true / n @ (n_predicted / n))
-    per_type = pd.DataFrame(
-        {
-            "cell_type": confusion.index,
-            "n": n_true,
-            "precision": right / np.maximum(n_predicted, 1),
-            "recall": right / n_true,
-            "f1": f1,
-        }
-    )
+    figures = figures_of_counts(right, n_true, n_predicted, n)
     return Evaluation(
         n_cells=n,
         n_without_truth=n_without_truth,
-        accuracy=accuracy,
-        macro_f1=float(f1.mean()),
-        kappa=(accuracy - by_chance) / (1 - by_chance) if by_chance < 1 else math.nan,
-        jaccard_micro=float(right.sum() / (2 * n - right.sum())),
-        jaccard_weighted=float(np.average(right / (n_true + n_predicted - right), weights=n_true)),
-        per_type=per_type,
+        per_type=per_type_figures(confusion),
         confusion=confusion,
+        **{name: float(value) for name, value in figures.items()},
     )

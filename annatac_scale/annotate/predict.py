@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from annatac_scale.annotate.confidence import NOVEL
+from annatac_scale.annotate.confidence import ConfidenceOptions, ConfidenceRule
 from annatac_scale.annotate.labels import (
     PART_CELLS,
     LabelsFolder,
@@ -27,15 +28,18 @@ from annatac_scale.annotate.labels import (
 )
 from annatac_scale.annotate.splits import Splits
 from annatac_scale.annotate.table import LabelRule
-from annatac_scale.errors import InputError, ModelError
+from annatac_scale.errors import ConfigError, InputError, ModelError
 from annatac_scale.memory import give_back_freed_memory
 from annatac_scale.model.cell_typer import CellTyper
 from annatac_scale.model.folder import Model, read_model
+from annatac_scale.model.hierarchy import DEFAULT_THRESHOLD
+from annatac_scale.model.labels import LOW_DEPTH, NOVEL
+from annatac_scale.model.novelty import Outputs
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.export import write_obs_into_h5ad
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.place import Location, is_url, on_disk
-from annatac_scale.store.schema import SHARD_BLOCKS
+from annatac_scale.store.schema import BLOCK_CELLS, SHARD_BLOCKS
 from annatac_scale.store.store import IslandStore, Sample
 from annatac_scale.stream.batch import Batch
 
@@ -46,6 +50,11 @@ BATCH_CELLS = 256
 """Most cells of a batch: each has some tensors of its own, however few its tokens."""
 
 OBS_PREFIX = "annatac_"
+_MAY_BE_ABSENT = ("novelty_p", "set", "set_size", "split")
+"""Columns that an h5ad goes without where no cell has a value."""
+
+ADAPT_CELLS = 100
+"""Cells that a sample must have for its median novelty score to be taken: with fewer it is too uncertain."""
 
 
 @dataclass(frozen=True)
@@ -71,27 +80,35 @@ class PredictReport:
         """Cells whose type the model is not sure of."""
         return self.labels.get(NOVEL, 0)
 
+    @property
+    def n_low_depth(self) -> int:
+        """Cells with too few open islands to tell their type."""
+        return self.labels.get(LOW_DEPTH, 0)
+
 
 def predict(
     store: IslandStore | Location,
     model: Model | Location,
     out: Location,
     *,
-    novel_threshold: float | None = None,
+    hierarchy_threshold: float | None = None,
     write_h5ad: Location | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> PredictReport:
     """Tell the type of every cell of a store, into the labels data set ``out`` (columns: LabelRule.schema).
 
     store, model: may lie in object storage; out, write_h5ad: only on a disk
-    novel_threshold: a cell whose confidence is below it is named Novel_cell_type, 0 names none; None: the model's own
+    hierarchy_threshold: probability that a node of the model's hierarchy needs to be a cell's lineage; None: 0.8
+    options: as in ConfidenceOptions, as novel_threshold=0.5 or coverage=0.9
     write_h5ad: where to write the h5ad that the one sample was converted from, with the labels in its obs
 
     Parts that are there already are skipped: the same command goes on after an interruption. ``split`` is copied from
     split.parquet beside the model folder. Raises ModelError where the model has no cell types, does not fit the store
     or is another one than made the labels in ``out``; InputError where ``out`` holds something else or labels made
     with other options, where ``out`` or ``write_h5ad`` is a URL, and where ``write_h5ad`` asks for the impossible;
-    ConfigError for a threshold out of range.
+    ConfigError for options out of range, or that contradict each other, and for ``hierarchy_threshold`` where the
+    model has no hierarchy.
     """
     progress = progress or Silent()
     out = on_disk(out, "--out")
@@ -99,7 +116,7 @@ def predict(
     store = store if isinstance(store, IslandStore) else IslandStore.open(store)
     if not isinstance(model, Model):
         model = read_model(model, "cuda" if torch.cuda.is_available() else "cpu")
-    predictor = _Predictor(store, model, novel_threshold)
+    predictor = _Predictor(store, model, hierarchy_threshold, ConfidenceOptions(**options), progress)
     source = None if h5ad is None else _h5ad_source(store, h5ad)
     with labels_writer(out, predictor.manifest) as folder:
         n_skipped = _write_parts(folder, predictor, progress)
@@ -147,28 +164,39 @@ def _report(folder: LabelsFolder, store: IslandStore, n_skipped: int) -> Predict
 class _Predictor:
     """A model set up for a store: makes the table of any part of it."""
 
-    def __init__(self, store: IslandStore, model: Model, novel_threshold: float | None) -> None:
+    def __init__(
+        self,
+        store: IslandStore,
+        model: Model,
+        hierarchy_threshold: float | None,
+        options: ConfidenceOptions,
+        progress: Progress,
+    ) -> None:
         self._typer = _typer_of(model)
         model.check_store(store)
         info = model.info
-        threshold = info.novel_threshold if novel_threshold is None else novel_threshold
+        rule = ConfidenceRule.of(model, options)
         self._store = store
-        self._rule = LabelRule(info.labels, info.temperature, float(threshold))
+        self._progress = progress
+        lineage = _lineage_threshold(model, hierarchy_threshold)
+        self._rule = LabelRule(info.labels, info.scaling, rule, model.known, info.hierarchy, lineage)
         self._attend = model.attend
         self._lister = model.lister(store)
         self._new_of_old = model.vocabulary.new_of_old()
         self._splits = Splits.beside(model.path)
-        self._cells = _SampleCells("", np.empty(0, object), np.empty(0, object))
+        self._cells = _SampleCells("", np.empty(0, object), np.empty(0, object), 0.0)
         self.manifest = Manifest(
             model=model.digest,
             store=str(store.path),
             samples={
                 name: SampleRecord(s.n_cells, s.x_sha256, s.digest) for name, s in store.samples.items()
             },
-            novel_threshold=self._rule.novel_threshold,
+            rule=rule,
             split_sha256=self._splits.sha256,
             classes=info.labels,
             columns=tuple(self._rule.schema.names),
+            parents=None if info.hierarchy is None else info.hierarchy.to_json(),
+            hierarchy_threshold=None if info.hierarchy is None else lineage,
         )
 
     def table(self, part: Part) -> pa.Table:
@@ -176,26 +204,58 @@ class _Predictor:
         sample = self._store.samples[part.sample]
         blocks = range(part.unit * SHARD_BLOCKS, min((part.unit + 1) * SHARD_BLOCKS, sample.n_blocks))
         rows = OpenIslands.concatenate([sample.read_block(block) for block in blocks])
-        rows = rows.renumber(self._new_of_old)
         first = part.unit * PART_CELLS
-        logits = self._logits(sample.first_cell + first, rows)
+        outputs = self._outputs(sample.first_cell, np.arange(first, first + part.n_cells), rows)
         cells, own = self._cells_of(sample), slice(first, first + part.n_cells)
-        return self._rule.table(sample.name, cells.barcodes[own], logits, rows.n_open, cells.split[own])
+        return self._rule.table(sample.name, cells.barcodes[own], outputs, cells.split[own], cells.shift)
 
     def _cells_of(self, sample: Sample) -> "_SampleCells":
         """Kept from part to part, as a sample's parts follow each other."""
         if self._cells.sample != sample.name:
             barcodes = sample.obs().index.to_numpy(object)
-            self._cells = _SampleCells(sample.name, barcodes, self._splits.of(sample, barcodes))
+            split = self._splits.of(sample, barcodes)
+            self._cells = _SampleCells(sample.name, barcodes, split, self._shift(sample, split))
         return self._cells
 
-    def _logits(self, first_cell: int, rows: OpenIslands) -> NDArray[np.float32]:
-        """Logits [n, C] of the cells of a part, the first of which has the cell id ``first_cell``."""
-        logits = np.empty((len(rows), len(self._rule.classes)), np.float32)
+    def _shift(self, sample: Sample, split: NDArray[np.object_]) -> float:
+        """What the median novelty score of a sample's cells is above that of the calib cells.
+
+        It is taken over 16 blocks, evenly spaced: one part's memory and time, and a function of the sample alone. Cells
+        that the model was trained on score low and are left out, as are closed ones and those of low depth.
+        """
+        rule, known = self._rule.rule, self._rule.known
+        if not rule.novel_adapt or known is None:
+            return 0.0
+        blocks = np.unique(
+            np.linspace(0, sample.n_blocks - 1, min(SHARD_BLOCKS, sample.n_blocks)).astype(int)
+        )
+        read = [sample.read_block(int(block)) for block in blocks]
+        rows = OpenIslands.concatenate(read)
+        first_of_block = blocks * BLOCK_CELLS
+        in_sample = [first + np.arange(len(some)) for first, some in zip(first_of_block, read, strict=True)]
+        cells = np.concatenate([np.empty(0, np.int64), *in_sample])
+        outputs = self._outputs(sample.first_cell, cells, rows)
+        taken = (outputs.n_open >= max(rule.min_open, 1)) & (split[cells] != "train")
+        scores = self._rule.novelty_scores(outputs)[taken]
+        if len(scores) < ADAPT_CELLS:
+            self._progress.say(
+                f"{sample.name}: --novel-adapt: found {len(scores):,} cells that the model was not trained on, "
+                f"expected at least {ADAPT_CELLS}; its novelty scores stay as they are"
+            )
+            return 0.0
+        return float(np.median(scores) - np.median(known.scores[rule.novelty]))
+
+    def _outputs(self, first_cell: int, cells: NDArray[np.int64], rows: OpenIslands) -> Outputs:
+        """What the model says of some cells of a sample. first_cell: the sample's first id; rows: of those cells."""
+        rows = rows.renumber(self._new_of_old)
+        classifier = self._typer.head.classifier
+        logits = np.empty((len(rows), classifier.out_features), np.float32)
+        embedding = np.empty((len(rows), classifier.in_features), np.float32)
         for chosen in cut_batches(self._n_tokens(first_cell, rows)):
-            batch = Batch.from_open(first_cell + chosen, rows.take(chosen))
-            logits[chosen] = self._typer.predict(self._lister(batch))
-        return logits
+            batch = Batch.from_open(first_cell + cells[chosen], rows.take(chosen))
+            said = self._typer.predict_with_embedding(self._lister(batch))
+            logits[chosen], embedding[chosen] = said
+        return Outputs(logits, embedding, rows.n_open)
 
     def _n_tokens(self, first_cell: int, rows: OpenIslands) -> NDArray[np.int64]:
         """Tokens that the lister will give each cell."""
@@ -207,11 +267,12 @@ class _Predictor:
 
 @dataclass(frozen=True, eq=False)
 class _SampleCells:
-    """A sample's barcodes and splits, object [n_cells]."""
+    """A sample's barcodes and splits, object [n_cells], and what is taken off its novelty scores."""
 
     sample: str
     barcodes: NDArray[np.object_]
     split: NDArray[np.object_]
+    shift: float
 
 
 def _typer_of(model: Model) -> CellTyper:
@@ -225,6 +286,15 @@ def _typer_of(model: Model) -> CellTyper:
             "the model was never written, so its labels could not say what made them; write it first"
         )
     return model.typer
+
+
+def _lineage_threshold(model: Model, asked: float | None) -> float:
+    if asked is not None and model.info.hierarchy is None:
+        raise ConfigError(
+            f"--hierarchy-threshold {asked:g}: {model.path or 'the model'} has no hierarchy; leave it out, or "
+            "fine-tune with --hierarchy"
+        )
+    return DEFAULT_THRESHOLD if asked is None else float(asked)
 
 
 def _h5ad_source(store: IslandStore, out: Path) -> Path:
@@ -262,11 +332,13 @@ def _h5ad_source(store: IslandStore, out: Path) -> Path:
 
 
 def _obs_columns(folder: LabelsFolder) -> pd.DataFrame:
-    """The table but for its probabilities, indexed by barcode, columns named for obs."""
+    """The table but for its probabilities, indexed by barcode, columns named for obs; "|" joins the types of a set."""
     names = [name for name in folder.manifest.columns if name not in ("sample", "probabilities")]
     table = pd.concat([folder.read(part, names).to_pandas() for part in folder.manifest.parts])
-    if table["split"].isna().all():
-        table = table.drop(columns="split")
+    told = [name for name in table.columns if name not in _MAY_BE_ABSENT or table[name].notna().any()]
+    table = table[told]
+    if "set" in told:
+        table["set"] = ["|".join(types) for types in table["set"]]
     return table.set_index("barcode").add_prefix(OBS_PREFIX)
 
 

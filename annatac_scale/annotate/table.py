@@ -1,41 +1,61 @@
-"""The columns of the labels data set, and how the logits of some cells become rows of it."""
+"""The columns of the labels data set, and how what the model says of some cells becomes rows of it."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from annatac_scale.annotate.confidence import name_novel
-from annatac_scale.model.calibration import probabilities
+from annatac_scale.annotate.confidence import ConfidenceRule, named
+from annatac_scale.model.calibration import Scaling
+from annatac_scale.model.conformal import exceeds, p_values, set_thresholds
+from annatac_scale.model.hierarchy import DEFAULT_THRESHOLD, Hierarchy, check_threshold
+from annatac_scale.model.novelty import KnownCells, Outputs, plain_score
+
+Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LabelRule:
-    """How logits become labels.
+    """How what the model says becomes labels.
 
-    classes: cell types in the order of the logits; temperature: that they are divided by; novel_threshold: confidence
-    below which a cell is Novel_cell_type. Raises ConfigError for a threshold that is not from 0 to 1.
+    classes: cell types in the order of the logits; scaling: of the logits; rule: what is asked for
+    known: what the model keeps of its known cells, if it does
+    hierarchy: what lies above the classes; hierarchy_threshold: the probability that a lineage needs
+
+    Raises ConfigError for a hierarchy threshold that is not from 0 to 1.
     """
 
     classes: tuple[str, ...]
-    temperature: float
-    novel_threshold: float
+    scaling: Scaling
+    rule: ConfidenceRule
+    known: KnownCells | None
+    hierarchy: Hierarchy | None = None
+    hierarchy_threshold: float = DEFAULT_THRESHOLD
 
     def __post_init__(self) -> None:
-        name_novel([], [], self.novel_threshold)
+        check_threshold(self.hierarchy_threshold)
 
     @property
     def schema(self) -> pa.Schema:
         """Columns of the table.
 
         sample, barcode: which cell
-        best: the type with the highest probability; label: the same, or Novel_cell_type; confidence: its probability
+        best: the type with the highest probability; label: the same, or Novel_cell_type, or Unassigned_low_depth;
+            confidence: its probability
         second, second_confidence: the next type, null where the model knows but one
+        novel: whether the rule calls the cell novel; novelty_score: the larger, the more novel; novelty_p: its
+            conformal p-value, the share of known cells that score as high, null where the model has no calib cells
+        set, set_size: the prediction set, the likeliest first, and its types; null where the model has no calib cells
         probabilities: of all classes, in their order
         n_open: open islands of the cell that the model has a token for
         split: train, val, calib or test in the model's fine-tuning, null for a cell that was not in it
+        lineage, lineage_confidence: the deepest node of the hierarchy that is likely enough, and its probability, null
+        where none is; these columns are there where the model has a hierarchy
         """
+        lineage = {"lineage": pa.string(), "lineage_confidence": pa.float32()}
         return pa.schema(
             {
                 "sample": pa.string(),
@@ -45,42 +65,111 @@ class LabelRule:
                 "confidence": pa.float32(),
                 "second": pa.string(),
                 "second_confidence": pa.float32(),
+                "novel": pa.bool_(),
+                "novelty_score": pa.float32(),
+                "novelty_p": pa.float32(),
+                "set": pa.list_(pa.string()),
+                "set_size": pa.int32(),
                 "probabilities": pa.list_(pa.float32(), len(self.classes)),
                 "n_open": pa.int32(),
                 "split": pa.string(),
+                **({} if self.hierarchy is None else lineage),
             }
         )
+
+    def novelty_scores(self, outputs: Outputs) -> Floats:
+        """The rule's novelty score of n cells, float32 [n]."""
+        chances = self._chances(outputs)
+        if self.known is None:
+            return plain_score(self.rule.novelty, outputs, chances, self.scaling.temperature)
+        return self.known.score(self.rule.novelty, outputs, chances, self.scaling.temperature)
 
     def table(
         self,
         sample: str,
         barcodes: NDArray[np.object_],
-        logits: NDArray[np.float32],
-        n_open: NDArray[np.int64],
+        outputs: Outputs,
         split: NDArray[np.object_],
+        shift: float = 0.0,
     ) -> pa.Table:
         """The rows of ``n`` cells of a sample.
 
-        barcodes: str [n]; logits: float32 [n, C]; n_open: [n]; split: str or None [n]. Of equal logits the class that
-        comes first is the better one. Raises ModelError for logits that are not finite.
+        barcodes: str [n]; split: str or None [n]; shift: to take off the novelty scores. Of equally likely classes the
+        one that comes first is the better one. Raises ModelError for logits that are not finite.
         """
-        # Rounded first, so that all columns agree with the probabilities that are written.
-        chances = probabilities(logits, self.temperature).astype(np.float32)
-        order = np.argsort(-logits, axis=1, kind="stable")
+        n, one_class = len(barcodes), len(self.classes) == 1
+        chances = self._chances(outputs)
+        order = np.argsort(-self.scaling.scaled(outputs.logits), axis=1, kind="stable")
         names = np.array(self.classes, object)
         ranked = np.take_along_axis(chances, order, axis=1)
         best, confidence = names[order[:, 0]], ranked[:, 0]
-        one_class = len(self.classes) == 1
+        scores = self.novelty_scores(outputs) - np.float32(shift)
+        low_depth = outputs.n_open < self.rule.min_open
+        novel = self._novel(confidence, scores) & ~low_depth
+        sets, sizes = self._sets(chances, order, names)
         columns = {
-            "sample": pa.repeat(pa.scalar(sample), len(barcodes)),
+            "sample": pa.repeat(pa.scalar(sample), n),
             "barcode": barcodes,
             "best": best,
-            "label": name_novel(best, confidence.astype(np.float64), self.novel_threshold),
+            "label": named(best, novel, low_depth),
             "confidence": confidence,
-            "second": pa.nulls(len(barcodes)) if one_class else names[order[:, 1]],
-            "second_confidence": pa.nulls(len(barcodes)) if one_class else ranked[:, 1],
+            "second": pa.nulls(n) if one_class else names[order[:, 1]],
+            "second_confidence": pa.nulls(n) if one_class else ranked[:, 1],
+            "novel": novel,
+            "novelty_score": scores,
+            "novelty_p": pa.nulls(n) if self._calib is None else p_values(scores, self._calib),
+            "set": sets,
+            "set_size": sizes,
             "probabilities": pa.FixedSizeListArray.from_arrays(chances.ravel(), len(self.classes)),
-            "n_open": n_open,
+            "n_open": outputs.n_open,
             "split": split,
+            **self._lineage(chances),
         }
         return pa.table(columns, schema=self.schema)
+
+    def _lineage(self, chances: NDArray[np.float32]) -> dict[str, Any]:
+        if self.hierarchy is None:
+            return {}
+        names, found = self.hierarchy.deepest(chances, self.hierarchy_threshold)
+        none = names == ""
+        names[none] = None
+        return {"lineage": names, "lineage_confidence": pa.array(found, mask=none)}
+
+    def _chances(self, outputs: Outputs) -> Floats:
+        # Rounded first, so that all columns agree with the probabilities that are written.
+        return self.scaling.probabilities(outputs.logits).astype(np.float32)
+
+    @cached_property
+    def _calib(self) -> Floats | None:
+        """The calib cells' scores, increasing."""
+        return None if self.known is None or not self.known.n_calib else self.known.scores[self.rule.novelty]
+
+    @cached_property
+    def _thresholds(self) -> Floats | None:
+        """Probability from which each class is in the set."""
+        if self.known is None or self.rule.coverage is None:
+            return None
+        known, per_class = self.known, self.rule.coverage_per_class
+        return set_thresholds(
+            known.chances, known.codes, len(self.classes), self.rule.coverage, per_class=per_class
+        )
+
+    def _novel(self, confidence: Floats, scores: Floats) -> NDArray[np.bool_]:
+        if self.rule.novel_threshold is not None:
+            below: NDArray[np.bool_] = confidence.astype(np.float64) < self.rule.novel_threshold
+            return below
+        assert self._calib is not None  # as ConfidenceRule.of makes sure
+        assert self.rule.novel_rate is not None
+        return exceeds(scores, self._calib, self.rule.novel_rate)
+
+    def _sets(
+        self, chances: Floats, order: NDArray[np.int64], names: NDArray[np.object_]
+    ) -> tuple[pa.Array, pa.Array]:
+        if self._thresholds is None:
+            return pa.nulls(len(chances), pa.list_(pa.string())), pa.nulls(len(chances), pa.int32())
+        inside = np.take_along_axis(chances >= self._thresholds, order, axis=1)
+        sizes = inside.sum(axis=1)
+        offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(sizes, dtype=np.int32)])
+        return pa.ListArray.from_arrays(
+            pa.array(offsets), pa.array(names[order][inside], pa.string())
+        ), pa.array(sizes.astype(np.int32))

@@ -12,7 +12,8 @@ from annatac_scale.errors import InputError
 from annatac_scale.genome.assembly import common_name
 from annatac_scale.genome.rows import Path, complaint, read_lines, shown
 
-_MISSING = ("", "NA", "NaN", "nan")
+MISSING = ("", "NA", "NaN", "nan")
+"""What stands in a table of texts for a missing value."""
 _IS_CELL = re.compile("is_cell|is_((?P<genome>.*)_)?cell_barcode")
 _YES, _NO = ("1", "1.0", "true"), ("0", "0.0", "false")
 
@@ -59,12 +60,12 @@ def typed(column: pd.Series) -> pd.Series:
     The texts "", NA, NaN and nan are missing values. Numbers that would not be written back alike, such as the donor
     "01", stay texts.
     """
-    present = column[~column.isin(_MISSING)]
+    present = column[~column.isin(MISSING)]
     numbers = pd.to_numeric(present, errors="coerce")
     padded = present.str.fullmatch(r"[+-]?0[0-9]+.*") | present.str.startswith("+")
     if len(present) and numbers.notna().all() and not padded.any():
         return numbers.reindex(column.index)
-    return column.where(~column.isin(_MISSING)).astype("category")
+    return column.where(~column.isin(MISSING)).astype("category")
 
 
 def read_barcodes(path: Path, assembly: str | None = None) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Encoder and cell-type head as one module."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,12 +10,19 @@ from torch import Tensor, nn
 
 from annatac_scale.errors import ConfigError
 from annatac_scale.model.encoder import Encoder, batch_tokens
-from annatac_scale.model.heads import CNN_HIDDEN, SUBTYPE_HIDDEN, CellTypeHead, CnnHead, PooledHead
+from annatac_scale.model.heads import (
+    CNN_HIDDEN,
+    SUBTYPE_HIDDEN,
+    CellTypeHead,
+    CnnHead,
+    LinearHead,
+    PooledHead,
+)
 from annatac_scale.model.linformer import EncoderConfig, Linformer
 from annatac_scale.model.pool import READS
 from annatac_scale.stream.batch import Batch
 
-HEADS = ("pooled", "cnn", "subtype")
+HEADS = ("pooled", "linear", "cnn", "subtype")
 
 
 @dataclass(frozen=True)
@@ -22,15 +30,16 @@ class HeadConfig:
     """A cell-type head. Raises ConfigError where a value is out of range."""
 
     kind: str = "pooled"
-    """"pooled", the paper's "cnn", or "subtype", the same with more layers."""
+    """"pooled"; "linear", a linear probe of the pooled layer as it is; the paper's "cnn", or "subtype", the same with
+    more layers."""
     hidden: tuple[int, ...] = ()
     """Fully connected layers of cnn and subtype; empty means the kind's own."""
     pooled: int = 64
-    """Channels of the pooled head's embedding."""
+    """Channels of the pooled layer (pooled, linear)."""
     island_dropout: float = 0.3
     """Probability that training leaves an open island out (pooled)."""
     reads: str = "gate"
-    """What the pooled head takes from the encoder: a "gate" on each island, "gate+sum", or "none": it is not run."""
+    """What the pooled layer takes from the encoder: a "gate" on each island, "gate+sum", or "none": it is not run."""
 
     def __post_init__(self) -> None:
         if self.kind not in HEADS:
@@ -40,6 +49,11 @@ class HeadConfig:
         if self.pooled < 2 or any(units < 1 for units in self.hidden):
             raise ConfigError(f"head sizes: found {self.pooled}, {self.hidden}, expected at least 2 and 1")
 
+    @property
+    def pools(self) -> bool:
+        """Whether the head stands on a pooled layer."""
+        return self.kind in ("pooled", "linear")
+
 
 def build_head(config: HeadConfig, encoder: EncoderConfig, n_islands: int, n_types: int) -> CellTypeHead:
     """A new head of the configured kind on top of an encoder."""
@@ -47,6 +61,8 @@ def build_head(config: HeadConfig, encoder: EncoderConfig, n_islands: int, n_typ
         return PooledHead(
             n_islands, encoder.width, n_types, config.pooled, config.island_dropout, config.reads
         )
+    if config.kind == "linear":
+        return LinearHead(n_islands, encoder.width, n_types, config.pooled, config.reads)
     hidden = config.hidden or (CNN_HIDDEN if config.kind == "cnn" else SUBTYPE_HIDDEN)
     return CnnHead(n_islands, encoder.width, n_types, hidden, encoder.tokens_per_cell)
 
@@ -66,18 +82,43 @@ class CellTyper(nn.Module):
 
     def forward(self, tokens: Tensor, islands: Tensor, offsets: Tensor) -> Tensor:
         """Logits [B, Y]; arguments as in ``Tokens``."""
-        hidden = self.linformer(tokens, islands, offsets) if self.head.reads_encoder else None
-        logits: Tensor = self.head(hidden, tokens, islands, offsets)
+        logits: Tensor = self.head(self._hidden(tokens, islands, offsets), tokens, islands, offsets)
         return logits
 
-    @torch.inference_mode()
+    def _hidden(self, tokens: Tensor, islands: Tensor, offsets: Tensor) -> Tensor | None:
+        """The encoder's states, where the head reads them."""
+        return self.linformer(tokens, islands, offsets) if self.head.reads_encoder else None
+
     def predict(self, batch: Batch) -> NDArray[np.float32]:
         """Logits float32 [B, Y] of a batch whose tokens are listed, dropout off."""
+        return self.predict_with_embedding(batch)[0]
+
+    def predict_with_embedding(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Logits float32 [B, Y], and the embedding [B, M] that the head's last layer made them of, dropout off."""
+
+        def logits_and_embedding(*tokens: Tensor) -> tuple[Tensor, ...]:
+            embedding = self.head.embed(self._hidden(*tokens), *tokens)
+            return self.head.classifier(embedding), embedding
+
+        logits, embedding = self._without_dropout(logits_and_embedding, batch)
+        return logits, embedding
+
+    def pooled(self, batch: Batch) -> NDArray[np.float32]:
+        """z of the pooled layer, float32 [B, channels], of a batch whose tokens are listed, for a head that has one."""
+        assert isinstance(self.head, PooledHead)
+        pool = self.head.pool
+        (z,) = self._without_dropout(lambda *tokens: (pool(self._hidden(*tokens), *tokens),), batch)
+        return z
+
+    @torch.inference_mode()
+    def _without_dropout(
+        self, function: Callable[..., tuple[Tensor, ...]], batch: Batch
+    ) -> tuple[NDArray[np.float32], ...]:
+        """What a function of ``Tokens`` gives of a batch, dropout off."""
         training = self.training
         self.eval()
         try:
-            logits = self(*batch_tokens(batch, self.head.classifier.weight.device))
+            found = function(*batch_tokens(batch, self.head.classifier.weight.device))
         finally:
             self.train(training)
-        result: NDArray[np.float32] = logits.float().cpu().numpy()
-        return result
+        return tuple(tensor.float().cpu().numpy() for tensor in found)

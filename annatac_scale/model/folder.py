@@ -4,8 +4,10 @@
     weights.safetensors    encoder, pooled layer and head, without positions
     positions.safetensors  the positions, [islands, width]
     islands.tsv.gz         the vocabulary: number in the island space, chrom, start, end, genes
-    labels.json            cell types in the order of the logits (fine-tuned models)
-    calibration.json       temperature (fine-tuned models)
+    labels.json            cell types in the order of the logits, and the parents of each where there is a hierarchy
+                           (fine-tuned models)
+    calibration.json       temperature or vector scaling, novelty rule, calibration errors (fine-tuned models)
+    known_cells.safetensors  what novelty scores and prediction sets are measured against (known_cells.py)
     README.md              the model card
 
 It lies on a disk, where it is written aside and renamed, or below a URL in object storage, where config.json is put
@@ -34,9 +36,13 @@ from torch import Tensor, nn
 from annatac_scale.config import from_dict, to_dict
 from annatac_scale.errors import ConfigError, ModelError
 from annatac_scale.genome.islands import IslandSpace
+from annatac_scale.model.calibration import Scaling
 from annatac_scale.model.cell_typer import CellTyper, HeadConfig, build_head
 from annatac_scale.model.encoder import Encoder
+from annatac_scale.model.hierarchy import Hierarchy
+from annatac_scale.model.known_cells import KNOWN_FILE, decoded, encoded
 from annatac_scale.model.linformer import EncoderConfig, Linformer
+from annatac_scale.model.novelty import KnownCells, checked_score
 from annatac_scale.model.pool import IslandPool
 from annatac_scale.store.files import move
 from annatac_scale.store.place import Location, joined, location_of, place_of
@@ -45,12 +51,22 @@ from annatac_scale.stream.tokens import TokenLister
 from annatac_scale.stream.vocabulary import Vocabulary
 
 FORMAT = "annatac_scale.model"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 POSITIONS = "positions"
 _POSITIONS_KEY = "linformer.positions"
 _CONFIG, _CARD = "config.json", "README.md"
 _FILES = frozenset({"weights.safetensors", "positions.safetensors", "islands.tsv.gz"})
 _TYPER_FILES = _FILES | {"labels.json", "calibration.json"}
+_CALIBRATION = (
+    "temperature",
+    "scales",
+    "biases",
+    "novel_threshold",
+    "novelty",
+    "novel_rate",
+    "calibration_errors",
+)
+"""Fields of ModelInfo that are in calibration.json and not in config.json."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +93,34 @@ class ModelInfo:
     """Of a pretrained encoder that has one; a fine-tuned model's is in its head."""
     head: HeadConfig | None = None
     labels: tuple[str, ...] = ()
+    hierarchy: Hierarchy | None = None
+    """What lies above the labels, where fine-tuning was given it."""
     temperature: float = 1.0
+    scales: tuple[float, ...] = ()
+    biases: tuple[float, ...] = ()
+    """Of vector scaling; both empty where the temperature alone scales."""
     novel_threshold: float = 0.5
+    """Confidence below which a cell is novel, where ``novel_rate`` is None: the paper's rule."""
+    novelty: str = "max_probability"
+    """The novelty score (model/novelty.py) that ``predict`` gives unless it is asked for another."""
+    novel_rate: float | None = None
+    """Share of known cells that may be called novel by that score; None: ``novel_threshold`` decides."""
+    calibration_errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Expected calibration error of the calib and test cells, "before" and "after" scaling."""
     linformer_trained: bool = True
     """Whether pretraining or fine-tuning trained the Linformer, or its weights are those that it began with."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """JSON-able: stores and their digests, options, seed, figures, versions."""
 
     @property
+    def scaling(self) -> Scaling:
+        """How its logits become probabilities. Raises ModelError for numbers that cannot be."""
+        return Scaling(self.temperature, self.scales, self.biases)
+
+    @property
     def pooled_layer(self) -> PoolConfig | None:
         """That of the encoder, or of a fine-tuned model's head; None where there is none."""
-        if self.head is None or self.head.kind != "pooled":
+        if self.head is None or not self.head.pools:
             return self.pool
         return PoolConfig(self.head.pooled, self.head.reads)
 
@@ -106,6 +139,8 @@ class Model:
     """sha256 (hex) of config.json, which covers every file; empty for a model not yet written."""
     path: Location | None = None
     """The folder, on a disk or in object storage, that it was read from."""
+    known: KnownCells | None = None
+    """Of a fine-tuned model; without it there are no prediction sets, no novelty rate and no distances."""
 
     @property
     def attend(self) -> str:
@@ -190,7 +225,7 @@ def _is_empty(folder: Path) -> bool:
 
 def _write_in_storage(url: str, files: Mapping[str, bytes]) -> None:
     place = place_of(url)
-    ours = {_CONFIG, _CARD, *_TYPER_FILES}
+    ours = {_CONFIG, _CARD, *_TYPER_FILES, KNOWN_FILE}
     there = place.names()
     # Files of a model without config.json are those of a writer that was stopped.
     if _CONFIG not in there and not ours.issuperset(there):
@@ -215,8 +250,10 @@ def _encoded(model: Model, card: str) -> dict[str, bytes]:
         "islands.tsv.gz": _encoded_islands(model),
     }
     if model.typer is not None:
-        calibration = {"temperature": model.info.temperature, "novel_threshold": model.info.novel_threshold}
-        files |= {"labels.json": _json(list(model.info.labels)), "calibration.json": _json(calibration)}
+        calibration = {name: getattr(model.info, name) for name in _CALIBRATION}
+        files |= {"labels.json": _json(_encoded_labels(model.info)), "calibration.json": _json(calibration)}
+        if model.known is not None:
+            files[KNOWN_FILE] = encoded(model.known)
     config = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -227,10 +264,27 @@ def _encoded(model: Model, card: str) -> dict[str, bytes]:
         "vocabulary_sha256": model.vocabulary.sha256,
         "files": {name: _sha256(files[name]) for name in sorted(files)},
     }
-    for key in ("labels", "temperature", "novel_threshold"):
+    for key in ("labels", "hierarchy", *_CALIBRATION):
         del config[key]
     config["sha256"] = _content_sha256(config)
     return {**files, _CARD: card.encode(), _CONFIG: _json(config)}
+
+
+def _encoded_labels(info: ModelInfo) -> dict[str, Any]:
+    return {
+        "labels": list(info.labels),
+        "parents": None if info.hierarchy is None else info.hierarchy.to_json(),
+    }
+
+
+def _read_labels(file: Location, text: bytes) -> dict[str, Any]:
+    """The fields of ModelInfo that labels.json holds. ``file``: for messages"""
+    said = json.loads(text)
+    labels, parents = tuple(said["labels"]), said["parents"]
+    return {
+        "labels": labels,
+        "hierarchy": None if parents is None else Hierarchy.of(labels, parents, str(file)),
+    }
 
 
 def _json(value: Any) -> bytes:
@@ -259,14 +313,15 @@ def read_model(location: Location, device: torch.device | str = "cpu") -> Model:
         vocabulary, islands = _read_vocabulary(folder, info)
         state = load(folder.read("weights.safetensors"))
         state[_POSITIONS_KEY] = load(folder.read("positions.safetensors"))[POSITIONS]
+        model = _new_model(info, vocabulary, islands)
+        known = _read_known(folder, model)
     except (OSError, KeyError, TypeError, ValueError, ConfigError, SafetensorError) as error:
         raise ModelError(
             f"{folder.location}: not a whole model folder ({error}); fetch or train it again"
         ) from error
-    model = _new_model(info, vocabulary, islands)
     _load(folder.location, _parts(model), state)
     _parts(model).to(device).eval()
-    return replace(model, digest=folder.digest, path=folder.location)
+    return replace(model, digest=folder.digest, path=folder.location, known=known)
 
 
 class _Folder:
@@ -335,10 +390,10 @@ def _parsed(file: Location, text: bytes) -> dict[str, Any]:
         )
     # Names other than these, which might lead out of the folder, are refused; and only these are ever opened.
     files = config.get("files")
-    expected = _FILES if config.get("head") is None else _TYPER_FILES
+    expected = (_FILES,) if config.get("head") is None else (_TYPER_FILES, _TYPER_FILES | {KNOWN_FILE})
     if (
         not isinstance(files, dict)
-        or files.keys() != expected
+        or files.keys() not in expected
         or config.get("sha256") != _content_sha256(config)
     ):
         raise ModelError(f"{file}: cut short or edited; fetch or train the model again")
@@ -351,8 +406,8 @@ def _read_info(folder: _Folder) -> ModelInfo:
     if head is not None:
         typing = {
             "head": from_dict(HeadConfig, head, place="head."),
-            "labels": tuple(json.loads(folder.read("labels.json"))),
-            **json.loads(folder.read("calibration.json")),
+            **_read_labels(joined(folder.location, "labels.json"), folder.read("labels.json")),
+            **_read_calibration(folder),
         }
     plain = (
         "assembly",
@@ -371,6 +426,22 @@ def _read_info(folder: _Folder) -> ModelInfo:
         pool=None if config["pool"] is None else from_dict(PoolConfig, config["pool"], place="pool."),
         **typing,
     )
+
+
+def _read_calibration(folder: _Folder) -> dict[str, Any]:
+    values = json.loads(folder.read("calibration.json"))
+    values = {name: values[name] for name in _CALIBRATION}
+    for name in ("scales", "biases"):
+        values[name] = tuple(map(float, values[name]))
+    checked_score(values["novelty"])
+    return values
+
+
+def _read_known(folder: _Folder, model: Model) -> KnownCells | None:
+    if KNOWN_FILE not in folder.config["files"] or model.typer is None:
+        return None
+    classifier = model.typer.head.classifier
+    return decoded(folder.read(KNOWN_FILE), classifier.out_features, classifier.in_features)
 
 
 def _read_vocabulary(folder: _Folder, info: ModelInfo) -> tuple[Vocabulary, pd.DataFrame]:

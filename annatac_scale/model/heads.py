@@ -294,3 +294,39 @@ class PooledHead(CellTypeHead):
     def reading_parameters(self) -> list[nn.Parameter]:
         """Gate and U."""
         return self.pool.reading_parameters()
+
+
+class LinearHead(PooledHead):
+    """A linear probe: linear logits on the direction of z from the mean training cell, (z - c) / |z - c|.
+
+    Nothing but the classifier is trained, and that is fitted in one go (``train.probe``).
+    """
+
+    centre: Tensor
+
+    def __init__(
+        self, n_islands: int, width: int, n_types: int, pooled: int = 64, reads: str = "gate"
+    ) -> None:
+        super().__init__(n_islands, width, n_types, pooled, reads=reads, island_dropout=0.0)
+        self.register_buffer("centre", torch.zeros(pooled))
+        self.pool.requires_grad_(False)
+
+    def embed(self, hidden: Tensor | None, tokens: Tensor, islands: Tensor, offsets: Tensor) -> Tensor:
+        """Directions, [B, pooled]; zero for a cell that is the mean cell. ``hidden`` as in ``PooledHead``."""
+        z = super().embed(hidden, tokens, islands, offsets)
+        return functional.normalize(z - self.centre, dim=1)
+
+    @torch.no_grad()
+    def take_over(self, centre: Tensor, weight: Tensor, bias: Tensor) -> None:
+        """Use what was fitted. centre: [pooled]; weight: [Y, pooled]; bias: [Y]"""
+        self.centre.copy_(centre)
+        self.classifier.weight.copy_(weight)
+        self.classifier.bias.copy_(bias)
+
+    def table_parameters(self) -> list[nn.Parameter]:
+        """None: W stays as it is."""
+        return []
+
+    def reading_parameters(self) -> list[nn.Parameter]:
+        """None: gate and U stay as they are."""
+        return []

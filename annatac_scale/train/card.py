@@ -1,13 +1,15 @@
 """Model cards, generated from what was run."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from annatac_scale.model.folder import ModelInfo
+from annatac_scale.model.labels import in_table
 from annatac_scale.stream.vocabulary import Vocabulary
 
 _CONFIDENCE = (
-    "A confidence is the largest softmax probability after temperature scaling. The model knows only the types "
-    "above: a cell of another type gets one of them, or `Novel_cell_type` when its confidence is low."
+    "A confidence is the largest softmax probability after scaling. The model knows only the types above: a cell of "
+    "another type gets one of them, or `Novel_cell_type` where the novelty rule says so."
 )
 
 
@@ -39,20 +41,90 @@ def finetuned_card(info: ModelInfo, vocabulary: Vocabulary) -> str:
             "",
             *_common(info, vocabulary),
             f"- head: {head}; labels from obs column `{facts['labels']}`, held out: {facts['holdout']}",
+            *([] if facts["groups"] is None else [f"- {groups_text(facts['groups'])}"]),
             f"- cells: {', '.join(f'{n:,} {split}' for split, n in facts['split'].items())}",
-            f"- temperature {info.temperature:.3f}, fitted on the val cells; novel below {info.novel_threshold}",
-            *_figures("val", facts["validation"]),
+            f"- {_scaling(info)}, fitted on the {facts['judged_on']} cells; {_novel(info)}",
+            *_errors(info),
+            *_labels(info),
+            *_figures(facts["judged_on"], facts["validation"]),
             *_figures("test (cells that fine-tuning never saw)", facts["test"]),
             f"- {facts['pretraining_cells']}",
             "",
-            "| cell type | training cells |",
-            "|---|---|",
-            *[f"| {name} | {n:,} |" for name, n in facts["training_cells_per_type"].items()],
+            *_types(facts),
             "",
+            *[f"{sentence}\n" for sentence in facts["confusions"]],
             _CONFIDENCE,
             "",
         ]
     )
+
+
+def groups_text(groups: Mapping[str, Any]) -> str:
+    """Which groups the splits are of. groups: column, of_split, whole, n_without_group"""
+    of_split, whole = groups["of_split"], groups["whole"]
+    shown = [f"{split} {', '.join(of_split[split])}" for split in (*whole, "train")]
+    if "val" not in whole:
+        shown.append("val and calib: cells of the groups that train, of which none can be spared")
+    return (
+        f"whole groups of {groups['column']}: {'; '.join(shown)}; {groups['n_without_group']:,} labelled cells without "
+        "a group are left out"
+    )
+
+
+def _types(facts: dict[str, Any]) -> list[str]:
+    """A table of the types, with the figures of their test cells."""
+    figures = {row["cell_type"]: row for row in facts["test_types"]}
+    lines = [
+        "| cell type | training cells | test cells | precision | recall | F1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, n in facts["training_cells_per_type"].items():
+        row = figures.get(name)
+        shown = (
+            [f"{row['n']:,}", *(f"{row[f]:.3f}" for f in ("precision", "recall", "f1"))]
+            if row
+            else ["0", *"---"]
+        )
+        lines.append(f"| {in_table(name)} | {n:,} | {' | '.join(shown)} |")
+    return lines
+
+
+def _labels(info: ModelInfo) -> list[str]:
+    """What fine-tuning did to the labels, and what lies above them."""
+    facts, lines = info.provenance, []
+    if facts["label_map"] is not None:
+        lines.append(
+            f"- label map: {len(facts['label_map']['to']):,} labels named, {facts['n_dropped']:,} cells dropped, "
+            f"sha256 {facts['label_map']['sha256']}"
+        )
+    if info.hierarchy is not None:
+        roots = [
+            name
+            for name, above in zip(info.hierarchy.nodes, info.hierarchy.parents, strict=True)
+            if not above
+        ]
+        lines.append(
+            f"- hierarchy: {len(info.hierarchy.nodes):,} nodes below {', '.join(map(in_table, roots))}"
+        )
+    return lines
+
+
+def _scaling(info: ModelInfo) -> str:
+    return f"temperature {info.temperature:.3f}" if not info.scales else "vector scaling"
+
+
+def _novel(info: ModelInfo) -> str:
+    if info.novel_rate is None:
+        return f"novel below {info.novel_threshold}"
+    return f"novel by {info.novelty}, so that {info.novel_rate:.1%} of known cells are"
+
+
+def _errors(info: ModelInfo) -> list[str]:
+    shown = [
+        f"{found['before']:.3f} -> {found['after']:.3f} ({split})"
+        for split, found in info.calibration_errors.items()
+    ]
+    return [f"- expected calibration error, before -> after scaling: {', '.join(shown)}"] if shown else []
 
 
 def _common(info: ModelInfo, vocabulary: Vocabulary) -> list[str]:

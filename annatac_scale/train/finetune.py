@@ -1,8 +1,9 @@
 """Fine-tuning: a pretrained encoder and a cell-type head on labelled cells, to a model that annotates."""
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,150 +11,69 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import logsumexp
-from sklearn.metrics import accuracy_score, f1_score
-from torch import Tensor, nn
-from torch.nn import functional
 
-from annatac_scale.errors import ConfigError, InputError, ModelError
-from annatac_scale.model.calibration import fit_temperature
+from annatac_scale.errors import ConfigError, ModelError
+from annatac_scale.model.calibration import Scaling
 from annatac_scale.model.cell_typer import CellTyper, build_head
-from annatac_scale.model.encoder import batch_tokens
 from annatac_scale.model.folder import Model, ModelInfo, read_model, write_model
-from annatac_scale.model.heads import LossSum, PooledHead
+from annatac_scale.model.heads import LinearHead, PooledHead
+from annatac_scale.model.hierarchy import Hierarchy
+from annatac_scale.model.lora import add_adapters, merge_adapters
+from annatac_scale.model.novelty import Outputs
+from annatac_scale.model.ontology import read_hierarchy
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.place import Location, on_disk
 from annatac_scale.store.store import IslandStore
-from annatac_scale.stream.batch import Batch
 from annatac_scale.stream.cell_matrix import CellMatrix
 from annatac_scale.stream.loader import BatchStream
-from annatac_scale.stream.selection import sequential
 from annatac_scale.stream.tokens import TokenLister
 from annatac_scale.stream.vocabulary import count_open
-from annatac_scale.train.card import finetuned_card
+from annatac_scale.train.card import finetuned_card, groups_text
+from annatac_scale.train.cell_type_task import CellTypeModel, FinetuneTask, figures_of
+from annatac_scale.train.cell_weights import cell_weights, class_weights
+from annatac_scale.train.confidence_fit import OUT_OF_FOLD, Confidence, Judged, fit_confidence
+from annatac_scale.train.few_labels import check_enough, training_counts, with_head
+from annatac_scale.train.heldout import HELDOUT_FILE, HELDOUT_SPLITS, facts_of_test, write_heldout
 from annatac_scale.train.interruption import interruption
-from annatac_scale.train.loop import Loop, micro_batches, train
+from annatac_scale.train.label_map import LabelMap
+from annatac_scale.train.loop import Loop, train
 from annatac_scale.train.positions import inverse_document_frequency, truncated_svd
 from annatac_scale.train.presets import FinetuneConfig
+from annatac_scale.train.probe import deal_folds, fit_probe
 from annatac_scale.train.provenance import earlier_sight, made_by, run_inputs, sample_facts
 from annatac_scale.train.ranks import Ranks
 from annatac_scale.train.record import Record
 from annatac_scale.train.run_folder import RunFolder
 from annatac_scale.train.run_options import RunOptions
-from annatac_scale.train.splits import SPLIT_FILE, LabelledCells, SplitRule, split_cells, write_split
-from annatac_scale.train.train_options import TrainOptions
+from annatac_scale.train.splits import (
+    SPLIT_FILE,
+    SPLITS,
+    LabelledCells,
+    SplitRule,
+    split_cells,
+    write_split,
+)
 
 
 @dataclass(frozen=True)
 class FinetuneReport:
-    """What a fine-tuning run made. figures: of the val cells; test: of the held-out cells, empty without any."""
+    """What a fine-tuning run made.
+
+    figures: of the ``judged_on`` cells, "val" or, of a linear probe without any, "out-of-fold training"
+    test: of the held-out cells, empty without any
+    """
 
     model: Path
     types: tuple[str, ...]
     split: dict[str, int]
     n_without_label: int
+    """Cells of the store that have none, apart from those that the label map drops."""
+    n_dropped: int
     temperature: float
     figures: dict[str, float]
     test: dict[str, float]
-
-
-class CellTypeModel(nn.Module):
-    """A cell typer that maps labelled batches to summed, class-weighted cross-entropy."""
-
-    class_weights: Tensor
-
-    def __init__(self, typer: CellTyper, class_weights: Tensor, labelled: LabelledCells) -> None:
-        super().__init__()
-        self.typer = typer
-        self.register_buffer("class_weights", class_weights)
-        self._labelled = labelled
-
-    def forward(self, batch: Batch) -> dict[str, LossSum]:
-        """The loss named "type" over the cells of a batch; all of them have a code of at least 0."""
-        device = self.class_weights.device
-        logits = self.typer(*batch_tokens(batch, device)).float()
-        target = torch.from_numpy(self._labelled.codes_of(batch.cell_ids)).to(device)
-        loss = functional.cross_entropy(logits, target, self.class_weights, reduction="sum")
-        count = torch.tensor(len(target), device=device)
-        return {"type": LossSum(loss, count, (logits.argmax(1) == target).sum())}
-
-
-class FinetuneTask:
-    """Fine-tuning as the loop sees it."""
-
-    def __init__(
-        self,
-        module: CellTypeModel,
-        config: FinetuneConfig,
-        lister: TokenLister,
-        store: IslandStore,
-        labelled: LabelledCells,
-    ) -> None:
-        self.module = module
-        self.loss_weights = {"type": 1.0}
-        self._config = config
-        self._lister = lister
-        self._store = store
-        self._labelled = labelled
-
-    def parameter_groups(self, options: TrainOptions) -> list[dict[str, Any]]:
-        """The head, its tables, and the encoder with what reads it, each at its rate."""
-        typer = self.module.typer
-        tables, reading = typer.head.table_parameters(), typer.head.reading_parameters()
-        apart = {id(p) for p in (*tables, *reading)}
-        encoder = [p for p in typer.linformer.parameters() if p.requires_grad]
-        return [
-            {
-                "params": [p for p in typer.head.parameters() if id(p) not in apart],
-                "lr": options.learning_rate,
-            },
-            {"params": tables, "lr": options.table_learning_rate, "weight_decay": options.weight_decay},
-            {"params": reading + encoder, "lr": options.encoder_learning_rate},
-        ]
-
-    def prepare(self, batch: Batch, epoch: int) -> Batch:
-        """List the tokens to attend to."""
-        return self._lister(batch)
-
-    def counts(self, batch: Batch) -> dict[str, int]:
-        """Every cell is a target."""
-        return {"type": len(batch)}
-
-    def validate(self, ranks: Ranks, after_batch: Callable[[], None]) -> dict[str, float]:
-        """Figures of the val cells; score is macro F1, the loss breaking ties."""
-        figures = figures_of(*self.logits(self._labelled.of("val"), after_batch))
-        return {"score": figures["macro_f1"] - 0.01 * figures["loss"], **figures}
-
-    def logits(
-        self, cells: NDArray[np.int64], after_batch: Callable[[], None] = lambda: None
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Logits [n, types] and true codes [n] of labelled cells, in order of their ids."""
-        parts = [np.empty((0, len(self._labelled.types)), np.float32)]
-        new_of_old = self._lister.vocabulary.new_of_old()
-        for ids, rows in sequential(self._store, cells):
-            batch = self._lister(Batch.from_open(ids, rows.renumber(new_of_old)))
-            pieces = micro_batches(batch, self._config.train.micro_tokens)
-            parts += [self.module.typer.predict(piece) for piece in pieces]
-            after_batch()
-        return np.concatenate(parts), self._labelled.codes_of(np.sort(cells))
-
-
-def figures_of(logits: NDArray[np.float32], truth: NDArray[np.int64]) -> dict[str, float]:
-    """accuracy, macro_f1 over the types in the truth, and loss over the cells of types that the model knows.
-
-    truth: codes; those below 0 are types that the model does not know, whose cells are errors. Empty without cells.
-    """
-    if not len(truth):
-        return {}
-    best = logits.argmax(axis=1)
-    macro_f1 = f1_score(truth, best, labels=np.unique(truth), average="macro", zero_division=0)
-    figures = {"accuracy": float(accuracy_score(truth, best)), "macro_f1": float(macro_f1)}
-    known = np.flatnonzero(truth >= 0)
-    if len(known):
-        scores = logits[known].astype(np.float64)
-        own = scores[np.arange(len(known)), truth[known]]
-        figures["loss"] = float(np.mean(logsumexp(scores, axis=1) - own))
-    return figures
+    head: str
+    judged_on: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +86,9 @@ class _Work:
     labelled: LabelledCells
     config: FinetuneConfig
     holdout: str
+    group: str
+    label_map: LabelMap | None
+    hierarchy: Hierarchy | None
 
 
 def finetune(
@@ -176,6 +99,9 @@ def finetune(
     config: FinetuneConfig,
     holdout: float | str = 0.2,
     progress: Progress | None = None,
+    group: str = "",
+    label_map: Location | None = None,
+    hierarchy: Location | None = None,
 ) -> FinetuneReport:
     """Fine-tune a pretrained model on the cells of a store that have a label; the model folder is ``out``/model.
 
@@ -183,10 +109,15 @@ def finetune(
     labels: obs column with the cell types; cells without one are left out and counted
     out: a folder on a disk
     holdout: share of each type's cells, or "column=value", that test and are never trained on
+    group: obs column, or "sample", whose cells of one value (a donor, a batch) keep together: whole groups test
+    label_map: a table on a disk that renames, merges and drops labels first (train/label_map.py)
+    hierarchy: a table or ontology on a disk with what lies above the labels (model/ontology.py), kept in the model
 
+    A pooled head becomes a linear probe where labels are few (``config.linear_below``); val cells then train as well,
+    unless they are whole groups.
     Run again with the same arguments, it goes on after the newest checkpoint; a complete run is left as it is.
-    Raises InputError where there are too few labelled cells or ``out`` is a URL, ModelError where model and store do
-    not fit or the model was never written.
+    Raises InputError where there are too few labelled cells or ``out`` is a URL, ConfigError for settings that do not
+    fit the model, ModelError where model and store do not fit or the model was never written.
     """
     progress = progress or Silent()
     out = on_disk(out, "--out")
@@ -196,12 +127,22 @@ def finetune(
             "the model was never written, so the run could not say what it is trained from; write it first"
         )
     pretrained.check_store(store)
-    rule = SplitRule(holdout, config.validation_share, config.calibration_share, config.train.seed)
-    labelled = split_cells(store, labels, rule)
+    if config.group_weights != "none" and not group:
+        raise ConfigError(
+            f"group_weights: found {config.group_weights!r} without --group, expected the column of the groups; add it"
+        )
+    rule = SplitRule(holdout, config.validation_share, config.calibration_share, config.train.seed, group)
+    mapping = None if label_map is None else LabelMap.read(label_map)
+    labelled = split_cells(store, labels, rule, mapping, progress)
+    config = with_head(config, labelled, pretrained.encoder.pool is not None, progress)
+    if config.head.kind == "linear" and "val" not in labelled.whole:
+        labelled = labelled.with_val_training()
     progress.say(_split_line(labels, labelled))
-    if not labelled.sizes["val"]:
-        raise InputError(_too_few(labels, labelled))
-    work = _Work(store, pretrained, labels, labelled, config, rule.described)
+    check_enough(labels, labelled, config.head.kind)
+    above = None if hierarchy is None else read_hierarchy(hierarchy, labelled.types)
+    work = _Work(store, pretrained, labels, labelled, config, rule.described, group, mapping, above)
+    if (groups := _group_facts(work)) is not None:
+        progress.say(groups_text(groups))
     run = RunFolder(out, config, _identity(work))
     with run.use(progress.say):
         if run.complete:
@@ -213,41 +154,90 @@ def finetune(
 
 def _split_line(labels: str, labelled: LabelledCells) -> str:
     sizes = ", ".join(f"{n:,} {name}" for name, n in labelled.sizes.items())
-    return f"labels {labels}: {len(labelled.types)} types, {sizes}; {labelled.n_without_label:,} cells without a label"
-
-
-def _too_few(labels: str, labelled: LabelledCells) -> str:
-    """Why no cell validates: few cells, or a column of something else, where most cells are a type of their own."""
-    n_types, n_cells = len(labelled.types), len(labelled.cells)
-    doubt = "; is this a column of cell types?" if n_types > n_cells / 2 else ""
-    return (
-        f"--labels {labels}: too few labelled cells of each type to hold any out for validation: found {n_types:,} "
-        f"types in {n_cells:,} cells{doubt}; label more cells, hold out fewer, or --set validation_share=0.3"
-    )
+    dropped = f", {labelled.n_dropped:,} dropped by the label map" if labelled.n_dropped else ""
+    without = f"{labelled.n_without_label:,} cells without a label{dropped}"
+    return f"labels {labels}: {len(labelled.types)} types, {sizes}; {without}"
 
 
 def _identity(work: _Work) -> dict[str, Any]:
     labelled = work.labelled
     cells = hashlib.sha256(labelled.cells.tobytes() + labelled.codes.tobytes())
-    cells.update("\n".join([*labelled.split, *labelled.types]).encode())
+    cells.update(json.dumps([*labelled.split, *labelled.types]).encode())
+    named = {"label_map": work.label_map, "hierarchy": work.hierarchy}
     return {
         "kind": "finetune",
         "model": work.pretrained.digest,
         "labels": work.labels,
         "holdout": work.holdout,
+        "group": work.group,
         "labelled_cells": cells.hexdigest(),
+        **{name: file.sha256 for name, file in named.items() if file is not None},
         **run_inputs(work.store),
     }
 
 
 def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
-    """Train, fit the temperature, test, and write split and model."""
-    ranks, options, labelled = Ranks(), work.config.train, work.labelled
-    torch.manual_seed(options.seed)
+    """Train or fit, learn how sure to be, test, and write split, held-out cells and model."""
+    ranks, labelled, config = Ranks(), work.labelled, work.config
+    torch.manual_seed(config.train.seed)
     task = _task(work, ranks)
+    judged: Judged | None = None
+    figures: dict[str, float] = {}
+    if config.head.kind == "linear":
+        judged = _fit(work, task, progress)
+    else:
+        figures = _train(work, task, run, ranks, progress)
+    said = {split: task.outputs(labelled.of(split)) for split in HELDOUT_SPLITS}
+    judged = judged or Judged("val", labelled.of("val"), said["val"].logits)
+    confidence = fit_confidence(task.outputs, work.store, labelled, config, judged, said)
+    for note in confidence.notes:
+        progress.say(note)
+    tested = confidence.scaling.scaled(said["test"].logits), labelled.codes_of(labelled.of("test"))
+    facts = {
+        "labels": work.labels,
+        "holdout": work.holdout,
+        "groups": _group_facts(work),
+        "split": labelled.sizes,
+        "n_without_label": labelled.n_without_label,
+        "n_dropped": labelled.n_dropped,
+        "label_map": None if work.label_map is None else work.label_map.facts,
+        "judged_on": judged.on,
+        "validation": figures or figures_of(judged.logits, labelled.codes_of(judged.cells)),
+        "test": figures_of(*tested),
+        **facts_of_test(labelled, *tested),
+        "calibration": {"kind": confidence.scaling.kind, "errors": confidence.errors},
+    }
+    info = _info(work, confidence, facts)
+    pretrained = work.pretrained
+    typer = task.module.typer
+    encoder = typer.encoder_and_pool(info.linformer_trained)
+    model = Model(info, pretrained.vocabulary, pretrained.islands, encoder, typer, known=confidence.known)
+    write_split(Path(run.location) / SPLIT_FILE, work.store, labelled)
+    told = _told(labelled, judged, said, confidence.scaling)
+    write_heldout(Path(run.location) / HELDOUT_FILE, work.store, labelled, told)
+    write_model(run.model, model, finetuned_card(info, model.vocabulary))
+
+
+def _told(
+    labelled: LabelledCells, judged: Judged, said: Mapping[str, Outputs], scaling: Scaling
+) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
+    """Cells that the fit did not see, and their probabilities, by split."""
+    told: dict[str, tuple[NDArray[np.int64], NDArray[np.floating]]] = {
+        split: (labelled.of(split), outputs.logits) for split, outputs in said.items()
+    }
+    if judged.on == OUT_OF_FOLD:
+        told["train"] = judged.cells, judged.logits
+    return {split: (cells, scaling.probabilities(logits)) for split, (cells, logits) in told.items()}
+
+
+def _train(
+    work: _Work, task: FinetuneTask, run: RunFolder, ranks: Ranks, progress: Progress
+) -> dict[str, float]:
+    """Train until val gains nothing; the figures of its best epoch, whose weights stay."""
+    options = work.config.train
     stream = BatchStream(
         work.store,
-        cells=labelled.of("train"),
+        cells=work.labelled.of("train"),
         vocabulary=work.pretrained.vocabulary,
         global_batch_size=options.global_batch_size,
         seed=options.seed,
@@ -259,21 +249,42 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
     ):
         loop = Loop(task, stream, options, ranks, record, progress, asked)
         figures = train(loop, lambda: _initialise(task.module.typer, work, progress))
-    facts = {
-        "labels": work.labels,
-        "holdout": work.holdout,
-        "split": labelled.sizes,
-        "n_without_label": labelled.n_without_label,
-        "validation": figures,
-        "test": figures_of(*task.logits(labelled.of("test"))),
+    merge_adapters(task.module.typer.linformer)
+    return figures
+
+
+def _fit(work: _Work, task: FinetuneTask, progress: Progress) -> Judged | None:
+    """Fit the linear head; what it says of its training cells, out of fold, unless there are val cells to judge it."""
+    labelled, typer = work.labelled, task.module.typer
+    assert isinstance(typer.head, LinearHead)
+    _initialise(typer, work, progress)
+    training = labelled.of("train")
+    codes = labelled.codes_of(training)
+    groups = None if labelled.groups is None else labelled.groups[labelled.split == "train"]
+    folds = deal_folds(codes, groups, work.config.train.seed)
+    probe = fit_probe(task.vectors(training), codes, task.module.weights_of(training), folds)
+    fitted = (probe.linear.centre, probe.linear.weight, probe.linear.bias)
+    typer.head.take_over(*(torch.from_numpy(part) for part in fitted))
+    progress.say(
+        f"linear probe: C = {probe.strength:g} has the least loss of those tried, over {folds.n} folds of the training "
+        f"{work.group + ' groups' if folds.by_group else 'cells'}: {probe.losses[probe.strength]:.4g}"
+    )
+    if labelled.sizes["val"]:
+        return None
+    return Judged(OUT_OF_FOLD, training[probe.judged], probe.logits, folds.number[probe.judged])
+
+
+def _group_facts(work: _Work) -> dict[str, Any] | None:
+    """Which groups the splits are of; None where cells were dealt without."""
+    labelled = work.labelled
+    if labelled.groups is None:
+        return None
+    return {
+        "column": work.group,
+        "of_split": {name: labelled.groups_of(name) for name in SPLITS},
+        "whole": list(labelled.whole),
+        "n_without_group": labelled.n_without_group,
     }
-    info = _info(work, fit_temperature(*task.logits(labelled.of("val"))), facts)
-    pretrained = work.pretrained
-    typer = task.module.typer
-    encoder = typer.encoder_and_pool(info.linformer_trained)
-    model = Model(info, pretrained.vocabulary, pretrained.islands, encoder, typer)
-    write_split(Path(run.location) / SPLIT_FILE, work.store, labelled)
-    write_model(run.model, model, finetuned_card(info, model.vocabulary))
 
 
 def _task(work: _Work, ranks: Ranks) -> FinetuneTask:
@@ -281,23 +292,35 @@ def _task(work: _Work, ranks: Ranks) -> FinetuneTask:
     pretrained, labelled, config = work.pretrained, work.labelled, work.config
     n_types = len(labelled.types)
     head = build_head(config.head, pretrained.info.encoder, len(pretrained.vocabulary), n_types)
-    if config.freeze_encoder and head.reads_encoder and not pretrained.info.linformer_trained:
+    keeps = "--freeze-encoder" if config.freeze_encoder else "lora" if config.lora else ""
+    if keeps and head.reads_encoder and not pretrained.info.linformer_trained:
         raise ConfigError(
-            f"--freeze-encoder: the head reads the Linformer, which pretraining did not train ({pretrained.path}); "
-            "leave --freeze-encoder out, or pretrain with --set reads=gate or another objective"
+            f"{keeps}: the head reads the Linformer, which pretraining did not train ({pretrained.path}); "
+            f"leave {keeps} out, or pretrain with --set reads=gate or another objective"
         )
-    if config.freeze_encoder or not head.reads_encoder:
+    if config.lora and not head.reads_encoder:
+        raise ConfigError(
+            f"lora: found {config.lora} under a head that does not read the Linformer; leave it out, or "
+            "--set head.reads=gate"
+        )
+    if config.lora:
+        add_adapters(pretrained.encoder.linformer, config.lora)
+    elif config.freeze_encoder or config.head.kind == "linear" or not head.reads_encoder:
         pretrained.encoder.linformer.requires_grad_(False)
-    counts = np.bincount(labelled.codes_of(labelled.of("train")), minlength=n_types)
-    weights = torch.from_numpy(class_weights(counts, config.class_weights))
-    module = CellTypeModel(CellTyper(pretrained.encoder.linformer, head), weights, labelled).to(ranks.device)
+    of_type = class_weights(training_counts(labelled), config.class_weights)
+    weights = cell_weights(labelled, of_type, config.group_weights)
+    typer = CellTyper(pretrained.encoder.linformer, head)
+    module = CellTypeModel(typer, weights, labelled, config.label_smoothing).to(ranks.device)
     attend = pretrained.info.encoder.attend if head.reads_encoder else "open"
     lister = TokenLister(work.store, pretrained.vocabulary, attend)
     return FinetuneTask(module, config, lister, work.store, labelled)
 
 
 def _initialise(typer: CellTyper, work: _Work, progress: Progress) -> None:
-    """Start a pooled head from the pretrained pooled layer; without one, from idf and SVD of the training cells."""
+    """Start a pooled layer from the pretrained one; without one, from idf and SVD of the training cells.
+
+    Of a linear probe, which needs no labels for it: from those of all cells but the ones that judge and test it.
+    """
     if not isinstance(typer.head, PooledHead):
         return
     pretrained = work.pretrained.encoder.pool
@@ -305,6 +328,9 @@ def _initialise(typer: CellTyper, work: _Work, progress: Progress) -> None:
         typer.head.pool.start_from(pretrained)
         return
     training, vocabulary = work.labelled.of("train"), work.pretrained.vocabulary
+    if isinstance(typer.head, LinearHead):
+        set_apart = [work.labelled.of(name) for name in SPLITS if name != "train"]
+        training = np.setdiff1d(np.arange(work.store.n_cells), np.concatenate(set_apart))
     counts = count_open(work.store, training, progress)[vocabulary.islands]
     idf = inverse_document_frequency(counts, len(training))
     rank, seed = work.config.head.pooled, work.config.train.seed
@@ -313,30 +339,26 @@ def _initialise(typer: CellTyper, work: _Work, progress: Progress) -> None:
     typer.head.pool.initialise(torch.from_numpy(idf), torch.from_numpy(svd.components * svd.singular_values))
 
 
-def class_weights(counts: NDArray[np.int64], rule: str) -> NDArray[np.float32]:
-    """Weight of each type in the loss, float32 [n_types].
-
-    counts: training cells of each type, all above 0
-    balanced: n / (types x count); paper: (1 - frequency)^2, as annATAC's released code; none: 1
-    """
-    frequency = counts / counts.sum()
-    if rule == "balanced":
-        return (1 / (len(counts) * frequency)).astype(np.float32)
-    return ((1 - frequency) ** 2 if rule == "paper" else np.ones(len(counts))).astype(np.float32)
-
-
-def _info(work: _Work, temperature: float, facts: dict[str, Any]) -> ModelInfo:
+def _info(work: _Work, confidence: Confidence, facts: dict[str, Any]) -> ModelInfo:
     labelled, before = work.labelled, work.pretrained.info.provenance
     before_trained = work.pretrained.info.linformer_trained
-    reads = work.config.head.kind != "pooled" or work.config.head.reads != "none"
+    reads = not work.config.head.pools or work.config.head.reads != "none"
+    frozen = work.config.freeze_encoder or work.config.head.kind == "linear"
     counts = Counter(labelled.types[code] for code in labelled.codes_of(labelled.of("train")))
     return replace(
         work.pretrained.info,
         pool=None,
-        linformer_trained=before_trained or (reads and not work.config.freeze_encoder),
+        linformer_trained=before_trained or (reads and not frozen),
         head=work.config.head,
         labels=labelled.types,
-        temperature=temperature,
+        hierarchy=work.hierarchy,
+        temperature=confidence.scaling.temperature,
+        scales=confidence.scaling.scales,
+        biases=confidence.scaling.biases,
+        novel_threshold=work.config.novel_threshold,
+        novelty=confidence.novelty,
+        novel_rate=confidence.novel_rate,
+        calibration_errors=confidence.errors,
         provenance={
             "made_by": made_by(),
             "kind": "finetuned",
@@ -344,6 +366,7 @@ def _info(work: _Work, temperature: float, facts: dict[str, Any]) -> ModelInfo:
             "samples": sample_facts(work.store),
             "training_cells_per_type": {name: counts[name] for name in labelled.types},
             "class_weights": work.config.class_weights,
+            "group_weights": work.config.group_weights,
             "seed": work.config.train.seed,
             "pretraining_cells": earlier_sight(before, work.store),
             "pretrained": {"digest": work.pretrained.digest, **before},
@@ -359,7 +382,10 @@ def _report(run: RunFolder) -> FinetuneReport:
         info.labels,
         facts["split"],
         facts["n_without_label"],
+        facts["n_dropped"],
         info.temperature,
         facts["validation"],
         facts["test"],
+        info.head.kind if info.head is not None else "",
+        facts["judged_on"],
     )

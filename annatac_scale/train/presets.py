@@ -8,13 +8,19 @@ from annatac_scale.model.cell_typer import HeadConfig
 from annatac_scale.model.folder import PoolConfig
 from annatac_scale.model.heads import objectives_of
 from annatac_scale.model.linformer import EncoderConfig
+from annatac_scale.model.novelty import PAPER_SCORE, checked_score
 from annatac_scale.model.pool import READS
 from annatac_scale.stream.masking import MaskingOptions
+from annatac_scale.train.cell_weights import CLASS_WEIGHTS, GROUP_WEIGHTS
 from annatac_scale.train.positions import VALUES
 from annatac_scale.train.train_options import TrainOptions
 
 PRESETS = ("tiny", "small", "paper")
-CLASS_WEIGHTS = ("balanced", "paper", "none")
+FEW_CELLS = 100
+"""Median training cells of a type below which the linear probe is the default: docs/guide.md, "Fine-tuning"."""
+CALIBRATIONS = ("temperature", "vector")
+PAPER_NOVEL_THRESHOLD = 0.5
+"""annATAC's rule: a cell whose largest probability is below it is of a novel type."""
 
 
 @dataclass(frozen=True)
@@ -107,16 +113,68 @@ class FinetuneConfig:
     train: TrainOptions
     class_weights: str = "balanced"
     """"balanced": 1 / frequency; "paper": (1 - frequency)^2; "none"."""
+    group_weights: str = "none"
+    """"balanced": of the cells of a type, all groups together weigh the same; "none". See ``train.cell_weights``."""
+    label_smoothing: float = 0.0
+    """Share of each cell's target that is spread over all types."""
     freeze_encoder: bool = False
+    lora: int = 0
+    """Rank of the adapters that are trained in place of the Linformer's weights, at its rate; 0: the weights are."""
+    linear_below: int = 0
+    """Median training cells of a type below which a pooled head becomes a linear one."""
     validation_share: float = 0.1
-    """Of the cells that are not held out: for early stopping and the temperature."""
+    """Of the cells that are not held out: for early stopping and the scaling of the logits."""
     calibration_share: float = 0.1
     """Of the cells that are not held out: for thresholds."""
+    calibration: str = "temperature"
+    """How cells that the fit did not see scale the logits: by one "temperature", or "vector", where they are enough."""
+    novelty: str = "max_probability"
+    """The model's novelty score: one of model.novelty.SCORES."""
+    novel_rate: float | None = None
+    """Share of known cells that the model may call novel by it; None: ``novel_threshold`` decides."""
+    novel_threshold: float = PAPER_NOVEL_THRESHOLD
+    """Confidence below which the model calls a cell novel, where there is no rate."""
 
     def __post_init__(self) -> None:
+        checked_score(self.novelty)
+        if self.calibration not in CALIBRATIONS:
+            raise ConfigError(
+                f"calibration: found {self.calibration!r}, expected {' or '.join(CALIBRATIONS)}"
+            )
+        if self.novel_rate is None and self.novelty != PAPER_SCORE:
+            raise ConfigError(
+                f"novelty: found {self.novelty!r} and no novel_rate, expected one, as novel_rate=0.05: the threshold "
+                "is of max_probability alone"
+            )
+        rate = self.novel_rate
+        if not 0 <= self.novel_threshold <= 1 or (rate is not None and not 0 < rate < 1):
+            raise ConfigError(
+                f"novel_threshold, novel_rate: found {self.novel_threshold}, {rate}, expected shares"
+            )
         if self.class_weights not in CLASS_WEIGHTS:
             raise ConfigError(
                 f"class_weights: found {self.class_weights!r}, expected {', '.join(CLASS_WEIGHTS)}"
+            )
+        if self.group_weights not in GROUP_WEIGHTS:
+            raise ConfigError(
+                f"group_weights: found {self.group_weights!r}, expected {' or '.join(GROUP_WEIGHTS)}"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(
+                f"label_smoothing: found {self.label_smoothing}, expected at least 0 and under 1"
+            )
+        if min(self.lora, self.linear_below) < 0:
+            raise ConfigError(
+                f"lora, linear_below: found {self.lora}, {self.linear_below}, expected at least 0"
+            )
+        if self.lora and self.freeze_encoder:
+            raise ConfigError(
+                f"lora: found {self.lora} with --freeze-encoder, expected one of both; leave one out"
+            )
+        if self.head.kind == "linear" and (self.lora or self.label_smoothing):
+            raise ConfigError(
+                "head linear: found lora or label_smoothing, expected neither: it is fitted, not trained; leave them "
+                "out, or choose another --head"
             )
         if not (0 < self.validation_share < 1 and 0 <= self.calibration_share < 1 - self.validation_share):
             raise ConfigError(
@@ -179,7 +237,8 @@ def pretrain_preset(name: str) -> PretrainConfig:
 def finetune_preset(name: str, head: str | None = None, pool: PoolConfig | None = None) -> FinetuneConfig:
     """The fine-tuning configuration for a model of preset ``name``.
 
-    head: another kind than the preset's own; pool: the model's pooled layer, which a pooled head goes on from
+    head: another kind than the preset's own, which with few labels is "linear"
+    pool: the model's pooled layer, which a pooled or linear head goes on from
     """
     if name != "paper":
         chosen = HeadConfig(head or "pooled", island_dropout=0.5)
@@ -198,7 +257,7 @@ def finetune_preset(name: str, head: str | None = None, pool: PoolConfig | None 
             warmup_steps=10,
             patience=6,
         )
-        return FinetuneConfig(chosen, train)
+        return FinetuneConfig(chosen, train, linear_below=FEW_CELLS if head is None else 0)
     train = TrainOptions(
         epochs=99,
         global_batch_size=450,
@@ -210,7 +269,10 @@ def finetune_preset(name: str, head: str | None = None, pool: PoolConfig | None 
         decay=0.3,
         clip=1e6,
     )
-    return FinetuneConfig(HeadConfig(head or "cnn"), train, class_weights="paper")
+    published = HeadConfig(head or "cnn")
+    if pool is not None and published.pools:
+        published = replace(published, pooled=pool.pooled, reads=pool.reads)
+    return FinetuneConfig(published, train, class_weights="paper")
 
 
 def with_tokens_per_cell(config: PretrainConfig, tokens_per_cell: float) -> PretrainConfig:

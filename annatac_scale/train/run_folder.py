@@ -4,6 +4,8 @@ run.json              what the run is of; a run with other settings or inputs is
 config.toml           the configuration; ``--config`` takes it back
 metrics.jsonl         one line a logged step or validation (train/metrics.py); tensorboard/: the same
 checkpoints/          where to go on (train/checkpoint.py)
+split.parquet         which labelled cell trained, validated, calibrated or tested; heldout.parquet: what is said of
+                      those that the fit did not see (fine-tuning)
 cells/                the ids of the cells that each rank saw, where that was asked for
 model/                the model folder, written last: a run that has one is complete
 """

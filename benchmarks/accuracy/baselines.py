@@ -1,11 +1,11 @@
-"""The linear bars: tuned logistic regression, and the same on an SVD of binary x idf.
+"""The linear bars, tuned: logistic regression on the islands and on SVDs of them, and nearest neighbours in those.
 
 The tuning is that of ``annatac_scale.baseline`` (its values, grid and folds), computed on sparse rows where there are
 too many cells for its n_cells x n_cells numbers, and with C widened tenfold as long as the best one is at an edge.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
+from sklearn.neighbors import KNeighborsClassifier
 
 from annatac_scale.baseline import INNER_FOLDS, ROW_NORM, STRENGTHS, Tuned
 
@@ -25,6 +26,7 @@ SMALLEST_STRENGTH, LARGEST_STRENGTH = 3e-6, 3e4
 MOST_ROTATED = 2_000
 """Cells up to which rows are rotated into their own span: the same fits, faster."""
 RANK = 64
+NEIGHBOURS = (5, 10, 20, 50)
 
 Ints = NDArray[np.int64]
 Texts = NDArray[np.str_]
@@ -36,42 +38,109 @@ Maker = Callable[[Ints], Rows]
 
 @dataclass(frozen=True, eq=False)
 class Predicted:
-    """Types of the test cells, and what tuning chose."""
+    """Types of the test cells, and what tuning chose.
+
+    chances: [n_test, n_classes] of the ``classes``; None where a method gives none
+    """
 
     types: Texts
     tuned: Tuned
+    chances: NDArray[np.float64] | None = None
+    classes: tuple[str, ...] = ()
 
 
-def regression(levels: sparse.csr_matrix, types: Texts, train: Ints, test: Ints) -> Predicted:
-    """Logistic regression on the islands. levels: uint8 [n_cells, n_islands]; types: [n_cells]."""
-    rows = {"log": log_rows(levels, train), "idf": idf_rows(levels, train)}
+def regression(
+    levels: sparse.csr_matrix,
+    types: Texts,
+    train: Ints,
+    test: Ints,
+    values: Sequence[str] = ("log", "idf"),
+) -> Predicted:
+    """Logistic regression on the islands.
+
+    levels: uint8 [n_cells, n_islands]; types: [n_cells]; values: names of ROWS, one of which is chosen
+    """
+    rows = {name: ROWS[name](levels, train) for name in values}
     if levels.shape[0] <= MOST_ROTATED:
         rows = {name: _rotated(x) for name, x in rows.items()}
     return tuned_on({name: constant(x) for name, x in rows.items()}, types, train, test)
 
 
-def svd_regression(levels: sparse.csr_matrix, types: Texts, train: Ints, test: Ints) -> Predicted:
+def svd_regression(
+    levels: sparse.csr_matrix,
+    types: Texts,
+    train: Ints,
+    test: Ints,
+    values: Iterable[str] = ("log", "idf", "log-tf-idf"),
+    strengths: Iterable[float] = STRENGTHS,
+) -> Predicted:
     """Logistic regression on an SVD of the training cells; which values, and which scale, is tuned as well.
 
     Inner folds have an SVD of their own: cells that it was fitted on look otherwise than cells that it was not.
     """
+    return tuned_on(svd_rows(levels, values), types, train, test, strengths)
 
-    def scaled(fitted: Ints, values: str, scale: str) -> NDArray[np.float64]:
-        return SCALES[scale](svd(levels, fitted, 0, values), fitted)
 
-    rows = {
-        f"{values}, {scale}": partial(scaled, values=values, scale=scale)
-        for values in VALUES
+def svd_rows(levels: sparse.csr_matrix, values: Iterable[str], fixed: Ints | None = None) -> dict[str, Maker]:
+    """Makers of components, scaled, by name of values and scale.
+
+    fixed: cells that the SVD is fitted on, labelled or not; None fits it on those that each maker is given
+    """
+
+    def scaled(fitted: Ints, components: Maker, scale: str) -> NDArray[np.float64]:
+        return SCALES[scale](components(fitted), fitted if fixed is None else fixed)
+
+    makers = {name: _remembered(partial(_svd_of, levels, fixed, name)) for name in values}
+    return {
+        f"{name}, {scale}": partial(scaled, components=makers[name], scale=scale)
+        for name in makers
         for scale in SCALES
     }
-    return tuned_on(rows, types, train, test)
+
+
+def _svd_of(levels: sparse.csr_matrix, fixed: Ints | None, values: str, fitted: Ints) -> NDArray[np.float64]:
+    return svd(levels, fitted if fixed is None else fixed, 0, values)
+
+
+def _remembered(make: Maker) -> Maker:
+    """The maker, which makes the rows of the same cells once: of several scales, of the folds."""
+    made: dict[bytes, Rows] = {}
+
+    def remembered(fitted: Ints) -> Rows:
+        key = fitted.tobytes()
+        if key not in made:
+            made[key] = make(fitted)
+        return made[key]
+
+    return remembered
+
+
+def neighbours(rows: Mapping[str, Maker], types: Texts, train: Ints, test: Ints) -> Predicted:
+    """Nearest neighbours; rows, their number and weights chosen by macro F1 over the inner folds."""
+    folds = inner_folds(types[train])
+    scores: dict[tuple[str, int, str], float] = {}
+    for name, make in rows.items():
+        inner_rows = [make(train[inner]) for inner, _ in folds]
+        for k in NEIGHBOURS:
+            for weights in ("uniform", "distance"):
+                predicted = types[train].copy()
+                for x, (inner, outer) in zip(inner_rows, folds, strict=True):
+                    model = KNeighborsClassifier(min(k, len(inner)), weights=weights)
+                    model.fit(x[train[inner]], types[train[inner]])
+                    predicted[outer] = model.predict(x[train[outer]])
+                scores[name, k, weights] = float(f1_score(types[train], predicted, average="macro"))
+    name, k, weights = max(scores, key=lambda one: scores[one])
+    x = rows[name](train)
+    model = KNeighborsClassifier(min(k, len(train)), weights=weights).fit(x[train], types[train])
+    chosen = Tuned(f"{name}, {k} neighbours, {weights}", 0.0, None)
+    return Predicted(model.predict(x[test]), chosen, model.predict_proba(x[test]), tuple(model.classes_))
 
 
 def tuned_on(
     rows: Mapping[str, Maker], types: Texts, train: Ints, test: Ints, strengths: Iterable[float] = STRENGTHS
 ) -> Predicted:
     """Choose rows, C and class weights by macro F1 over inner folds of the training cells; fit on all of these."""
-    folds = _folds(types[train])
+    folds = inner_folds(types[train])
     scores: dict[Tuned, float] = {}
     made = {name: [make(train[inner]) for inner, _ in folds] for name, make in rows.items()}
     tried: list[float] = []
@@ -87,7 +156,8 @@ def tuned_on(
         best = max(scores, key=lambda tuned: scores[tuned])
         new = _beyond(best.strength, tried)
     x = rows[best.values](train)
-    return Predicted(_fit(x, types, train, best).predict(x[test]), best)
+    model = _fit(x, types, train, best)
+    return Predicted(model.predict(x[test]), best, model.predict_proba(x[test]), tuple(model.classes_))
 
 
 def _beyond(best: float, tried: list[float]) -> list[float]:
@@ -99,7 +169,8 @@ def _beyond(best: float, tried: list[float]) -> list[float]:
     return []
 
 
-def _folds(types: Texts) -> list[tuple[Ints, Ints]]:
+def inner_folds(types: Texts) -> list[tuple[Ints, Ints]]:
+    """Positions in the training cells to fit on and to choose by. types: of the training cells alone."""
     n_folds = min(INNER_FOLDS, int(np.unique(types, return_counts=True)[1].min()))
     return list(StratifiedKFold(max(n_folds, 2), shuffle=True, random_state=0).split(types, types))
 
@@ -126,6 +197,11 @@ def log_rows(levels: sparse.csr_matrix, train: Ints) -> sparse.csr_matrix:
     return sparse.csr_matrix(
         sparse.diags(np.median(depth[train]) / depth) @ levels.astype(np.float64)
     ).log1p()
+
+
+def binary_rows(levels: sparse.csr_matrix, fitted: Ints) -> sparse.csr_matrix:
+    """1 where an island is open."""
+    return sparse.csr_matrix((levels > 0).astype(np.float64))
 
 
 def idf_rows(levels: sparse.csr_matrix, fitted: Ints, norm: float = ROW_NORM) -> sparse.csr_matrix:
@@ -173,6 +249,13 @@ def standard_rows(z: NDArray[np.floating], fitted: Ints) -> NDArray[np.float64]:
     return (z - z[fitted].mean(axis=0)) / spread / z.shape[1] ** 0.5
 
 
+ROWS: Mapping[str, Callable[[sparse.csr_matrix, Ints], Rows]] = {
+    "log": log_rows,
+    "binary": binary_rows,
+    "log-tf-idf": log_tf_idf_rows,
+    "idf": idf_rows,
+}
+"""Values that logistic regression reads."""
 VALUES: Mapping[str, Callable[[sparse.csr_matrix, Ints], Rows]] = {
     "log": log_rows,
     "idf": partial(idf_rows, norm=1.0),

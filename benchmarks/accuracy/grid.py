@@ -11,6 +11,7 @@ from annatac_scale.train.presets import FinetuneConfig, PretrainConfig, finetune
 
 Config = dict[str, Any]
 TABLES = ("bars", "models", "signal")
+"""Of the first page; those of the protocol are in plans.py."""
 
 PRESET = "tiny"
 SEEDS = 5
@@ -37,14 +38,14 @@ def configs(table: str) -> list[Config]:
 
 def quick_configs() -> list[Config]:
     """A few rows that run within three minutes: cerebellum, one seed, one epoch."""
-    chosen = []
+    chosen: list[Config] = []
     for config in [*_bars(), *_models()]:
         asked = config["set"], config["select"], config.get("attend", "open"), config.get("seed", 0)
         if asked != ("cerebellum", "tss", "open", 0) or config.get("short"):
             continue
         if config["kind"] == "model":
-            config = _merged(config, {"pretrain": {"train": {"epochs": 1, "min_steps": 0}}})
-            config = _merged(config, {"finetune": {"train": {"epochs": 1, "min_steps": 60}}})
+            config = merged(config, {"pretrain": {"train": {"epochs": 1, "min_steps": 0}}})
+            config = merged(config, {"finetune": {"train": {"epochs": 1, "min_steps": 60}}})
         chosen.append({"table": "quick", **config})
     return chosen
 
@@ -195,8 +196,8 @@ def _signal() -> Iterator[Config]:
 
 
 def _few(name: str, trained: bool, seed: int) -> Config:
-    pretrain = pretrain_config(_merged(SIGNAL, VARIANTS[name]), seed)
-    start = _merged(SIGNAL, {key: pretrain[key] for key in ("pooled", "reads", "encoder")})
+    pretrain = pretrain_config(merged(SIGNAL, VARIANTS[name]), seed)
+    start = merged(SIGNAL, {key: pretrain[key] for key in ("pooled", "reads", "encoder")})
     fine = finetune_config({"head": {"reads": pretrain["reads"], "pooled": pretrain["pooled"]}}, seed)
     return {
         "kind": "few",
@@ -213,27 +214,36 @@ def _few(name: str, trained: bool, seed: int) -> Config:
 def pretrain_config(over: Mapping[str, Any], seed: int) -> Config:
     """All of a PretrainConfig as plain values: the preset, and what is set over it."""
     base = pretrain_preset(PRESET)
-    return to_dict(from_dict(PretrainConfig, _merged(over, {"train": {"seed": seed}}), base))
+    return to_dict(from_dict(PretrainConfig, merged(over, {"train": {"seed": seed}}), base))
 
 
-def finetune_config(over: Mapping[str, Any], seed: int) -> Config:
-    """All of a FinetuneConfig; no cells are set aside for thresholds, which nothing here looks at."""
+def finetune_config(over: Mapping[str, Any], seed: int, head: str | None = None) -> Config:
+    """All of a FinetuneConfig; no cells are set aside for thresholds, which nothing here looks at.
+
+    head: its kind, with the rates that go with it; None for the pooled one, however few the labels are
+    """
     settled = {"calibration_share": 0.0, "train": {"seed": seed}}
-    return to_dict(from_dict(FinetuneConfig, _merged(over, settled), finetune_preset(PRESET)))
+    return to_dict(
+        from_dict(FinetuneConfig, merged(over, settled), finetune_preset(PRESET, head or "pooled"))
+    )
 
 
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Config:
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Config:
     """Nested mappings, the second over the first."""
-    merged = dict(base)
+    both = dict(base)
     for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
+        nested = isinstance(value, Mapping) and isinstance(both.get(key), Mapping)
+        both[key] = merged(both[key], value) if nested else value
+    return both
 
 
 def sets_of(config: Mapping[str, Any]) -> set[str]:
     """The labelled sets that a row reads."""
     if config["kind"].startswith("few"):
         return {"granja", "bm0828"} if config.get("store") == "hg19" else {"granja"}
+    if "own" in config:
+        return set()
     assert config["set"] in SETS
-    return {config["set"]}
+    return {config["set"]} | (
+        {"granja", "bm0828"} if config.get("params", {}).get("store") == "hg19" else set()
+    )

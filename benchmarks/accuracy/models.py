@@ -1,6 +1,7 @@
 """Models of a row: pretrained, or as pretraining starts, kept by digest; fine-tuned; asked for types and vectors."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -103,20 +104,36 @@ class Models:
         return folder
 
     def finetuned(
-        self, store: IslandStore, model: Path, labels: str, holdout: str, config: Mapping[str, Any]
+        self,
+        store: IslandStore,
+        model: Path,
+        labels: str,
+        holdout: float | str,
+        config: Mapping[str, Any],
+        log: list[dict[str, Any]] | None = None,
     ) -> Model:
-        """A fine-tuned model; its folder is not kept."""
-        out = (
-            self.stores.work
-            / "runs"
-            / digest({"model": str(model), "labels": labels, "holdout": holdout, "finetune": config})
-        )
+        """A fine-tuned model; its folder is not kept. log: gets the lines of its metrics."""
+        key = {"model": str(model), "labels": labels, "holdout": holdout, "finetune": config}
+        # Rows run side by side, and labels in memory have one name.
+        out = self.stores.work / "runs" / f"{digest(key)}-{os.getpid()}"
         shutil.rmtree(out, ignore_errors=True)
         with self.clock.on("finetune"):
             finetune(store, model, labels, out, from_dict(FinetuneConfig, config), holdout)
         made = read_model(out / "model")
+        if log is not None:
+            log += [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         shutil.rmtree(out)
         return made
+
+    def states(self, model: Model, store: IslandStore, cells: Ints) -> tuple[Floats, Floats]:
+        """Logits [n, types] and the embeddings that they are linear in, [n, channels], of cells in any order."""
+        assert model.typer is not None
+        typer, order = model.typer, np.argsort(cells)
+        with self.clock.on("predict"):
+            told = [typer.predict_with_embedding(batch) for batch in _batches(model, store, cells[order])]
+        back = np.argsort(order)
+        logits, embeddings = (np.concatenate(parts)[back] for parts in zip(*told, strict=True))
+        return logits, embeddings
 
     def types(self, model: Model, store: IslandStore, cells: Ints) -> NDArray[np.str_]:
         """The likeliest type of each cell."""

@@ -1,4 +1,4 @@
-"""Writes docs/accuracy.md from benchmarks/results/accuracy.json and findings.md, and from nothing else.
+"""Writes docs/accuracy.md and its pictures from benchmarks/results/accuracy.json and findings.md, from nothing else.
 
     python benchmarks/accuracy/page.py [--work FOLDER]
 
@@ -12,6 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import plans
+from pictures import draw, pictures_of
+from sections import sections, table
 from table import (
     Line,
     Row,
@@ -26,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy.json"
 FINDINGS = Path(__file__).parent / "findings.md"
 PAGE = ROOT / "docs" / "accuracy.md"
+PICTURES = ROOT / "docs" / "accuracy"
 
 TASKS = (
     ("cerebellum: 801 cells of mouse cerebellum, 4 types", "cerebellum", "cell_type"),
@@ -34,6 +38,7 @@ TASKS = (
     ("granja: the same, 16 types", "granja", "cell_type"),
 )
 ISLANDS = {"tss": "islands with a TSS", "all": "islands of all bins"}
+FIRST = ("bars", "models", "signal")
 BAR = "logistic regression"
 CONTROL = "vector, as pretraining starts"
 GENERATED = (
@@ -45,19 +50,23 @@ COLUMNS = {"coarse_label": "8 types", "cell_type": "16 types"}
 
 def page(rows: Sequence[Row], findings: str) -> str:
     """The page as Markdown."""
+    first = [row for row in rows if row["config"]["table"] in FIRST]
+    ran = [row for row in rows if row["config"]["table"] != "derived"]
     parts = [
         "# Accuracy on real labelled sets",
         GENERATED,
         findings.strip(),
-        "## All labels",
-        *(part for task in TASKS for part in _of_task(rows, *task)),
+        *sections(rows),
+        *pictures_of(rows),
+        "## Encoder and pretraining, all labels",
+        *(part for task in TASKS for part in _of_task(first, *task)),
         "## Ten labels a type",
-        *_few_labels(rows),
+        *_few_labels(first),
         "## What the linear bars chose",
-        _chosen(rows),
+        _chosen(ran),
         "## Time",
-        _times(rows),
-        *_failures(rows),
+        _times(ran),
+        *_failures(ran),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -95,7 +104,7 @@ def _models(lines: Mapping[str, Line]) -> str:
                 shown(line.minus(alone, "macro_f1"), signed=True),
             )
         )
-    return _table(head, body)
+    return table(head, body)
 
 
 def _few_labels(rows: Sequence[Row]) -> list[str]:
@@ -106,7 +115,7 @@ def _few_labels(rows: Sequence[Row]) -> list[str]:
         control = {column: signal_lines(rows, "frozen", column).get(CONTROL) for column in COLUMNS}
         names = list(next(iter(by_column.values())))
         if names:
-            parts += [f"### {title}", _table(_few_head(), [_few_line(n, by_column, control) for n in names])]
+            parts += [f"### {title}", table(_few_head(), [_few_line(n, by_column, control) for n in names])]
     return parts
 
 
@@ -145,8 +154,9 @@ def _chosen(rows: Iterable[Row]) -> str:
         for row in rows
         if "chosen" in row["figures"]
         for config in [row["config"]]
+        if config["table"] in ("bars", "sets")
     ]
-    return _table(("set", "islands", "types", "bar", "values, C and class weights, of each split"), body)
+    return table(("set", "islands", "types", "bar", "values, C and class weights, of each split"), body)
 
 
 def _times(rows: Iterable[Row]) -> str:
@@ -170,22 +180,17 @@ def _times(rows: Iterable[Row]) -> str:
     body = [
         (*key, str(len(values)), f"{sum(values) / len(values):.0f}") for key, values in sorted(spent.items())
     ]
-    table = _table(("table", "set", "islands", "attend", "rows", "CPU seconds a row"), body)
-    return f"{table}\n\nOn {'; '.join(sorted(machines))}; commits {', '.join(sorted(commits))}."
+    spent_on = table(("table", "set", "islands", "attend", "rows", "CPU seconds a row"), body)
+    return f"{spent_on}\n\nOn {'; '.join(sorted(machines))}; commits {', '.join(sorted(commits))}."
 
 
 def _failures(rows: Iterable[Row]) -> list[str]:
     failed = [
         f"- {row['config']['table']}, {row['config'].get('set', 'granja')}, {row['config']['model']}: {row['failed']}"
         for row in rows
-        if "failed" in row
+        if "failed" in row and row["config"]["table"] != "peers"
     ]
     return ["## Rows that failed", "\n".join(failed)] if failed else []
-
-
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def saved_page() -> str:
@@ -195,11 +200,19 @@ def saved_page() -> str:
 
 
 def merged(work: Path) -> list[dict[str, Any]]:
-    """The rows of today's configurations that are in a work folder, in the order in which they run."""
-    grid, rows = importlib.import_module("grid"), importlib.import_module("rows")
+    """The rows of today's configurations that are in a work folder, in the order in which they run; what follows."""
+    grid, rows, derive = (importlib.import_module(name) for name in ("grid", "rows", "derive"))
     kept = rows.Rows(work / "rows")
-    configs = [config for table in grid.TABLES for config in grid.configs(table)]
-    return [kept.read(config) for config in configs if kept.has(config)]
+    configs = [config for name in grid.TABLES for config in grid.configs(name)]
+    configs += [
+        config
+        for name in plans.TABLES
+        for plan in reversed(plans.PLANS)
+        for config in plans.configs(name, plan)
+    ]
+    configs = list({rows.digest(config): config for config in configs}.values())
+    found = [kept.read(config) for config in configs if kept.has(config)]
+    return found + derive.derived(found, work / "predictions")
 
 
 def main() -> None:
@@ -212,6 +225,7 @@ def main() -> None:
         lines = ",\n".join(json.dumps(row) for row in merged(options.work))
         RESULTS.write_text(f"[\n{lines}\n]\n")
     PAGE.write_text(saved_page())
+    draw(json.loads(RESULTS.read_text()), PICTURES)
     print(f"wrote {PAGE}")
 
 

@@ -57,6 +57,10 @@ class Rows:
         row: dict[str, Any] = json.loads(self.path(config).read_text())
         return row
 
+    def all(self) -> list[dict[str, Any]]:
+        """Every row that is there."""
+        return [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))]
+
     def failed(self, config: Config) -> bool:
         """Whether there is a row, of a run that failed."""
         return self.has(config) and "failed" in self.read(config)

@@ -2,7 +2,9 @@
 
 cerebellum, bm0828   five stratified folds (column ``fold``), whose held-out cells are pooled
 granja               donor D6 trains and D5 tests (column ``donor``); 8 and 16 types
-granja_d6, hg19      unlabelled, to pretrain on: granja's D6 alone, and D6 together with bm0828
+snareseq             libraries 09A to 09H train and 09I to 09L test (column ``batch``); 15 and 23 types
+granja_d6, granja_d5, snareseq_ah, hg19
+                     unlabelled, to pretrain on: one donor, the libraries that train, and D6 together with bm0828
 """
 
 from collections.abc import Iterator
@@ -26,13 +28,18 @@ SEED = 0
 DRAWS = 5
 CELLS_A_TYPE = 10
 TRAIN_DONOR, TEST_DONOR = "D6", "D5"
+OWN = "own:"
+"""Before the path of a store of one's own, where a name of a store is asked for."""
 
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A labelled file. ``labels``: its columns of types; ``holdout``: column and values that are held out in turn."""
+    """A labelled file.
+
+    labels: its columns of types; holdout: column and values that are held out in turn, "a+b" being two at once
+    """
 
     name: str
     file: str
@@ -54,10 +61,28 @@ SETS = {
             ("cell_type", "coarse_label"),
             ("donor", (TEST_DONOR,)),
         ),
+        DataSet(
+            "snareseq",
+            "snareseq_mouse_cortex_10k.h5ad",
+            "mm10",
+            ("cell_type", "orig_label"),
+            ("batch", ("09I+09J+09K+09L",)),
+        ),
     )
 }
-PRETRAINING = {"cerebellum": "cerebellum", "bm0828": "bm0828", "granja": "granja_d6"}
-"""The store that models of a set are pretrained on: granja's holds no cell of the donor that tests."""
+PARTS = {
+    "granja_d6": ("granja", (TRAIN_DONOR,)),
+    "granja_d5": ("granja", (TEST_DONOR,)),
+    "snareseq_ah": ("snareseq", tuple(f"09{letter}" for letter in "ABCDEFGH")),
+}
+"""Unlabelled stores: the cells of a set with these values in the column that is held out by."""
+PRETRAINING = {
+    "cerebellum": "cerebellum",
+    "bm0828": "bm0828",
+    "granja": "granja_d6",
+    "snareseq": "snareseq_ah",
+}
+"""The store that models of a set are pretrained on: granja's and snareseq's hold no cell that tests."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +102,9 @@ class Stores:
             )
 
     def open(self, name: str, select: str) -> IslandStore:
-        """The store of a set or of unlabelled cells, converted where it is not there yet."""
+        """The store of a set, of unlabelled cells or of one's own, converted where it is not there yet."""
+        if name.startswith(OWN):
+            return IslandStore.open(Path(name.removeprefix(OWN)))
         path = self.work / "stores" / f"{name}-{select}.zarr"
         if not (path / "zarr.json").exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,10 +115,11 @@ class Stores:
 def _convert(stores: Stores, name: str, select: str, path: Path) -> None:
     if name in SETS:
         data_set = SETS[name]
-        obs = stores.work / "stores" / f"{name}.tsv"
-        _cells(anndata.read_h5ad(stores.data / data_set.file).obs, data_set).to_csv(
-            obs, sep="\t", index=False
-        )
+        cells = _cells(anndata.read_h5ad(stores.data / data_set.file).obs, data_set)
+        obs = None
+        if cells.shape[1] > 1:
+            obs = stores.work / "stores" / f"{name}.tsv"
+            cells.to_csv(obs, sep="\t", index=False)
         ats.convert(
             stores.data / data_set.file,
             assembly=data_set.assembly,
@@ -101,19 +129,21 @@ def _convert(stores: Stores, name: str, select: str, path: Path) -> None:
             qc=False,
         )
         return
-    inputs = [_train_donor(stores)]
+    part = "granja_d6" if name == "hg19" else name
+    inputs = [_part(stores, part)]
     if name == "hg19":
         inputs.append(stores.data / SETS["bm0828"].file)
-    ats.convert(inputs, assembly="hg19", select=select, out=path, qc=False)
+    ats.convert(inputs, assembly=SETS[PARTS[part][0]].assembly, select=select, out=path, qc=False)
 
 
-def _train_donor(stores: Stores) -> Path:
-    """granja's training donor as a file of its own."""
-    path = stores.work / "stores" / "granja_d6.h5ad"
+def _part(stores: Stores, name: str) -> Path:
+    """Some of a set's cells as a file of their own."""
+    path = stores.work / "stores" / f"{name}.h5ad"
     if not path.exists():
-        whole = anndata.read_h5ad(stores.data / SETS["granja"].file)
+        data_set, values = SETS[PARTS[name][0]], PARTS[name][1]
+        whole = anndata.read_h5ad(stores.data / data_set.file)
         aside = path.with_suffix(".part")
-        whole[whole.obs["donor"] == TRAIN_DONOR].copy().write_h5ad(aside)
+        whole[whole.obs[data_set.holdout[0]].isin(values)].copy().write_h5ad(aside)
         aside.rename(path)
     return path
 
@@ -127,6 +157,8 @@ def _cells(obs: pd.DataFrame, data_set: DataSet) -> pd.DataFrame:
         splitter = StratifiedKFold(FOLDS, shuffle=True, random_state=SEED)
         for number, (_, test) in enumerate(splitter.split(types, types)):
             table.loc[test, "fold"] = number
+        return table
+    if "donor" not in obs:
         return table
     donor = obs["donor"].to_numpy(str)
     for column in data_set.labels:
@@ -173,5 +205,5 @@ class Labelled:
         """Each value that is held out, its training and its test cells."""
         known = self.types != ""
         for value in data_set.holdout[1]:
-            test = self.groups == value
+            test = np.isin(self.groups, value.split("+"))
             yield value, np.flatnonzero(known & ~test), np.flatnonzero(known & test)

@@ -34,6 +34,23 @@ class Line:
         return [own[key] - theirs[partner[key]] for key in own if partner[key] in theirs]
 
 
+def method_lines(rows: Iterable[Row]) -> str:
+    """Markdown of rows of methods: the pooled figures, in the order of macro F1; what could not run, and why."""
+    ran, failed = [], []
+    for row in rows:
+        config = row["config"]
+        name = f"{config['model']}, seed {config['seed']}" if config["seed"] else config["model"]
+        if "failed" in row:
+            failed.append(f"| {name} | - | - | {row['failed']} |")
+        else:
+            pooled = row["figures"]["pooled"]
+            ran.append(
+                (pooled["macro_f1"], f"| {name} | {pooled['accuracy']:.3f} | {pooled['macro_f1']:.3f} | |")
+            )
+    body = [line for _, line in sorted(ran, reverse=True)] + failed
+    return "\n".join(["| method | accuracy | macro F1 | |", "| --- | --- | --- | --- |", *body])
+
+
 def models_lines(rows: Iterable[Row], task: Mapping[str, str]) -> dict[str, Line]:
     """The lines of a set, its islands and its column of types, by name."""
     lines: dict[str, Line] = {}

@@ -17,6 +17,7 @@ from annatac_scale.model.cell_typer import CellTyper, HeadConfig, build_head
 from annatac_scale.model.encoder import Encoder
 from annatac_scale.model.folder import Model, ModelInfo, vocabulary_islands, write_model
 from annatac_scale.model.linformer import EncoderConfig, Linformer
+from annatac_scale.model.novelty import DISTANCES, SCORES, DepthTrend, KnownCells
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import SampleWriter, create_store
@@ -71,6 +72,29 @@ def small_store(path: Path, samples: dict[str, SmallSample], counting: str = "in
     return IslandStore.open(path)
 
 
+def small_known(n_calib: int, types: tuple[str, ...] = TYPES, channels: int = 6, seed: int = 3) -> KnownCells:
+    """What a model with a pooled head may keep: random values."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    return KnownCells(
+        means=draw(len(types), channels),
+        whitening=draw(channels, channels),
+        references=draw(25, channels),
+        trends={name: DepthTrend(1.5, -0.25, 0.75, 0.5, 3.0) for name in DISTANCES},
+        chances=rng.uniform(0, 1, n_calib).astype(np.float32),
+        codes=rng.integers(0, len(types), n_calib).astype(np.int32),
+        scores={
+            name: np.sort(
+                rng.uniform(0, 1, n_calib) if name == "max_probability" else draw(n_calib) * 3
+            ).astype(np.float32)
+            for name in SCORES
+        },
+    )
+
+
 def small_model(
     path: Path | str,
     head: str | None = "pooled",
@@ -79,6 +103,7 @@ def small_model(
     seed: int = 0,
     space: IslandSpace | None = None,
     vocabulary: np.ndarray = VOCABULARY,
+    known: KnownCells | None = None,
 ) -> Model:
     """A written model of some islands, width 8, one layer, random weights; returns it as it was in memory."""
     space = small_space() if space is None else space
@@ -103,7 +128,7 @@ def small_model(
     info = ModelInfo(
         space.assembly, 5000, space.selection, "insertion", space.sha256, len(space), "tiny", config, **typing
     )
-    model = Model(info, islands, vocabulary_islands(space, islands), Encoder(encoder), typer)
+    model = Model(info, islands, vocabulary_islands(space, islands), Encoder(encoder), typer, known=known)
     write_model(path, model, "card")
     return model
 

@@ -1,25 +1,122 @@
-import math
+"""What is asked for and what the model offers become one rule, or a refusal that says what to do."""
 
-import numpy as np
+from dataclasses import replace
+from typing import Any
+
 import pytest
+from small_atlas import NOVEL_THRESHOLD, small_known, small_model
 
-from annatac_scale.annotate.confidence import NOVEL, name_novel
-from annatac_scale.errors import ConfigError
-
-
-def test_cells_below_the_threshold_are_named_novel() -> None:
-    best, confidence = np.array(["B", "T", "B", "Mono"]), np.array([0.49999, 0.5, 0.9, 0.0])
-    assert name_novel(best, confidence, 0.5).tolist() == [NOVEL, "T", "B", NOVEL]
-    assert name_novel(best.tolist(), confidence, 1.0).tolist() == [NOVEL] * 4
-    assert best.tolist() == ["B", "T", "B", "Mono"]
+from annatac_scale.annotate.confidence import LOW_DEPTH, NOVEL, ConfidenceOptions, ConfidenceRule, named
+from annatac_scale.errors import ConfigError, ModelError
+from annatac_scale.model.folder import Model
 
 
-def test_a_threshold_of_0_names_no_cell_novel() -> None:
-    assert name_novel(np.array(["B", "T"], object), np.array([0.0, 1.0]), 0).tolist() == ["B", "T"]
-    assert name_novel([], [], 0.5).tolist() == []
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A model that keeps the scores of 60 calib cells."""
+    return replace(small_model(tmp_path_factory.mktemp("model") / "model"), known=small_known(60))
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 1.1, math.nan])
-def test_a_threshold_that_is_no_probability_is_refused(threshold: float) -> None:
-    with pytest.raises(ConfigError, match="novel threshold: found"):
-        name_novel(["B"], [0.5], threshold)
+def rule_of(model: Model, **options: Any) -> ConfidenceRule:
+    return ConfidenceRule.of(model, ConfidenceOptions(**options))
+
+
+def test_labels_are_best_types_novel_or_of_low_depth() -> None:
+    found = named(["B", "T", "T"], [False, True, False], [False, False, True])
+    assert found.tolist() == ["B", NOVEL, LOW_DEPTH]
+    assert named([], [], []).tolist() == []
+
+
+def test_by_default_the_threshold_of_the_model_decides(model: Model) -> None:
+    rule = rule_of(model)
+    assert (rule.novelty, rule.novel_threshold, rule.novel_rate) == ("max_probability", NOVEL_THRESHOLD, None)
+    assert (rule.coverage, rule.coverage_per_class, rule.novel_adapt, rule.min_open) == (0.9, True, False, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"novel_threshold": 0.3}, ("max_probability", 0.3, None)),
+        ({"novel_threshold": 0, "novelty": "max_probability"}, ("max_probability", 0.0, None)),
+        ({"novel_rate": 0.1}, ("max_probability", None, 0.1)),
+        ({"novelty": "knn"}, ("knn", None, 0.05)),
+        ({"novelty": "energy", "novel_rate": 0.2}, ("energy", None, 0.2)),
+    ],
+)
+def test_options_go_over_the_models_own_rule(
+    model: Model, options: dict[str, Any], expected: tuple[str, float | None, float | None]
+) -> None:
+    rule = rule_of(model, **options)
+    assert (rule.novelty, rule.novel_threshold, rule.novel_rate) == expected
+
+
+def test_a_models_own_rate_is_taken_unless_another_is_given(model: Model) -> None:
+    info = replace(model.info, novelty="mahalanobis", novel_rate=0.1)
+    own = replace(model, info=info)
+    assert (rule_of(own).novelty, rule_of(own).novel_rate) == ("mahalanobis", 0.1)
+    assert (rule_of(own, novel_rate=0.3).novelty, rule_of(own, novel_rate=0.3).novel_rate) == (
+        "mahalanobis",
+        0.3,
+    )
+    assert rule_of(own, novelty="knn").novel_rate == 0.1
+    threshold = rule_of(own, novel_threshold=0.4)
+    assert (threshold.novelty, threshold.novel_threshold, threshold.novel_rate) == (
+        "max_probability",
+        0.4,
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"novel_threshold": 1.1}, "novel threshold: found"),
+        ({"novel_threshold": float("nan")}, "novel threshold: found"),
+        ({"novel_threshold": 0.5, "novel_rate": 0.1}, "--novel-threshold 0.5 .*--novel-rate was given too"),
+        ({"novel_threshold": 0.5, "novelty": "knn"}, "--novel-threshold 0.5 .*--novelty knn was given too"),
+        ({"novelty": "entropy"}, "novelty score: found 'entropy', expected max_probability, energy"),
+        ({"coverage": 1.0}, "share of cells: found 1.0"),
+        ({"novel_rate": 0.0}, "share of cells: found 0.0"),
+        ({"min_open": -1}, "--min-open: found -1"),
+        ({"novel_adapt": True}, "--novel-adapt: found the novelty score max_probability and a threshold"),
+        (
+            {"novel_adapt": True, "novelty": "energy"},
+            "--novel-adapt: found the novelty score energy; expected",
+        ),
+    ],
+)
+def test_options_that_cannot_be_are_refused(model: Model, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        rule_of(model, **options)
+
+
+def test_without_calib_cells_there_is_the_threshold_and_nothing_else(model: Model) -> None:
+    for known in (None, small_known(0)):
+        without = replace(model, known=known)
+        assert rule_of(without).coverage is None
+        assert rule_of(without, novel_threshold=0.2).novel_threshold == 0.2
+        for options in (
+            {"coverage": 0.8},
+            {"novelty": "knn"},
+            {"novel_rate": 0.1},
+        ):
+            with pytest.raises(
+                ModelError, match=r"keeps no scores of calib cells.*calibration_share above 0"
+            ):
+                rule_of(without, **options)
+
+
+def test_a_rate_that_is_too_rare_for_the_calib_cells_is_refused(model: Model) -> None:
+    assert rule_of(replace(model, known=small_known(19)), novel_rate=0.05).novel_rate == 0.05
+    with pytest.raises(ModelError, match="the scores of 18 calib cells, expected at least 19"):
+        rule_of(replace(model, known=small_known(18)), novel_rate=0.05)
+    assert rule_of(replace(model, known=small_known(3)), novel_rate=0.3).novel_rate == 0.3
+    with pytest.raises(
+        ModelError, match="the scores of 2 calib cells, expected at least 3"
+    ):  # 1 / 0.3 - 1 is 2.3
+        rule_of(replace(model, known=small_known(2)), novel_rate=0.3)
+
+
+def test_the_rule_says_in_words_what_makes_a_cell_novel(model: Model) -> None:
+    assert rule_of(model, novel_threshold=0.25).novel_means == "below the novel threshold 0.25"
+    assert rule_of(model, novelty="knn").novel_means == "past the knn score that 0.05 of known cells pass"

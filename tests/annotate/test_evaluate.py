@@ -1,20 +1,26 @@
 """Figures of a labels data set equal those of pandas and scikit-learn on the cells that the report names."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import sklearn.metrics as sk
 from small_atlas import TYPES, add_sample, draw_sample, small_model, small_space, small_store, write_split
 
-from annatac_scale.annotate.confidence import NOVEL
-from annatac_scale.annotate.evaluate import EvaluationReport, evaluate
+from annatac_scale.annotate.bootstrap import bootstrap_intervals
+from annatac_scale.annotate.evaluate import evaluate
+from annatac_scale.annotate.evaluation_report import EvaluationReport
 from annatac_scale.annotate.labels import MANIFEST
+from annatac_scale.annotate.metrics import evaluate_labels
 from annatac_scale.annotate.predict import predict
 from annatac_scale.errors import InputError
+from annatac_scale.model.labels import NOVEL
 from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import create_store, replace_obs
 
@@ -115,6 +121,60 @@ def test_types_that_the_model_does_not_know_and_cells_without_truth_are_counted(
     assert report.notes[-1].endswith(f"does not know, so that no best type can be right: glia ({glia} cells)")
 
 
+def squeezed(lines: list[str]) -> list[str]:
+    """Lines with one blank where there are many."""
+    return [" ".join(line.split()) for line in lines]
+
+
+def test_novelty_and_intervals_are_those_of_the_cells_alone(atlas: Path) -> None:
+    report = evaluate(atlas / "labels", atlas / "atlas.zarr", "truth", cells="all")
+    known = joined(atlas).dropna(subset=["truth"])
+    novel = ~known["truth"].isin(TYPES)
+    expected = sk.roc_auc_score(novel, 1 - known["confidence"])
+    assert report.novelty.auroc == pytest.approx(expected)
+    assert (report.novelty.n_novel, report.novelty.n_known) == (novel.sum(), (~novel).sum())
+    assert report.coverage is None
+    assert report.intervals == bootstrap_intervals(evaluate_labels(known["truth"], known["label"]))
+
+
+def test_prediction_sets_and_novelty_scores_are_judged_where_predict_wrote_them(
+    atlas: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(atlas / "labels", tmp_path / "labels")
+    rng = np.random.default_rng(0)
+    for file in (tmp_path / "labels").glob("*.parquet"):
+        table = pq.read_table(file)
+        sets = [[name for name in TYPES if rng.random() < 0.7] for _ in range(len(table))]
+        for name, values in (("set", sets), ("novelty_score", rng.normal(size=len(table)))):
+            place = table.schema.get_field_index(name)
+            table = table.set_column(place, name, pa.array(values, table.schema.field(name).type))
+        pq.write_table(table, file)
+    report = evaluate(tmp_path / "labels", atlas / "atlas.zarr", "truth", cells="all")
+    obs = IslandStore.open(atlas / "atlas.zarr").obs()
+    cells = pd.read_parquet(tmp_path / "labels").merge(obs, on=["sample", "barcode"]).dropna(subset=["truth"])
+    known = cells[cells["truth"].isin(TYPES)]
+    hits = [truth in found for truth, found in zip(known["truth"], known["set"], strict=True)]
+    assert report.coverage.coverage == np.mean(hits)
+    assert report.coverage.mean_size == pytest.approx(known["set"].map(len).mean())
+    assert report.coverage.n_empty == (known["set"].map(len) == 0).sum()
+    novel = ~cells["truth"].isin(TYPES)
+    assert report.novelty.auroc == pytest.approx(sk.roc_auc_score(novel, cells["novelty_score"]))
+    low, high = report.coverage.interval
+    expected = f"sets with the truth {np.mean(hits):.4f} [{low:.4f}, {high:.4f}], "
+    assert any(line.startswith(expected) for line in squeezed(report.text()))
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_another_column_of_predict_can_be_the_labels(atlas: Path) -> None:
+    report = evaluate(atlas / "labels", atlas / "atlas.zarr", "truth", labels_column="best")
+    assert report.evaluation.to_dict() == report.best.to_dict()
+    assert report.n_novel == 0
+    with pytest.raises(
+        InputError, match="found no column 'cell_type'; expected --labels-column to be one of sample"
+    ):
+        evaluate(atlas / "labels", atlas / "atlas.zarr", "truth", labels_column="cell_type")
+
+
 def test_the_report_is_json_and_text(atlas: Path) -> None:
     report = evaluate(atlas / "labels", atlas / "atlas.zarr", "truth")
     values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
@@ -127,9 +187,16 @@ def test_the_report_is_json_and_text(atlas: Path) -> None:
     assert values["confusion"]["truth"] == report.evaluation.confusion.index.tolist()
     lines = report.text()
     assert lines[: len(report.notes)] == report.notes
-    assert any(line.split() == ["accuracy", f"{report.evaluation.accuracy:.4f}"] for line in lines)
-    assert any(line.split() == f"accuracy of best {report.best.accuracy:.4f}".split() for line in lines)
-    assert any(line.split() == f"macro F1 of best {report.best.macro_f1:.4f}".split() for line in lines)
+    low, high = report.intervals["accuracy"]
+    assert values["intervals"]["accuracy"] == [low, high]
+    assert f"accuracy {report.evaluation.accuracy:.4f} [{low:.4f}, {high:.4f}]" in squeezed(lines)
+    for name, figure in (("accuracy", report.best.accuracy), ("macro F1", report.best.macro_f1)):
+        low, high = report.best_intervals[name.replace(" ", "_").lower()]
+        assert f"{name} of best {figure:.4f} [{low:.4f}, {high:.4f}]" in squeezed(lines)
+    band = report.calibration.band
+    expected = f"perfect calibration: [{band.low:.4f}, {band.high:.4f}]"
+    assert f"calibration error {report.calibration_error:.4f} {expected}" in squeezed(lines)
+    assert values["calibration"]["band"] == list(band)
     for name, values in report.evaluation.confusion.iterrows():
         assert any(line.split() == [*str(name).split(), *map(str, values)] for line in lines)
     for row in report.evaluation.per_type.itertuples():
@@ -154,6 +221,22 @@ def test_a_note_says_so_where_most_cells_are_novel_and_best_does_not_depend_on_i
     assert notes == ([expected] if n_novel > len(known) / 2 else [])
     assert bool(notes) == (threshold == 0.99)
     assert report.best.accuracy == pytest.approx((known["best"] == known["truth"]).mean())
+
+
+def test_cells_of_low_depth_are_counted_noted_and_errors(atlas: Path, tmp_path: Path) -> None:
+    predict(atlas / "atlas.zarr", atlas / "run/model", tmp_path / "labels", min_open=5, novel_threshold=0)
+    report = evaluate(tmp_path / "labels", atlas / "atlas.zarr", "truth")
+    table = joined(atlas)
+    known = table[(table["split"] == "test") & table["truth"].notna()]
+    low = known["n_open"] < 5
+    assert report.n_low_depth == low.sum() > 0
+    assert report.evaluation.accuracy == pytest.approx(((known["best"] == known["truth"]) & ~low).mean())
+    assert report.n_novel == 0
+    note = (
+        f"{low.sum()} of {len(known)} cells have fewer than 5 open islands and are named Unassigned_low_depth"
+    )
+    assert any(line.startswith(note) for line in report.notes)
+    assert report.to_dict()["n_low_depth"] == low.sum()
 
 
 def test_truths_of_numbers_are_compared_as_text(atlas: Path, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from annatac_scale.annotate.confidence import NOVEL
 from annatac_scale.annotate.metrics import evaluate_labels
 from annatac_scale.errors import InputError
+from annatac_scale.model.labels import NOVEL
 
 LABELS = ["A", "B", "C", "d e", NOVEL]
 PAIRS = st.lists(st.tuples(st.sampled_from(LABELS[:4]), st.sampled_from(LABELS)), min_size=1, max_size=40)

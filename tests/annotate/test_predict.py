@@ -28,7 +28,6 @@ from small_atlas import (
 )
 
 from annatac_scale.annotate import predict as predict_module
-from annatac_scale.annotate.confidence import NOVEL
 from annatac_scale.annotate.labels import MANIFEST
 from annatac_scale.annotate.predict import BATCH_CELLS, BATCH_TOKENS, cut_batches, predict
 from annatac_scale.errors import ConfigError, InputError, ModelError
@@ -36,6 +35,7 @@ from annatac_scale.genome.assembly import Assembly
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.ingest.convert import convert
 from annatac_scale.model.folder import read_model
+from annatac_scale.model.labels import NOVEL
 from annatac_scale.progress import Silent
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.batch import Batch
@@ -45,7 +45,7 @@ from annatac_scale.train.splits import write_split as write_split_of_finetune
 
 COLUMNS = [
     *("sample", "barcode", "best", "label", "confidence", "second", "second_confidence"),
-    *("probabilities", "n_open", "split"),
+    *("novel", "novelty_score", "novelty_p", "set", "set_size", "probabilities", "n_open", "split"),
 ]
 
 
@@ -115,7 +115,7 @@ def test_one_read_gives_the_whole_table_and_the_classes(
     assert manifest["complete"] is True
     assert manifest["model"] == read_model(model).digest
     assert manifest["store"] == str(store.path)
-    assert manifest["novel_threshold"] == NOVEL_THRESHOLD
+    assert manifest["rule"]["novel_threshold"] == NOVEL_THRESHOLD
     assert manifest["classes"] == list(TYPES)
     assert manifest["columns"] == COLUMNS
     assert {n: s["digest"] for n, s in manifest["samples"].items()} == {
@@ -314,11 +314,10 @@ def test_labels_are_written_into_a_copy_of_the_input(tmp_path: Path) -> None:
     table = pd.read_parquet(tmp_path / "labels").set_index("barcode").loc[found.obs_names]
     assert list(found.obs.columns) == [
         "donor",
-        *(f"annatac_{name}" for name in COLUMNS[2:7]),
-        "annatac_n_open",
+        *(f"annatac_{name}" for name in [*COLUMNS[2:9], "n_open"]),
     ]
     assert found.obs["donor"].tolist() == given.obs["donor"].tolist()
-    for name in [*COLUMNS[2:7], "n_open"]:
+    for name in [*COLUMNS[2:9], "n_open"]:
         assert found.obs[f"annatac_{name}"].tolist() == table[name].tolist()
     assert (found.X != given.X).nnz == 0
 

@@ -174,7 +174,7 @@ def test_a_folder_left_by_a_kill_before_its_manifest_is_gone_on_with(
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"format": "annatac_scale.labels", "version": "1.0"}', "\xff"]
+    "content", ["", "[]", '{"format": "annatac_scale.labels", "version": "2.0"}', "\xff"]
 )
 def test_a_damaged_manifest_is_refused(tmp_path: Path, store: IslandStore, model: Path, content: str) -> None:
     (tmp_path / "labels").mkdir()
@@ -186,8 +186,8 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, store: IslandStore, model
 def test_a_manifest_of_a_newer_format_is_refused(tmp_path: Path, store: IslandStore, model: Path) -> None:
     predict(store, model, tmp_path / "labels")
     file = tmp_path / "labels" / MANIFEST
-    file.write_text(file.read_text().replace('"version": "1.0"', '"version": "2.0"'))
-    with pytest.raises(InputError, match=r"found format annatac_scale\.labels 2\.0, expected"):
+    file.write_text(file.read_text().replace('"version": "2.0"', '"version": "3.0"'))
+    with pytest.raises(InputError, match=r"found format annatac_scale\.labels 3\.0, expected"):
         predict(store, model, tmp_path / "labels")
 
 

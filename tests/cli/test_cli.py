@@ -13,6 +13,7 @@ from click.testing import Result
 from command_line import EPOCHS, N_CELLS, N_PEAKS, Atlas, done, files_below, run, strict_json
 
 from annatac_scale.cli import main
+from annatac_scale.model.novelty import SCORES
 from annatac_scale.store.store import IslandStore
 
 
@@ -52,6 +53,17 @@ def test_info_says_the_same_as_text_and_as_json(atlas: Atlas) -> None:
     assert str(atlas.h5ad) in text.stdout
 
 
+def test_finetune_says_what_it_cannot_tell_apart_and_where_the_report_is(
+    atlas: Atlas, said: dict[str, Result]
+) -> None:
+    values = strict_json((atlas.finetuned / "report.json").read_text())
+    lines = said["finetune"].stderr.splitlines()
+    assert lines[-1] == f"report: {atlas.finetuned / 'report.md'}"
+    n_said = len(values["confusions"]["sentences"])
+    assert lines[-1 - n_said : -1] == values["confusions"]["sentences"]
+    assert values["n_cells"] == 24
+
+
 def test_evaluate_agrees_with_the_tables_on_disk(atlas: Atlas) -> None:
     result = done("evaluate", atlas.labels, "--store", atlas.store, "--truth", "cell_type", "--json")
     assert result.stderr == ""
@@ -80,6 +92,23 @@ def test_evaluate_of_types_that_the_model_does_not_know_is_still_json(atlas: Atl
     assert (values["accuracy"], values["calibration_error"]) == (0, None)
 
 
+def test_evaluate_compares_the_labels_of_any_tool_with_those_of_predict(atlas: Atlas, tmp_path: Path) -> None:
+    file = tmp_path / "tool.csv"
+    said = atlas.obs["cell_type"].where(np.arange(N_CELLS) % 5 > 0, "B cell")
+    said.rename("tool").to_csv(file)
+    truth = ("--truth-file", atlas.cells, "--truth", "cell_type")
+    alone = strict_json(done("evaluate", file, "--labels-column", "tool", *truth, "--json").stdout)
+    right = (said == atlas.obs["cell_type"]).mean()
+    assert (alone["cells"], alone["n_cells"], alone["accuracy"]) == ("all", N_CELLS, pytest.approx(right))
+    beside = ("--against", file, "--against-column", "tool", "--json")
+    values = strict_json(done("evaluate", atlas.labels, *truth, *beside).stdout)
+    table = pd.read_parquet(atlas.labels)
+    test = table["barcode"][table["split"] == "test"]
+    assert values["against"]["test"]["n_cells"] == len(test) == 24
+    assert values["against"]["accuracy"] == pytest.approx((said == atlas.obs["cell_type"])[test].mean())
+    assert values["against"]["test"]["accuracy"]["first"] == values["accuracy"]
+
+
 def test_a_novel_threshold_of_0_names_no_cell_novel_and_an_h5ad_carries_the_labels(atlas: Atlas) -> None:
     out, h5ad = atlas.folder / "labels_0", atlas.folder / "labelled.h5ad"
     words = ("--model", atlas.typer, "--out", out, "--novel-threshold", 0, "--write-h5ad", h5ad)
@@ -88,6 +117,35 @@ def test_a_novel_threshold_of_0_names_no_cell_novel_and_an_h5ad_carries_the_labe
     assert (table["label"] == table["best"]).all()
     obs = anndata.read_h5ad(h5ad).obs
     assert obs["annatac_label"].astype(str).tolist() == table["label"].loc[obs.index].astype(str).tolist()
+
+
+def test_a_chosen_rate_sets_and_low_depth_are_asked_for_on_the_command_line(atlas: Atlas) -> None:
+    out = atlas.folder / "labels_rate"
+    words = (
+        "--model",
+        atlas.typer,
+        "--out",
+        out,
+        "--coverage",
+        0.5,
+        "--coverage-per-class",
+        "--min-open",
+        10_000,
+    )
+    asked = (*words, "--novelty", "knn", "--novel-rate", 0.5, "--novel-adapt")
+    assert (
+        f", 0 named Novel_cell_type, {N_CELLS} Unassigned_low_depth"
+        in done("predict", atlas.store, *asked).stdout
+    )
+    table = pd.read_parquet(out)
+    assert (table["label"] == "Unassigned_low_depth").all()
+    assert table["set_size"].tolist() == [len(types) for types in table["set"]]
+    assert table["novelty_p"].between(0, 1).all()
+
+
+def test_the_novelty_scores_of_the_command_line_are_those_that_there_are() -> None:
+    (option,) = [option for option in main.commands["predict"].params if option.name == "novelty"]
+    assert tuple(option.type.choices) == SCORES
 
 
 def test_labels_are_joined_to_a_store_without_inputs(atlas: Atlas, tmp_path: Path) -> None:

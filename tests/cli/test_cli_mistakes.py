@@ -123,6 +123,10 @@ MISTAKES = {
         f"{PREDICT} --write-h5ad s3://b/x.h5ad", "--write-h5ad s3://b/x.h5ad: found an URL", "a path on a disk",
     ),
     "threshold out of range": (f"{PREDICT} --novel-threshold 1.5", "1.5", "expected"),
+    "threshold and rate": (
+        f"{PREDICT} --novel-threshold 0.5 --novel-rate 0.1", "--novel-threshold 0.5", "--novel-rate was given too",
+    ),
+    "coverage out of range": (f"{PREDICT} --coverage 90", "found 90.0", "above 0 and below 1"),
     # evaluate
     "evaluation of no labels": (
         "evaluate nosuch --store {store} --truth cell_type", "nosuch: found no", "`annatac predict`",
@@ -133,6 +137,12 @@ MISTAKES = {
     ),
     "evaluation of labels in object storage": (
         "evaluate s3://b/labels --store {store} --truth cell_type", "labels s3://b/labels: found an URL", "on a disk",
+    ),
+    "evaluation without a truth": (
+        "evaluate {labels} --truth cell_type", "found neither a store nor a file", "give --store or --truth-file",
+    ),
+    "evaluation of a file without its column": (
+        "evaluate {cells} --store {store} --truth cell_type", "cells.tsv: found a file", "--labels-column COLUMN",
     ),
     "truth that is no column": (f"{EVALUATE} --truth celltype", "no obs column 'celltype'", "cell_type, donor"),
     # export

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.model.cell_typer import CellTyper, HeadConfig, build_head
 from annatac_scale.model.encoder import Encoder
 from annatac_scale.model.folder import Model, ModelInfo, vocabulary_islands
 from annatac_scale.model.linformer import EncoderConfig, Linformer
+from annatac_scale.model.novelty import DISTANCES, SCORES, DepthTrend, KnownCells
 from annatac_scale.stream.batch import Batch
 from annatac_scale.stream.vocabulary import Vocabulary
 
@@ -25,9 +27,10 @@ HEADS = [
     HeadConfig("pooled", pooled=5),
     HeadConfig("cnn", hidden=(7, 6)),
     HeadConfig("subtype", (6, 5, 4)),
+    HeadConfig("linear", pooled=5),
 ]
 MODEL_FILES = {"config.json", "weights.safetensors", "positions.safetensors", "islands.tsv.gz", "README.md"}
-TYPER_FILES = MODEL_FILES | {"labels.json", "calibration.json"}
+TYPER_FILES = MODEL_FILES | {"labels.json", "calibration.json", "known_cells.safetensors"}
 
 
 def toy_space(width_bp: int = 5000, assembly: str = "toy") -> IslandSpace:
@@ -65,10 +68,34 @@ def toy_model(head: HeadConfig | None, labels: tuple[str, ...] = LABELS, **encod
         head=head,
         labels=labels if head is not None else (),
         temperature=1.7 if head is not None else 1.0,
+        scales=(1.5, 0.75, 1.0)[: len(labels)] if head is not None else (),
+        biases=(0.25, -0.25, 0.0)[: len(labels)] if head is not None else (),
         novel_threshold=0.4 if head is not None else 0.5,
+        novelty="knn" if head is not None else "max_probability",
+        novel_rate=0.1 if head is not None else None,
+        calibration_errors={"calib": {"before": 0.25, "after": 0.125}} if head is not None else {},
         provenance={"seed": 3, "figures": {"accuracy": 0.1}, "stores": ["atlas.zarr"]},
     )
-    return Model(info, vocabulary, vocabulary_islands(space, vocabulary), encoder, typer)
+    known = None if typer is None else toy_known(len(labels), typer.head.classifier.in_features)
+    return Model(info, vocabulary, vocabulary_islands(space, vocabulary), encoder, typer, known=known)
+
+
+def toy_known(n_types: int, channels: int, n_calib: int = 12) -> KnownCells:
+    """Random values, none of them alike, so that none can be lost or swapped unnoticed."""
+    rng = np.random.default_rng(5)
+
+    def draw(*shape: int) -> NDArray[np.float32]:
+        return rng.normal(size=shape).astype(np.float32)
+
+    return KnownCells(
+        means=draw(n_types, channels),
+        whitening=draw(channels, channels),
+        references=draw(7, channels),
+        trends={name: DepthTrend(*map(float, draw(5))) for name in DISTANCES},
+        chances=draw(n_calib),
+        codes=rng.integers(0, n_types, n_calib).astype(np.int32),
+        scores={name: np.sort(draw(n_calib)) for name in SCORES},
+    )
 
 
 def randomise(module: torch.nn.Module) -> None:

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from annatac_scale.errors import InputError, ModelError
-from annatac_scale.model.calibration import expected_calibration_error, fit_temperature, probabilities
+from annatac_scale.model.calibration import (
+    VECTOR_CELLS,
+    Scaling,
+    expected_calibration_error,
+    fit_temperature,
+    fit_vector,
+    fits_vector,
+    probabilities,
+)
 
 
 def plain_softmax(row: list[float], temperature: float) -> list[float]:
@@ -162,3 +170,66 @@ def test_fitting_the_temperature_lowers_the_calibration_error_of_an_overconfiden
     after = expected_calibration_error(probabilities(logits, fit_temperature(logits, labels)), labels)
     assert before > 0.2
     assert after < 0.03
+
+
+def test_vector_scaling_equals_a_plain_softmax_of_each_types_own_line() -> None:
+    logits = np.array([[1.0, -2.0, 0.5], [3.0, 3.0, -1.0]])
+    found = Scaling(1.0, (0.5, 2.0, 1.0), (0.1, -0.2, 0.0)).probabilities(logits)
+    for row, scores in zip(found, logits.tolist(), strict=True):
+        lines = [0.5 * scores[0] + 0.1, 2 * scores[1] - 0.2, scores[2]]
+        assert row.tolist() == pytest.approx(plain_softmax(lines, 1.0), abs=1e-12)
+    assert Scaling(2.0).kind == "temperature"
+    assert Scaling(2.0, (1.0,), (0.0,)).kind == "vector"
+
+
+def test_the_vector_that_made_the_labels_is_found_again() -> None:
+    rng = np.random.default_rng(6)
+    logits = rng.normal(0, 2, (40_000, 3))
+    scales, biases = np.array([0.5, 1.5, 1.0]), np.array([0.4, -0.6, 0.2])
+    powers = np.exp(logits * scales + biases)
+    chances = powers / powers.sum(axis=1, keepdims=True)
+    labels = (rng.random((len(logits), 1)) > chances.cumsum(axis=1)).sum(axis=1)
+    found = fit_vector(logits, labels)
+    assert found.scales == pytest.approx(scales, rel=0.05)
+    assert found.biases == pytest.approx(biases - biases.mean(), abs=0.05)
+    assert found.temperature == fit_temperature(logits, labels)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_vector_scaling_is_never_less_likely_than_the_temperature_it_starts_from(seed: int) -> None:
+    logits, labels = drawn(seed, 200, 1.3)
+    found = fit_vector(logits, labels)
+
+    def loss(chances: np.ndarray) -> float:
+        return -np.log(chances[np.arange(len(labels)), labels]).mean()
+
+    vector, temperature = found.probabilities(logits), probabilities(logits, found.temperature)
+    assert loss(vector) <= loss(temperature) + 1e-3  # the smoothing of labels may cost that much
+
+
+def test_separable_cells_leave_the_vector_within_its_bounds() -> None:
+    logits = np.eye(2)[[0] * 30 + [1] * 30] * 4
+    found = fit_vector(logits, np.repeat([0, 1], 30))
+    assert np.isfinite(found.scales).all()
+    assert np.isfinite(found.biases).all()
+    assert (found.probabilities(logits).argmax(axis=1) == np.repeat([0, 1], 30)).all()
+
+
+def test_vector_scaling_wants_enough_cells_of_each_type() -> None:
+    assert fits_vector(np.repeat([0, 1], VECTOR_CELLS), 2)
+    assert not fits_vector(np.repeat([0, 1], [VECTOR_CELLS, VECTOR_CELLS - 1]), 2)
+    assert not fits_vector(np.repeat([0, 1], VECTOR_CELLS), 3)
+
+
+@pytest.mark.parametrize(
+    ("scales", "biases"),
+    [((1.0,), ()), ((0.0, 1.0), (0.0, 0.0)), ((1.0, math.nan), (0.0, 0.0)), ((1.0, 1.0), (math.inf, 0.0))],
+)
+def test_vectors_that_cannot_be_are_refused(scales: tuple[float, ...], biases: tuple[float, ...]) -> None:
+    with pytest.raises(ModelError, match="vector scaling: found scales"):
+        Scaling(1.0, scales, biases)
+
+
+def test_logits_of_other_types_than_the_vectors_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"found logits of shape \(4, 3\), expected \[n, 2\]"):
+        Scaling(1.0, (1.0, 1.0), (0.0, 0.0)).probabilities(np.zeros((4, 3)))

@@ -6,7 +6,7 @@ from model_folders import LABELS, toy_batch, toy_model
 from annatac_scale.errors import ConfigError
 from annatac_scale.model.cell_typer import HEADS, HeadConfig, build_head
 from annatac_scale.model.encoder import batch_tokens
-from annatac_scale.model.heads import CnnHead, PooledHead
+from annatac_scale.model.heads import CnnHead, LinearHead, PooledHead
 from annatac_scale.stream.batch import Batch
 
 ONE_OF_EACH = pytest.mark.parametrize("kind", HEADS)
@@ -31,12 +31,47 @@ def test_logits_of_a_batch_are_those_of_its_cells_one_by_one(kind: str) -> None:
 
 
 @ONE_OF_EACH
+def test_the_embedding_is_what_the_last_layer_makes_the_logits_of(kind: str) -> None:
+    typer = toy_model(HeadConfig(kind)).typer.eval()
+    batch = toy_batch()
+    logits, embedding = typer.predict_with_embedding(batch)
+    np.testing.assert_array_equal(logits, typer.predict(batch))
+    weight, bias = (tensor.detach().numpy() for tensor in typer.head.classifier.parameters())
+    np.testing.assert_allclose(embedding @ weight.T + bias, logits, rtol=1e-5, atol=1e-5)
+    tokens = batch_tokens(batch, torch.device("cpu"))
+    with torch.no_grad():
+        expected = typer.head.embed(typer.linformer(*tokens), *tokens)
+        np.testing.assert_array_equal(logits, typer(*tokens).numpy())
+    np.testing.assert_array_equal(embedding, expected.numpy())
+    assert embedding.dtype == np.float32
+
+
+@ONE_OF_EACH
 def test_cells_without_tokens_and_batches_without_cells_have_logits(kind: str) -> None:
     typer = toy_model(HeadConfig(kind)).typer
     closed = typer.predict(toy_batch((0, 0)))
     assert np.isfinite(closed).all()
     np.testing.assert_array_equal(closed[0], closed[1])
     assert typer.predict(toy_batch(())).shape == (0, len(LABELS))
+
+
+@pytest.mark.parametrize("reads", ["none", "gate"])
+def test_a_linear_head_is_linear_in_the_direction_of_z_from_the_centre(reads: str) -> None:
+    typer = toy_model(HeadConfig("linear", pooled=5, reads=reads)).typer
+    head = typer.head
+    assert isinstance(head, LinearHead)
+    generator = torch.Generator().manual_seed(0)
+    centre, bias = torch.randn(5, generator=generator), torch.randn(len(LABELS), generator=generator)
+    weight = torch.randn(len(LABELS), 5, generator=generator)
+    head.take_over(centre, weight, bias)
+    z = typer.pooled(toy_batch())
+    assert z.shape == (4, 5)
+    moved = z.astype(float) - centre.numpy()
+    expected = moved / np.sqrt((moved**2).sum(1, keepdims=True)) @ weight.numpy().T + bias.numpy()
+    np.testing.assert_allclose(typer.predict(toy_batch()), expected, rtol=1e-4, atol=1e-5)
+    trained = {name for name, parameter in head.named_parameters() if parameter.requires_grad}
+    assert trained == {"classifier.weight", "classifier.bias"}
+    assert head.table_parameters() == head.reading_parameters() == []
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -79,7 +114,7 @@ def test_the_configured_head_is_built() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "mean"}, "head kind: found 'mean', expected pooled, cnn, subtype"),
+        ({"kind": "mean"}, "head kind: found 'mean', expected pooled, linear, cnn, subtype"),
         ({"reads": "all"}, r"head reads: found 'all', expected none, gate, gate\+sum"),
         ({"pooled": 0}, "head sizes"),
         ({"hidden": (5, 0)}, "head sizes"),

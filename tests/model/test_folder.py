@@ -28,6 +28,8 @@ from model_folders import (
 from annatac_scale.errors import ModelError
 from annatac_scale.model.cell_typer import HeadConfig, batch_tokens
 from annatac_scale.model.folder import read_model, write_model
+from annatac_scale.model.known_cells import KNOWN_FILE, encoded
+from annatac_scale.model.novelty import SCORES, DepthTrend, KnownCells
 from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import create_store
 
@@ -36,6 +38,15 @@ from annatac_scale.store.writer import create_store
 def folder(tmp_path: Path) -> Path:
     write_model(tmp_path / "model", toy_model(HEADS[1]), "# A model\n")
     return tmp_path / "model"
+
+
+def assert_known_equal(found: KnownCells, expected: KnownCells) -> None:
+    for name in ("means", "whitening", "references", "chances", "codes"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert found.trends == expected.trends
+    assert found.scores.keys() == expected.scores.keys()
+    for name, scores in expected.scores.items():
+        np.testing.assert_array_equal(found.scores[name], scores)
 
 
 @pytest.mark.parametrize("positions", ["frozen", "learned"])
@@ -59,6 +70,7 @@ def test_a_model_comes_back_as_it_was_written(
     if back.typer is not None:
         assert back.typer.linformer is back.encoder.linformer
         np.testing.assert_array_equal(back.typer.predict(batch), model.typer.predict(batch))
+        assert_known_equal(back.known, model.known)
     assert back.path == tmp_path / "model"
     assert back.digest == hashlib.sha256((tmp_path / "model/config.json").read_bytes()).hexdigest()
 
@@ -97,7 +109,9 @@ def test_the_folder_holds_the_documented_files_and_no_pickle(
         elif name.endswith(".safetensors"):
             size = struct.unpack("<Q", found[name][:8])[0]
             tensors = json.loads(found[name][8 : 8 + size])
-            assert {entry["dtype"] for name, entry in tensors.items() if name != "__metadata__"} == {"F32"}
+            kinds = {key: entry["dtype"] for key, entry in tensors.items() if key != "__metadata__"}
+            assert kinds.pop("calib.code", "I32") == "I32"
+            assert set(kinds.values()) == {"F32"}
         elif name.endswith(".gz"):
             assert gzip.decompress(found[name]).startswith(b"island\tchrom\tstart\tend\tgenes\n")
 
@@ -170,8 +184,8 @@ def resign(folder: Path, config: dict) -> None:
         ("files", {}, r"config\.json: cut short or edited"),
         ("n_space", 3, r"islands\.tsv\.gz: not the vocabulary"),
         ("vocabulary_sha256", "0", r"islands\.tsv\.gz: not the vocabulary"),
-        ("version", 3, "format annatac_scale.model 3, expected annatac_scale.model 2; train"),
-        ("format", "other", "format other 2, expected"),
+        ("version", 2, "format annatac_scale.model 2, expected annatac_scale.model 3; train"),
+        ("format", "other", "format other 3, expected"),
     ],
 )
 def test_folders_that_contradict_themselves_are_refused(
@@ -188,6 +202,49 @@ def test_weights_of_other_sizes_are_refused(folder: Path) -> None:
     resign(folder, {**config, "encoder": {**config["encoder"], "ff": 17}})
     with pytest.raises(ModelError, match=r"weights do not fit config\.json: size mismatch"):
         read_model(folder)
+
+
+def test_a_model_without_known_cells_comes_back_without(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", replace(toy_model(HEADS[1]), known=None), "card")
+    assert not (tmp_path / "model" / KNOWN_FILE).exists()
+    assert read_model(tmp_path / "model").known is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"means": np.ones((2, 5), np.float32)},
+        {"whitening": np.ones((5, 4), np.float32)},
+        {"references": np.ones((0, 5), np.float32)},
+        {"references": np.ones((3, 4), np.float32)},
+        {"codes": np.full(12, 3, np.int32)},
+        {"codes": np.full(12, -1, np.int32)},
+        {"codes": np.zeros(12, np.int64)},
+        {"chances": np.ones(11, np.float32)},
+        {"scores": {name: np.arange(12, 0, -1, dtype=np.float32) for name in SCORES}},
+        {"scores": {name: np.full(12, np.nan, np.float32) for name in SCORES}},
+        {"trends": {name: DepthTrend(*[0.0] * 5) for name in ("knn", "mahalanobis")}, "scores": {}},
+    ],
+)
+def test_known_cells_that_cannot_be_are_refused_although_well_signed(
+    folder: Path, changes: dict[str, object]
+) -> None:
+    known = replace(toy_model(HEADS[1]).known, **changes)
+    data = tampered(known)
+    (folder / KNOWN_FILE).write_bytes(data)
+    config = json.loads((folder / "config.json").read_text())
+    digest = hashlib.sha256(data).hexdigest()
+    resign(folder, {**config, "files": {**config["files"], KNOWN_FILE: digest}})
+    with pytest.raises(ModelError, match="not a whole model folder"):
+        read_model(folder)
+
+
+def tampered(known: KnownCells) -> bytes:
+    """Its file; one without scores is written with a tensor missing."""
+    if known.scores:
+        return encoded(known)
+    whole = encoded(toy_model(HEADS[1]).known)
+    return whole.replace(b"calib.energy", b"calib.enerxx")
 
 
 def test_others_may_read_every_file_as_far_as_the_umask_lets_them(folder: Path) -> None:

@@ -16,7 +16,9 @@ from annatac_scale.model.calibration import fit_temperature
 from annatac_scale.model.folder import read_model
 from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import replace_obs
-from annatac_scale.train.finetune import class_weights, figures_of, finetune
+from annatac_scale.train.cell_type_task import figures_of
+from annatac_scale.train.cell_weights import class_weights
+from annatac_scale.train.finetune import finetune
 from annatac_scale.train.pretrain import pretrain
 from annatac_scale.train.run_folder import RunFolder
 from annatac_scale.train.splits import SplitRule, split_cells
@@ -78,7 +80,8 @@ def test_figures_are_those_of_predicting_every_cell_alone(atlas, pretrained, tmp
         accuracy, macro_f1 = figures_by_hand(truth, np.array(types)[logits.argmax(axis=1)])
         assert figures["accuracy"] == pytest.approx(accuracy)
         assert figures["macro_f1"] == pytest.approx(macro_f1)
-        of_truth = softmax(logits.astype(float), axis=1)[
+        scale = report.temperature if name == "test" else 1.0
+        of_truth = softmax(logits.astype(float) / scale, axis=1)[
             np.arange(len(cells)), [types.index(t) for t in truth]
         ]
         assert figures["loss"] == pytest.approx(-np.log(of_truth).mean(), rel=1e-3, abs=1e-6)
@@ -295,11 +298,11 @@ def test_a_type_with_one_cell_trains(atlas, pretrained, tmp_path):
         (np.full(400, None, object), "0 cell types have training cells"),
         (
             np.where(np.arange(400) < 6, np.array(["a", "b"] * 200, object), None),
-            "found 2 types in 6 cells; label more cells, hold out fewer, or --set validation_share",
+            "found 2 types in 6 cells; use --head linear, which needs none, label more cells, hold out fewer, or --set",
         ),
         (
             np.random.default_rng(0).random(400),
-            r"too few labelled cells of each .* 400 types in 400 cells; is this a column of cell types\?; label",
+            r"too few labelled cells of each .* 400 types in 400 cells; is this a column of cell types\?; use --head",
         ),
     ],
     ids=["none", "six", "numbers"],

@@ -1,0 +1,157 @@
+"""A column of labels from a file that any tool may have written: CSV, TSV, Parquet or h5ad; no other column is read."""
+
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from annatac_scale.errors import InputError
+from annatac_scale.genome.rows import shown
+from annatac_scale.ingest.h5ad import open_hdf5
+from annatac_scale.ingest.local_copy import local_copy
+from annatac_scale.ingest.tables import typed
+from annatac_scale.store.elements import read_elem
+from annatac_scale.store.place import Location
+
+_KIND = re.compile(
+    r"\.((?P<csv>csv(\.gz)?)|(?P<tsv>(tsv|txt)(\.gz)?)|(?P<parquet>parquet)|(?P<h5ad>h5ad))$", re.I
+)
+_SEPARATORS = {"csv": ",", "tsv": "\t"}
+_INDEX = ("Unnamed: 0", "index", "__index_level_0__")
+"""What an index without a name is called: by pandas where it reads text, and where it writes text or Parquet."""
+_DAMAGED = (OSError, EOFError, zlib.error, ValueError, pa.ArrowException)
+_NAMES_SHOWN = 12
+
+
+def is_label_file(location: Location) -> bool:
+    """Whether the ending of a name says that ``read_label_column`` can read it."""
+    return _KIND.search(str(location)) is not None
+
+
+def read_label_column(location: Location, column: str) -> pd.DataFrame:
+    """The columns barcode (str), label, and sample (str) where there is one; a row a cell, in the file's order.
+
+    location: a file, or the URL of one, that ends with .csv, .tsv, .txt (tab-separated; these three also with .gz),
+    .parquet or .h5ad (a column of obs; the barcodes are its index)
+    A text or Parquet file names the cells in a column barcode, else in the index that pandas or R wrote.
+    label: values as they are, numbers as numbers, what is missing as NaN or None
+
+    Raises InputError for a file that is damaged, has no such column, names no barcodes, or has no row.
+    """
+    found = _KIND.search(str(location))
+    if found is None:
+        raise InputError(
+            f"{location}: found the ending {Path(str(location)).suffix!r}; expected .csv, .tsv, .txt, .parquet or "
+            ".h5ad; write the labels as one of these"
+        )
+    kind = next(name for name in ("csv", "tsv", "parquet", "h5ad") if found[name])
+    if kind == "h5ad":
+        table = _from_h5ad(location, column)
+    else:
+        with local_copy(location) as path:
+            table = _from_parquet(path, column) if kind == "parquet" else _from_text(path, column, kind)
+    if not len(table):
+        raise InputError(f"{location}: found no row; expected one a cell; check the file")
+    n_unnamed = int(table["barcode"].isna().sum())
+    if n_unnamed:
+        raise InputError(
+            f"{location}: found {n_unnamed:,} rows without a barcode; expected one each; remove or mend them"
+        )
+    for name in ("barcode", "sample"):
+        if name in table:
+            table[name] = table[name].astype(str).astype(object)
+    return table
+
+
+def _from_text(path: Path, column: str, kind: str) -> pd.DataFrame:
+    how = {"sep": _SEPARATORS[kind], "encoding": "utf-8-sig"}
+    try:
+        header = pd.read_csv(path, nrows=0, **how)
+        names = _names(path, [str(name) for name in header.columns], column)
+        frame = pd.read_csv(
+            path,
+            usecols=list(names.values()),
+            dtype=str,
+            keep_default_na=False,
+            index_col=False,
+            **how,
+        )
+    except InputError:
+        raise
+    except _DAMAGED as error:
+        raise _unreadable(path, error) from error
+    frame = pd.DataFrame({ours: frame[theirs].str.strip() for ours, theirs in names.items()})
+    codes, texts = pd.factorize(frame["label"])
+    values = typed(pd.Series(texts, dtype=object)).astype(object).to_numpy()
+    frame["label"] = values[codes]
+    frame["barcode"] = frame["barcode"].replace("", np.nan)
+    return frame
+
+
+def _from_parquet(path: Path, column: str) -> pd.DataFrame:
+    try:
+        schema = pq.read_schema(path)
+        names = _names(path, schema.names, column, _named_index(schema))
+        table = pq.read_table(path, columns=list(dict.fromkeys(names.values())))
+        return pd.DataFrame({ours: table[theirs].to_pandas() for ours, theirs in names.items()})
+    except InputError:
+        raise
+    except _DAMAGED as error:
+        raise _unreadable(path, error) from error
+
+
+def _named_index(schema: pa.Schema) -> Sequence[str]:
+    """The column that was the index of the data frame, where pandas wrote one with a name."""
+    metadata = schema.pandas_metadata or {}
+    return [name for name in metadata.get("index_columns", ()) if isinstance(name, str)][:1]
+
+
+def _from_h5ad(location: Location, column: str) -> pd.DataFrame:
+    with open_hdf5(location) as file:
+        try:
+            obs = file["obs"]
+            if not isinstance(obs, h5py.Group) or "_index" not in obs.attrs:
+                raise InputError(
+                    f"{location}: found obs in the layout of anndata before 0.7; expected a data frame; open the file "
+                    "with anndata and write it again"
+                )
+            index = str(obs.attrs["_index"])
+            there = [name for name in obs if name != index]
+            names = _names(location, ["barcode", *(name for name in there if name != "barcode")], column)
+            places = {ours: index if ours == "barcode" else theirs for ours, theirs in names.items()}
+            return pd.DataFrame({ours: read_elem(obs[place]) for ours, place in places.items()})
+        except InputError:
+            raise
+        except (*_DAMAGED, KeyError, RuntimeError) as error:
+            raise _unreadable(location, error) from error
+
+
+def _names(place: Location, there: Sequence[str], column: str, index: Sequence[str] = ()) -> dict[str, str]:
+    """What barcode, label and sample (if any) are called among the columns that are there."""
+    shown_names = ", ".join(there[:_NAMES_SHOWN]) + (", ..." if len(there) > _NAMES_SHOWN else "")
+    if column not in there:
+        raise InputError(
+            f"{place}: found no column {shown(column)}; expected it beside the barcodes; there are {shown_names}; "
+            "give one of these"
+        )
+    barcode = next((name for name in ("barcode", *index, *_INDEX) if name in there), None)
+    if barcode is None:
+        raise InputError(
+            f"{place}: found the columns {shown_names}; expected one called barcode; rename the one that names the "
+            "cells"
+        )
+    names = {"barcode": barcode, "label": column}
+    return names | ({"sample": "sample"} if "sample" in there and column != "sample" else {})
+
+
+def _unreadable(place: Location, error: Exception) -> InputError:
+    said = " ".join(str(error).split())
+    return InputError(
+        f"{place}: cannot be read ({said}); expected a whole file of the kind that its name says; check it"
+    )

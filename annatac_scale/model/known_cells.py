@@ -1,0 +1,66 @@
+"""KnownCells as a file of the model folder, known_cells.safetensors.
+
+means, whitening, references        what the distances are taken to
+trend.<distance>                    float32 [5]: intercept, slope, spread, low, high of its depth trend
+calib.code, calib.chance            int32, float32 [n]: true type of each calib cell, and its probability
+calib.<score>                       float32 [n]: the calib cells' novelty scores, increasing
+"""
+
+from dataclasses import astuple
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from annatac_scale.model.novelty import DISTANCES, SCORES, DepthTrend, KnownCells
+
+KNOWN_FILE = "known_cells.safetensors"
+_N_TREND = 5
+
+
+def encoded(known: KnownCells) -> bytes:
+    """The bytes of the file."""
+    tensors = {
+        "means": known.means,
+        "whitening": known.whitening,
+        "references": known.references,
+        "calib.code": known.codes,
+        "calib.chance": known.chances,
+        **{f"trend.{name}": np.array(astuple(known.trends[name]), np.float32) for name in DISTANCES},
+        **{f"calib.{name}": known.scores[name] for name in SCORES},
+    }
+    data: bytes = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
+    return data
+
+
+def decoded(data: bytes, n_types: int, n_channels: int) -> KnownCells:
+    """What ``encoded`` wrote. Raises ValueError, KeyError or SafetensorError where it is something else."""
+    tensors = load(data)
+    n_calib, n_references = len(tensors["calib.code"]), len(tensors["references"])
+    shapes = {
+        "means": (n_types, n_channels),
+        "whitening": (n_channels, n_channels),
+        "references": (max(n_references, 1), n_channels),
+        "calib.code": (n_calib,),
+        "calib.chance": (n_calib,),
+        **{f"trend.{name}": (_N_TREND,) for name in DISTANCES},
+        **{f"calib.{name}": (n_calib,) for name in SCORES},
+    }
+    for name, shape in shapes.items():
+        kind = "int32" if name == "calib.code" else "float32"
+        found = tensors[name]
+        if found.shape != shape or found.dtype != kind:
+            raise ValueError(f"{KNOWN_FILE}: {name} is {found.dtype} {found.shape}, expected {kind} {shape}")
+    codes = tensors["calib.code"]
+    scores = {name: tensors[f"calib.{name}"] for name in SCORES}
+    in_order = all((np.diff(values) >= 0).all() for values in scores.values())
+    if not in_order or (n_calib and not (codes.min() >= 0 and codes.max() < n_types)):
+        raise ValueError(f"{KNOWN_FILE}: scores out of order, or types that the model does not know")
+    return KnownCells(
+        means=tensors["means"],
+        whitening=tensors["whitening"],
+        references=tensors["references"],
+        trends={name: DepthTrend(*map(float, tensors[f"trend.{name}"])) for name in DISTANCES},
+        chances=tensors["calib.chance"],
+        codes=codes,
+        scores=scores,
+    )

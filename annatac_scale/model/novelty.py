@@ -1,0 +1,159 @@
+"""How unlike the known cells a cell is: four scores, each larger for more novel cells.
+
+    max_probability   1 - the largest probability: what annATAC's rule looks at (Hendrycks and Gimpel, ICLR 2017)
+    energy            -T logsumexp(logits / T), T the temperature (Liu et al., NeurIPS 2020)
+    mahalanobis       distance of the embedding to the nearest mean of a type, in units of the spread within types (Lee
+                      et al., NeurIPS 2018)
+    knn               distance of the embedding to the NEIGHBOURS-th nearest of some stored training cells (Sun et al.,
+                      ICML 2022, but of embeddings as they are)
+
+Distances depend on a cell's depth, the number of its open islands: the embedding of a shallow cell is noisier. Both are
+therefore given as what they are above the line that held-out cells follow in log(n_open), in standard deviations around
+it: 0 is usual for a known cell of that depth. The other two are as published.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
+from scipy.special import logsumexp
+
+from annatac_scale.errors import ConfigError, ModelError
+
+SCORES = ("max_probability", "energy", "mahalanobis", "knn")
+PAPER_SCORE = "max_probability"
+"""The score that a novel threshold is of: 1 - confidence."""
+
+DISTANCES = ("mahalanobis", "knn")
+"""Those that look at the embedding, corrected for depth."""
+
+NEIGHBOURS = 10
+"""Which of the nearest stored cells "knn" measures to; the farthest of them where fewer are stored."""
+
+_CHUNK = 512  # Cells that are compared with all stored cells at a time: bounds the memory.
+
+Floats = NDArray[np.float32]
+
+
+def checked_score(name: str) -> str:
+    """``name``, if it is one of SCORES. Raises ConfigError otherwise."""
+    if name not in SCORES:
+        raise ConfigError(f"novelty score: found {name!r}, expected {', '.join(SCORES)}")
+    return name
+
+
+class Outputs(NamedTuple):
+    """What a model says of n cells: logits float32 [n, C], embedding float32 [n, M]; and their n_open int64 [n]."""
+
+    logits: Floats
+    embedding: Floats
+    n_open: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class DepthTrend:
+    """The line in log(1 + n_open) that a distance of known cells follows.
+
+    spread: standard deviation around it; low, high: of log(1 + n_open) among the cells that it was fitted on, beyond
+    which the line is level. All are rounded to float32, as they are stored.
+    """
+
+    intercept: float
+    slope: float
+    spread: float
+    low: float
+    high: float
+
+    @classmethod
+    def fit(cls, scores: NDArray[np.float64], n_open: NDArray[np.int64]) -> "DepthTrend":
+        """By least squares. scores: [n], at least one; n_open: [n]. Without a spread of either, the line is level."""
+        depth = np.log1p(n_open.astype(np.float64))
+        off = depth - depth.mean()
+        square = float(off @ off)
+        slope = float(off @ scores) / square if square > 0 else 0.0
+        intercept = float(scores.mean()) - slope * float(depth.mean())
+        spread = float(np.std(scores - intercept - slope * depth))
+        # Where all cells score the same, their score is 0 and any other is far off.
+        fitted = (intercept, slope, max(spread, 1e-6), depth.min(), depth.max())
+        return cls(*(float(np.float32(number)) for number in fitted))
+
+    def corrected(self, scores: NDArray[np.float64], n_open: NDArray[np.int64]) -> NDArray[np.float64]:
+        """What the scores [n] are above the line, in units of the spread."""
+        depth = np.clip(np.log1p(n_open.astype(np.float64)), self.low, self.high)
+        return (scores - self.intercept - self.slope * depth) / self.spread
+
+
+@dataclass(frozen=True, eq=False)
+class KnownCells:
+    """What a fine-tuned model keeps of the cells that it knows; C types, M channels of the embedding.
+
+    means: float32 [C, M], of the embeddings of training cells; whitening: float32 [M, M], which makes the spread within
+        types the identity: distances are those of embedding @ whitening
+    references: float32 [R, M], embeddings of some training cells of each type
+    trends: the depth trend of each of DISTANCES, fitted on the val cells
+    chances: float32 [n], the probability of the true type of each calib cell; codes: int32 [n], those types
+    scores: float32 [n] for each of SCORES, of the calib cells, increasing
+    """
+
+    means: Floats
+    whitening: Floats
+    references: Floats
+    trends: Mapping[str, DepthTrend]
+    chances: Floats
+    codes: NDArray[np.int32]
+    scores: Mapping[str, Floats]
+
+    @property
+    def n_calib(self) -> int:
+        """Calib cells."""
+        return len(self.codes)
+
+    def score(self, name: str, outputs: Outputs, chances: Floats, temperature: float) -> Floats:
+        """A score of n cells, float32 [n].
+
+        chances: float32 [n, C], the calibrated probabilities; temperature: T of "energy". Raises ConfigError for a name
+        that is not in SCORES.
+        """
+        if name not in DISTANCES:
+            return plain_score(name, outputs, chances, temperature)
+        raw = self.distance(name, outputs.embedding)
+        return self.trends[name].corrected(raw, outputs.n_open).astype(np.float32)
+
+    def distance(self, name: str, embedding: Floats) -> NDArray[np.float64]:
+        """ "mahalanobis" or "knn" before the depth trend is taken off, float64 [n]. embedding: [n, M]"""
+        if name == "mahalanobis":
+            return mahalanobis(embedding, self.means, self.whitening)
+        return knn(embedding, self.references)
+
+
+def plain_score(name: str, outputs: Outputs, chances: Floats, temperature: float) -> Floats:
+    """A score that needs nothing of other cells, as ``KnownCells.score``; ModelError for one that does."""
+    if checked_score(name) == "max_probability":
+        return (1 - chances.max(axis=1)).astype(np.float32)
+    if name == "energy":
+        scaled = outputs.logits.astype(np.float64) / temperature
+        return (-temperature * logsumexp(scaled, axis=1)).astype(np.float32)
+    raise ModelError(f"novelty score {name}: the model keeps no cells to measure to; finetune it again")
+
+
+def mahalanobis(embedding: Floats, means: Floats, whitening: Floats) -> NDArray[np.float64]:
+    """Distance of n cells to the nearest of C means, float64 [n]; arguments as in ``KnownCells``."""
+    turned = whitening.astype(np.float64)
+    distances = cdist(embedding.astype(np.float64) @ turned, means.astype(np.float64) @ turned)
+    nearest: NDArray[np.float64] = distances.min(axis=1)
+    return nearest
+
+
+def knn(embedding: Floats, references: Floats) -> NDArray[np.float64]:
+    """Distance of n cells to the NEIGHBOURS-th nearest of R, float64 [n]; arguments as in ``KnownCells``."""
+    place = min(NEIGHBOURS, len(references)) - 1
+    stored = references.astype(np.float64)
+    found = np.empty(len(embedding))
+    for start in range(0, len(embedding), _CHUNK):
+        cells = embedding[start : start + _CHUNK].astype(np.float64)
+        squares = (cells**2).sum(axis=1)[:, None] + (stored**2).sum(axis=1) - 2 * cells @ stored.T
+        found[start : start + _CHUNK] = np.partition(squares, place, axis=1)[:, place]
+    return np.sqrt(np.maximum(found, 0))  # rounding may leave less than 0 of a cell that is stored

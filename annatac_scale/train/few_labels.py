@@ -1,0 +1,58 @@
+"""What few labels ask for: a linear probe in place of training, and a refusal where there are too few even for that."""
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from annatac_scale.errors import InputError
+from annatac_scale.progress import Progress
+from annatac_scale.train.presets import FinetuneConfig
+from annatac_scale.train.splits import LabelledCells
+
+
+def training_counts(labelled: LabelledCells) -> NDArray[np.int64]:
+    """Training cells of each type, int64 [types]."""
+    return np.bincount(labelled.codes[labelled.split == "train"], minlength=len(labelled.types))
+
+
+def with_head(
+    config: FinetuneConfig, labelled: LabelledCells, has_pool: bool, progress: Progress
+) -> FinetuneConfig:
+    """The configuration with the head that suits the labelled cells and the pretrained model.
+
+    has_pool: whether the model has a pooled layer. A pooled head becomes a linear one where the types have fewer
+    training cells in the median than ``config.linear_below``, but where it was asked for what training alone can do.
+    """
+    head = config.head
+    median = float(np.median(training_counts(labelled)))
+    may_be_fitted = head.kind == "pooled" and not (config.lora or config.label_smoothing)
+    if may_be_fitted and median < config.linear_below:
+        head = replace(head, kind="linear")
+        progress.say(
+            f"head linear: the types have {median:g} training cells in the median, fewer than linear_below = "
+            f"{config.linear_below}; --head pooled trains the pooled layer as well"
+        )
+    if head.kind == "linear" and not has_pool:
+        head = replace(head, reads="none")  # a gate that nobody trained passes nothing
+    return replace(config, head=head)
+
+
+def check_enough(labels: str, labelled: LabelledCells, kind: str) -> None:
+    """Raise InputError where no cell could judge: too few, or a column where most cells are a type of their own.
+
+    labels: the column; kind: of the head. A linear one is cross-validated, the others need val cells.
+    """
+    linear = kind == "linear"
+    if (training_counts(labelled) >= 2).sum() >= 2 if linear else labelled.sizes["val"]:
+        return
+    n_types, n_cells = len(labelled.types), len(labelled.cells)
+    doubt = "; is this a column of cell types?" if n_types > n_cells / 2 else ""
+    why = "to cross-validate the linear probe" if linear else "to hold any out for validation"
+    do = "label more cells, hold out fewer"
+    if not linear:
+        do = f"use --head linear, which needs none, {do}, or --set validation_share=0.3"
+    raise InputError(
+        f"--labels {labels}: too few labelled cells of each type {why}: found {n_types:,} types in {n_cells:,} cells"
+        f"{doubt}; {do}"
+    )

@@ -1,0 +1,161 @@
+"""Novelty scores equal plain loops, grow with distance, and stand at 0 for cells as usual at any depth."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import linregress
+from sklearn.neighbors import NearestNeighbors
+
+from annatac_scale.errors import ConfigError, ModelError
+from annatac_scale.model.novelty import (
+    DISTANCES,
+    NEIGHBOURS,
+    SCORES,
+    DepthTrend,
+    KnownCells,
+    Outputs,
+    checked_score,
+    knn,
+    mahalanobis,
+    plain_score,
+)
+
+
+def drawn_outputs(seed: int, n: int = 30, n_types: int = 3, channels: int = 4) -> Outputs:
+    rng = np.random.default_rng(seed)
+    logits, embedding = rng.normal(0, 3, (n, n_types)), rng.normal(size=(n, channels))
+    return Outputs(logits.astype(np.float32), embedding.astype(np.float32), rng.integers(0, 500, n))
+
+
+def chances_of(outputs: Outputs) -> np.ndarray:
+    powers = np.exp(outputs.logits)
+    return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def drawn_known(seed: int, channels: int = 4) -> KnownCells:
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    trends = {"mahalanobis": DepthTrend(2.0, -0.5, 0.25, 1.0, 5.0), "knn": DepthTrend(0, 0, 1, 0, 9)}
+    return KnownCells(draw(3, channels), draw(channels, channels), draw(40, channels), trends, *[None] * 3)  # type: ignore[arg-type]
+
+
+def test_the_plain_scores_equal_their_formulas() -> None:
+    outputs = drawn_outputs(1)
+    found = plain_score("energy", outputs, chances_of(outputs), 2.5)
+    assert found.dtype == np.float32
+    expected = [-2.5 * math.log(sum(math.exp(x / 2.5) for x in row)) for row in outputs.logits.tolist()]
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+    found = plain_score("max_probability", outputs, chances_of(outputs), 1.0)
+    assert found.tolist() == pytest.approx([1 - max(row) for row in chances_of(outputs).tolist()], abs=1e-6)
+
+
+def test_mahalanobis_is_the_distance_to_the_nearest_mean_in_units_of_the_spread() -> None:
+    rng = np.random.default_rng(2)
+    root = rng.normal(size=(4, 4))
+    covariance = root @ root.T + np.eye(4)
+    whitening = np.linalg.inv(np.linalg.cholesky(covariance)).T  # whitening @ whitening.T is the precision
+    means, cells = rng.normal(size=(3, 4)), rng.normal(size=(20, 4))
+    found = mahalanobis(*(part.astype(np.float32) for part in (cells, means, whitening)))
+    precision = np.linalg.inv(covariance)
+    expected = [min(math.sqrt((z - m) @ precision @ (z - m)) for m in means) for z in cells]
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 99), n_references=st.integers(1, 40), n=st.integers(0, 30))
+def test_knn_is_the_distance_to_the_tenth_nearest_or_the_farthest_of_fewer(
+    seed: int, n_references: int, n: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    references = rng.normal(size=(n_references, 3)).astype(np.float32)
+    cells = rng.normal(size=(n, 3)).astype(np.float32)
+    found = knn(cells, references)
+    k = min(NEIGHBOURS, n_references)
+    assert found.shape == (n,)
+    if n:
+        expected = NearestNeighbors(n_neighbors=k).fit(references).kneighbors(cells)[0][:, -1]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_many_cells_score_as_each_alone() -> None:
+    known, outputs = drawn_known(3), drawn_outputs(4, n=1100)
+    for name in DISTANCES:
+        found = known.distance(name, outputs.embedding)
+        for cell in (0, 511, 512, 1099):
+            alone = known.distance(name, outputs.embedding[cell : cell + 1])[0]
+            assert found[cell] == pytest.approx(alone, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_distances_are_given_above_the_trend_of_their_depth(name: str) -> None:
+    known, outputs = drawn_known(5), drawn_outputs(6)
+    trend = known.trends[name]
+    found = known.score(name, outputs, chances_of(outputs), 1.0)
+    assert found.dtype == np.float32
+    for cell, distance in enumerate(known.distance(name, outputs.embedding)):
+        depth = min(max(math.log(1 + outputs.n_open[cell]), trend.low), trend.high)
+        usual = trend.intercept + trend.slope * depth
+        assert found[cell] == pytest.approx((distance - usual) / trend.spread, rel=1e-4, abs=1e-4)
+
+
+def test_the_trend_is_the_least_squares_line() -> None:
+    rng = np.random.default_rng(7)
+    n_open = rng.integers(1, 3000, 300)
+    scores = 5 - 0.6 * np.log1p(n_open) + rng.normal(0, 0.2, 300)
+    found = DepthTrend.fit(scores, n_open)
+    expected = linregress(np.log1p(n_open), scores)
+    assert (found.intercept, found.slope) == pytest.approx((expected.intercept, expected.slope), rel=1e-5)
+    residuals = scores - expected.intercept - expected.slope * np.log1p(n_open)
+    assert found.spread == pytest.approx(residuals.std(), rel=1e-5)
+    corrected = found.corrected(scores, n_open)
+    assert (corrected.mean(), corrected.std()) == pytest.approx((0, 1), abs=1e-4)
+    assert abs(np.corrcoef(corrected, np.log1p(n_open))[0, 1]) < 1e-4
+
+
+def test_beyond_the_depths_that_it_was_fitted_on_the_trend_is_level() -> None:
+    found = DepthTrend.fit(np.array([3.0, 2.0, 1.5]), np.array([10, 100, 1000]))
+    same = np.array([2.0, 2.0])
+    deep = found.corrected(same, np.array([1000, 10**6]))
+    assert deep[0] == pytest.approx(deep[1])
+    low = found.corrected(same, np.array([0, 10]))
+    assert low[0] == pytest.approx(low[1])
+
+
+@pytest.mark.parametrize(
+    ("scores", "n_open"),
+    [([2.0], [7]), ([2.0, 2.0], [7, 9]), ([1.0, 3.0], [7, 7])],
+    ids=["one", "flat", "depth"],
+)
+def test_cells_without_a_spread_have_a_trend(scores: list[float], n_open: list[int]) -> None:
+    found = DepthTrend.fit(np.array(scores), np.array(n_open))
+    corrected = found.corrected(np.array(scores), np.array(n_open))
+    assert np.isfinite(corrected).all()
+    assert corrected.mean() == pytest.approx(0, abs=1e-3)
+
+
+def test_cells_far_from_all_known_ones_score_higher_than_known_ones() -> None:
+    rng = np.random.default_rng(8)
+    centres = rng.normal(0, 3, (3, 4))
+    embedding = (centres[rng.integers(0, 3, 200)] + rng.normal(size=(200, 4))).astype(np.float32)
+    trends = {name: DepthTrend(0, 0, 1, 0, 9) for name in DISTANCES}
+    known = KnownCells(
+        centres.astype(np.float32), np.eye(4, dtype=np.float32), embedding[:100], trends, *[None] * 3
+    )  # type: ignore[arg-type]
+    strange = (10 + rng.normal(size=(50, 4))).astype(np.float32)
+    for name in DISTANCES:
+        assert known.distance(name, embedding[100:]).max() < known.distance(name, strange).min()
+
+
+def test_names_that_are_no_score_are_refused() -> None:
+    assert [checked_score(name) for name in SCORES] == list(SCORES)
+    outputs = drawn_outputs(9)
+    with pytest.raises(ConfigError, match="novelty score: found 'entropy', expected max_probability"):
+        drawn_known(9).score("entropy", outputs, chances_of(outputs), 1.0)
+    with pytest.raises(ModelError, match="novelty score knn: the model keeps no cells"):
+        plain_score("knn", outputs, chances_of(outputs), 1.0)
