@@ -181,7 +181,8 @@ def _opened(location: Location, column: str | None, option: str) -> _Labels:
     )
     n_of = Counter(rows["split"])
     n_by_split = {name: n_of[name] for name in (*SPLITS, NO_SPLIT) if n_of[name]}
-    return _Labels(cells, n_by_split, folder.manifest, rows)
+    # A cell may have no lineage.
+    return _Labels(cells, n_by_split, folder.manifest, rows).take(cells.label != "")
 
 
 def _rows(folder: LabelsFolder, column: str) -> pd.DataFrame:

@@ -192,6 +192,7 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
     confidence = fit_confidence(task.outputs, work.store, labelled, config, judged, said)
     for note in confidence.notes:
         progress.say(note)
+    validated = confidence.scaling.scaled(judged.logits), labelled.codes_of(judged.cells)
     tested = confidence.scaling.scaled(said["test"].logits), labelled.codes_of(labelled.of("test"))
     facts = {
         "labels": work.labels,
@@ -202,7 +203,7 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
         "n_dropped": labelled.n_dropped,
         "label_map": None if work.label_map is None else work.label_map.facts,
         "judged_on": judged.on,
-        "validation": figures or figures_of(judged.logits, labelled.codes_of(judged.cells)),
+        "validation": figures | figures_of(*validated),
         "test": figures_of(*tested),
         **facts_of_test(labelled, *tested),
         "calibration": {"kind": confidence.scaling.kind, "errors": confidence.errors},

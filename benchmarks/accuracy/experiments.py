@@ -10,7 +10,7 @@ from baselines import Predicted, constant, svd, tuned_on, unit_rows
 from calibrated import judged
 from methods import FEW_STRENGTHS, tell, tuned_model
 from models import Models
-from novel import SCORES, States, false_share, told_apart
+from novel import known_of, scores, told_apart
 from numpy.typing import NDArray
 from outside import tell_outside
 from paired import Told
@@ -20,6 +20,7 @@ from sets import SETS, Ints
 
 from annatac_scale.annotate.metrics import evaluate_labels
 from annatac_scale.errors import InputError
+from annatac_scale.model.novelty import SCORES, KnownCells, Outputs
 
 Config = Mapping[str, Any]
 Figures = dict[str, Any]
@@ -178,18 +179,11 @@ def _novelty(config: Config, lab: Lab) -> Figures:
         # Kept out of training, of the same donors: cells that set the threshold, and cells that it is judged by.
         aside = folds(problem.types[problem.train], problem.barcodes[problem.train], ASIDE)
         calib, within, fit = (problem.train[chosen] for chosen in (aside == 0, aside == 1, aside > 1))
-        cells = fit, calib, within, problem.test[~is_novel], novel
-        states = _states(replace(problem, train=fit, seen=fit), cells, config, lab)
+        cells = calib, within, problem.test[~is_novel], novel
         n_novel, n_known = max(n_novel, len(novel)), n_known + int((~is_novel).sum())
-        trained = replace(states[0], types=problem.types[fit])
-        for name, score in SCORES.items():
-            held_out, like, known, strange = (score(trained, one) for one in states[1:])
-            figures = {
-                **told_apart(known, strange),
-                "false_within": false_share(held_out, like),
-                "false_share": false_share(held_out, known),
-            }
-            for what, value in figures.items():
+        told = _scores(replace(problem, train=fit, seen=fit), cells, config, lab)
+        for name in SCORES:
+            for what, value in told_apart(*(one[name] for one in told)).items():
                 found[name].setdefault(what, []).append(value)
         if config.get("first"):
             break
@@ -234,23 +228,38 @@ def _calibration(config: Config, lab: Lab) -> Figures:
     return figures
 
 
-def _states(problem: Problem, asked: Sequence[Ints], config: Config, lab: Lab) -> list[States]:
-    """What a model fitted on the training cells says of several lots of cells."""
+def _scores(
+    problem: Problem, asked: Sequence[Ints], config: Config, lab: Lab
+) -> list[Mapping[str, NDArray[np.floating]]]:
+    """The novelty scores of several lots of cells, the first one kept out of training, by a fit on the training cells.
+
+    Of a fine-tuned model they are the package's, as it gives them.
+    """
     params = config["params"]
     if params["how"] == "finetuned":
         settings = {**params, **next(iter(params["settings"].values()))}
         model = tuned_model(problem, problem.train, settings, lab.models)
-        return [States(*lab.models.states(model, problem.store, cells)) for cells in asked]
+        assert model.known is not None
+        lots = [Outputs(*lab.models.states(model, problem.store, cells)) for cells in asked]
+        return [scores(model.known, one, model.info.temperature) for one in lots]
     # The linear control: components of the training cells, and regression on them.
     vectors = unit_rows(svd(problem.levels, problem.train, 0, params["values"][0]), problem.train)
     everything = np.concatenate(asked)
     rows = {"vectors": constant(vectors)}
     done = tuned_on(rows, problem.types, problem.train, everything, FEW_STRENGTHS)
     assert done.chances is not None
-    logits = np.split(
-        np.log(np.maximum(done.chances, SMALLEST)), np.cumsum([len(cells) for cells in asked])[:-1]
+    logits = np.log(np.maximum(done.chances, SMALLEST)).astype(np.float32)
+    n_open = np.diff(problem.levels.indptr)
+    of_lots = np.split(logits, np.cumsum([len(cells) for cells in asked])[:-1])
+    lots = [
+        Outputs(one, vectors[cells].astype(np.float32), n_open[cells])
+        for one, cells in zip(of_lots, asked, strict=True)
+    ]
+    fit, codes = problem.train, np.unique(problem.types[problem.train], return_inverse=True)[1]
+    known: KnownCells = known_of(
+        Outputs(logits[:0], vectors[fit].astype(np.float32), n_open[fit]), codes, lots[0]
     )
-    return [States(one, vectors[cells]) for one, cells in zip(logits, asked, strict=True)]
+    return [scores(known, one) for one in lots]
 
 
 def _logits(problem: Problem, config: Config, lab: Lab, classes: NDArray[np.str_]) -> NDArray[np.floating]:

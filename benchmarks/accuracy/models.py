@@ -28,7 +28,7 @@ from annatac_scale.model.folder import (
 )
 from annatac_scale.progress import Silent
 from annatac_scale.store.store import IslandStore
-from annatac_scale.stream.batch import Batch
+from annatac_scale.stream.batch import CLOSED_TOKEN, Batch
 from annatac_scale.stream.selection import sequential
 from annatac_scale.stream.tokens import TokenLister
 from annatac_scale.train.card import pretrained_card
@@ -125,15 +125,19 @@ class Models:
         shutil.rmtree(out)
         return made
 
-    def states(self, model: Model, store: IslandStore, cells: Ints) -> tuple[Floats, Floats]:
-        """Logits [n, types] and the embeddings that they are linear in, [n, channels], of cells in any order."""
+    def states(self, model: Model, store: IslandStore, cells: Ints) -> tuple[Floats, Floats, Ints]:
+        """Logits [n, types], the embeddings that they are linear in, [n, channels], and n_open [n] of cells in any
+        order."""
         assert model.typer is not None
         typer, order = model.typer, np.argsort(cells)
         with self.clock.on("predict"):
-            told = [typer.predict_with_embedding(batch) for batch in _batches(model, store, cells[order])]
+            told = [
+                (*typer.predict_with_embedding(batch), _n_open(batch))
+                for batch in _batches(model, store, cells[order])
+            ]
         back = np.argsort(order)
-        logits, embeddings = (np.concatenate(parts)[back] for parts in zip(*told, strict=True))
-        return logits, embeddings
+        logits, embeddings, n_open = (np.concatenate(parts)[back] for parts in zip(*told, strict=True))
+        return logits, embeddings, n_open
 
     def types(self, model: Model, store: IslandStore, cells: Ints) -> NDArray[np.str_]:
         """The likeliest type of each cell."""
@@ -148,6 +152,12 @@ class Models:
         with self.clock.on("embed"), torch.inference_mode():
             parts = [whole.encoder(batch).embedding.numpy() for batch in _batches(whole, store, cells)]
         return np.concatenate(parts)
+
+
+def _n_open(batch: Batch) -> Ints:
+    """Open islands of each cell, among the tokens that are listed."""
+    before = np.concatenate([[0], np.cumsum(batch.tokens > CLOSED_TOKEN)])
+    return np.diff(before[batch.offsets])
 
 
 def _batches(model: Model, store: IslandStore, cells: Ints) -> Iterator[Batch]:

@@ -8,6 +8,8 @@ from plans import HEAD, LR, MODEL, SVD_LR, TASKS
 from scipy import stats
 from table import Row, shown
 
+from annatac_scale.model.novelty import SCORES
+
 SETS = {
     ("cerebellum", "cell_type"): "cerebellum, 4 types",
     ("bm0828", "cell_type"): "BM0828, 7 types",
@@ -17,7 +19,6 @@ SETS = {
     ("snareseq", "orig_label"): "snareseq, 23 types",
 }
 ISLANDS = {"all": "islands of all bins", "tss": "islands with a TSS"}
-SCORES = ("max probability", "energy", "Mahalanobis", "kNN")
 
 Task = tuple[str, str]
 Lines = Iterable[Sequence[str]]
@@ -343,7 +344,8 @@ def _calibration(rows: Sequence[Row]) -> Iterator[str]:
     yield (
         "Temperature and thresholds from half of the pooled out-of-fold predictions of the training cells, judged on "
         "the other half, then from all of them on the unseen donor or libraries. As it comes: by the temperature that "
-        "fine-tuning itself fitted. Band: 95% of perfectly calibrated models of as many cells stay below."
+        "fine-tuning itself fitted. Band: the upper end of what holds 95% of perfectly calibrated models of as many "
+        "cells."
     )
     body = []
     for row in rows_of(rows, "calibration"):

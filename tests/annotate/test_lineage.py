@@ -170,6 +170,22 @@ def test_evaluation_tells_them_of_the_held_out_cells(atlas: Path) -> None:
     assert f"in the hierarchy, of {expected['n_cells']} cells" in "\n".join(report.text())
 
 
+def test_lineages_may_be_evaluated_themselves_and_cells_without_one_are_left_out_and_counted(
+    atlas: Path,
+) -> None:
+    report = evaluate(atlas / "labels", atlas / "atlas.zarr", "truth", cells="all", labels_column="lineage")
+    table = pd.read_parquet(atlas / "labels").merge(
+        IslandStore.open(atlas / "atlas.zarr").obs(), on=["sample", "barcode"]
+    )
+    table = table[table["truth"].notna()]
+    given = table["lineage"].notna()
+    assert 0 < given.sum() < len(table)
+    assert report.evaluation.n_cells == given.sum()
+    assert report.left_out.n_without_label == len(table) - given.sum()
+    right = (table["lineage"] == table["truth"])[given]
+    assert report.evaluation.accuracy == pytest.approx(right.mean())
+
+
 def test_evaluation_takes_the_truth_through_a_label_map(atlas: Path, tmp_path: Path) -> None:
     mapping = tmp_path / "map.tsv"
     mapping.write_text("from\tto\nelsewhere\tneuron\nB cell\t\nnever\tastro\n")

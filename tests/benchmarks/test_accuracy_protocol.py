@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 from scipy import sparse, stats
 from sklearn.metrics import f1_score
 
-from annatac_scale.model.calibration import expected_calibration_error
-
 ACCURACY = Path(__file__).parents[2] / "benchmarks" / "accuracy"
 sys.path.append(str(ACCURACY))
 protocol: Any = importlib.import_module("protocol")
@@ -188,18 +186,6 @@ def test_the_paired_bootstrap_is_that_of_a_plain_loop() -> None:
     assert found["high"] == pytest.approx(loop[1], abs=0.03)
 
 
-def test_macro_f1_of_weighted_kinds_is_that_of_the_repeated_cells() -> None:
-    truth, ours, _ = _told(1)
-    _, codes = np.unique(np.concatenate([truth, ours]), return_inverse=True)
-    true_code, told_code = codes[:120], codes[120:]
-    weights = np.random.default_rng(0).integers(0, 4, (5, 120))
-    types = np.unique(true_code)
-    found = paired._macro_f1(weights, true_code, told_code, types)
-    for one, weight in zip(found, weights, strict=True):
-        t, p = np.repeat(true_code, weight), np.repeat(told_code, weight)
-        assert one == pytest.approx(f1_score(t, p, labels=types, average="macro", zero_division=0))
-
-
 def test_an_ensemble_is_the_mean_of_the_chances_and_survives_the_disk(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     cells, classes = np.array([f"0/c{i}" for i in range(20)]), np.array(["a", "b", "c"])
@@ -237,65 +223,61 @@ def test_paired_rows_compare_with_the_best_linear_method(tmp_path: Path) -> None
     assert against[plans.MODEL]["difference"] == paired.f1_difference(truth, ours, theirs)["difference"]
 
 
-def test_the_band_of_ece_is_that_of_a_plain_loop() -> None:
-    high = np.random.default_rng(3).uniform(0.5, 1, 400)
-    rng = np.random.default_rng(0)
-    loop = []
-    for _ in range(calibrated.SIMULATED):
-        right = rng.random(400) < high
-        chances = np.stack([high, 1 - high], axis=1)
-        loop.append(expected_calibration_error(chances, np.where(right, 0, 1), calibrated.N_BINS))
-    assert calibrated.ece_band(high) == pytest.approx(np.quantile(loop, 0.95))
-
-
-def test_conformal_sets_hold_the_type_as_often_as_they_say() -> None:
+def test_calibration_is_judged_by_temperature_and_limits_of_the_other_cells() -> None:
     rng = np.random.default_rng(0)
     chances = rng.dirichlet([1, 1, 1, 1], 4000)
     codes = np.array([rng.choice(4, p=row) for row in chances])
-    calib, test = slice(0, 2000), slice(2000, None)
-    for miss in (0.1, 0.05):
-        found = calibrated.conformal_sets(chances[calib], codes[calib], chances[test], miss)
-        covered = found[np.arange(2000), codes[test]].mean()
-        # Coverage given 2,000 calibration cells is Beta distributed around 1 - miss.
-        assert covered == pytest.approx(1 - miss, abs=0.025)
-    few = calibrated.conformal_sets(chances[:8], codes[:8], chances[test], 0.1)
-    assert few.all()
-    threshold = sorted(1 - chances[:30][np.arange(30), codes[:30]])[int(np.ceil(31 * 0.9)) - 1]
-    found = calibrated.conformal_sets(chances[:30], codes[:30], chances[test], 0.1)
-    np.testing.assert_array_equal(found, 1 - chances[test] <= threshold)
+    logits = 2 * np.log(chances)  # too sure by a factor of 2
+    found = calibrated.judged((logits[:2000], codes[:2000]), (logits[2000:], codes[2000:]))
+    assert (found["n_calib"], found["n_test"]) == (2000, 2000)
+    assert found["temperature"] == pytest.approx(2, abs=0.15)
+    assert found["ece"] < found["ece_band"] < found["ece_raw"]
+    scaled = logits / found["temperature"]
+    soft = np.exp(scaled) / np.exp(scaled).sum(axis=1, keepdims=True)
+    for share in (0.9, 0.95):
+        own = np.sort(soft[:2000][np.arange(2000), codes[:2000]])
+        limit = own[2000 - int(np.ceil(2001 * share))]
+        inside = soft[2000:] >= limit
+        assert found[f"coverage_{round(100 * share)}"] == pytest.approx(
+            inside[np.arange(2000), codes[2000:]].mean(), abs=0.002
+        )
+        assert found[f"sets_{round(100 * share)}"] == pytest.approx(inside.sum(axis=1).mean(), abs=0.01)
 
 
 def test_novel_cells_are_told_apart_as_plain_loops_tell() -> None:
     rng = np.random.default_rng(0)
+    held_out, like = rng.normal(0, 1, 199), rng.normal(0, 1, 80)
     known, strange = rng.normal(0, 1, 60), rng.normal(1, 1, 40)
-    found = novel.told_apart(known, strange)
+    found = novel.told_apart(held_out, like, known, strange)
     loop = np.mean([float(s > k) + 0.5 * (s == k) for s in strange for k in known])
     assert found["auroc"] == pytest.approx(loop)
-    threshold = np.sort(strange)[int(0.05 * 39)]
-    assert np.mean(strange >= threshold) >= 0.95
+    threshold = np.sort(strange)[int(0.05 * 40)]
     assert found["fpr95"] == pytest.approx(np.mean(known >= threshold))
-    held_out = rng.normal(0, 1, 200)
-    assert np.mean(held_out > np.quantile(held_out, 0.95, method="higher")) <= 0.05
-    assert novel.false_share(held_out, known) == pytest.approx(
-        np.mean(known > np.sort(held_out)[int(np.ceil(0.95 * 199))])
-    )
+    limit = np.sort(held_out)[-10]  # 5% of 200, one of them the cell that is asked
+    assert found["false_within"] == pytest.approx(np.mean(like > limit))
+    assert found["false_share"] == pytest.approx(np.mean(known > limit))
 
 
-def test_scores_of_novelty_are_larger_far_from_the_training_cells() -> None:
+def test_scores_of_novelty_of_a_linear_method_are_larger_far_from_its_training_cells() -> None:
     rng = np.random.default_rng(0)
-    centres = np.eye(3) * 6
-    types = rng.choice(["a", "b", "c"], 300)
-    z = centres[np.searchsorted(["a", "b", "c"], types)] + rng.normal(0, 1, (300, 3))
-    trained = novel.States(z @ centres.T, z, types)
-    near = novel.States(centres @ centres.T, centres)
-    far = novel.States(np.full((3, 3), 12.0), np.full((3, 3), -6.0))
-    for name, score in novel.SCORES.items():
-        assert score(trained, far).min() > score(trained, near).max(), name
-    means = np.stack([z[types == name].mean(axis=0) for name in "abc"])
-    away = far.embeddings[0] - means
-    pooled = np.cov((z - means[np.searchsorted(["a", "b", "c"], types)]).T, bias=True)
-    expected = min(row @ np.linalg.inv(pooled) @ row for row in away)
-    assert novel.mahalanobis(trained, far)[0] == pytest.approx(expected, rel=0.1)
+    centres = (np.eye(3) * 6).astype(np.float32)
+    codes = rng.integers(0, 3, 400)
+    z = (centres[codes] + rng.normal(0, 1, (400, 3))).astype(np.float32)
+    depth = rng.integers(50, 200, 400)
+    fit, aside = (
+        novel.Outputs(z[part] @ centres.T, z[part], depth[part]) for part in (slice(300), slice(300, 400))
+    )
+    known = novel.known_of(fit, codes[:300], aside)
+    near = novel.scores(known, novel.Outputs(centres @ centres.T, centres, np.full(3, 100)))
+    away = np.full((3, 3), -6, np.float32)
+    far = novel.scores(known, novel.Outputs(np.zeros((3, 3), np.float32), away, np.full(3, 100)))
+    assert list(near) == list(novel.SCORES)
+    for name, found in near.items():
+        assert far[name].min() > found.max(), name
+    of_aside = novel.scores(known, aside)
+    for name in ("mahalanobis", "knn"):  # what is above the trend of the cells kept aside
+        assert of_aside[name].mean() == pytest.approx(0, abs=1e-3)
+        assert of_aside[name].std() == pytest.approx(1, abs=1e-3)
 
 
 def test_a_peer_without_an_environment_says_so(tmp_path: Path) -> None:

@@ -35,6 +35,14 @@ def chances_of(outputs: Outputs) -> np.ndarray:
     return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
+def without_calib(
+    means: np.ndarray, whitening: np.ndarray, references: np.ndarray, trends: dict[str, DepthTrend]
+) -> KnownCells:
+    return KnownCells(
+        means, whitening, references, trends, np.empty(0, np.float32), np.empty(0, np.int32), {}
+    )
+
+
 def drawn_known(seed: int, channels: int = 4) -> KnownCells:
     rng = np.random.default_rng(seed)
 
@@ -42,7 +50,7 @@ def drawn_known(seed: int, channels: int = 4) -> KnownCells:
         return rng.normal(size=shape).astype(np.float32)
 
     trends = {"mahalanobis": DepthTrend(2.0, -0.5, 0.25, 1.0, 5.0), "knn": DepthTrend(0, 0, 1, 0, 9)}
-    return KnownCells(draw(3, channels), draw(channels, channels), draw(40, channels), trends, *[None] * 3)  # type: ignore[arg-type]
+    return without_calib(draw(3, channels), draw(channels, channels), draw(40, channels), trends)
 
 
 def test_the_plain_scores_equal_their_formulas() -> None:
@@ -144,9 +152,7 @@ def test_cells_far_from_all_known_ones_score_higher_than_known_ones() -> None:
     centres = rng.normal(0, 3, (3, 4))
     embedding = (centres[rng.integers(0, 3, 200)] + rng.normal(size=(200, 4))).astype(np.float32)
     trends = {name: DepthTrend(0, 0, 1, 0, 9) for name in DISTANCES}
-    known = KnownCells(
-        centres.astype(np.float32), np.eye(4, dtype=np.float32), embedding[:100], trends, *[None] * 3
-    )  # type: ignore[arg-type]
+    known = without_calib(centres.astype(np.float32), np.eye(4, dtype=np.float32), embedding[:100], trends)
     strange = (10 + rng.normal(size=(50, 4))).astype(np.float32)
     for name in DISTANCES:
         assert known.distance(name, embedding[100:]).max() < known.distance(name, strange).min()
