@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from scipy import sparse, stats
 from sklearn.metrics import f1_score
 
+from annatac_scale.stream.batch import Batch
+
 ACCURACY = Path(__file__).parents[2] / "benchmarks" / "accuracy"
 sys.path.append(str(ACCURACY))
 protocol: Any = importlib.import_module("protocol")
@@ -24,6 +26,7 @@ genes: Any = importlib.import_module("genes")
 paired: Any = importlib.import_module("paired")
 calibrated: Any = importlib.import_module("calibrated")
 novel: Any = importlib.import_module("novel")
+models: Any = importlib.import_module("models")
 plans: Any = importlib.import_module("plans")
 outside: Any = importlib.import_module("outside")
 sections: Any = importlib.import_module("sections")
@@ -278,6 +281,12 @@ def test_scores_of_novelty_of_a_linear_method_are_larger_far_from_its_training_c
     for name in ("mahalanobis", "knn"):  # what is above the trend of the cells kept aside
         assert of_aside[name].mean() == pytest.approx(0, abs=1e-3)
         assert of_aside[name].std() == pytest.approx(1, abs=1e-3)
+
+
+def test_the_open_islands_of_a_cell_are_counted_and_not_its_other_tokens() -> None:
+    tokens = np.array([1, 0, 3, 0, 0, 2], np.uint8)
+    batch = Batch(np.arange(4), np.array([0, 3, 5, 5, 6]), np.array([0, 1, 2, 0, 1, 4], np.int32), tokens)
+    assert models._n_open(batch).tolist() == [2, 0, 0, 1]
 
 
 def test_a_peer_without_an_environment_says_so(tmp_path: Path) -> None:

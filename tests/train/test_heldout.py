@@ -41,6 +41,22 @@ def test_cells_that_did_not_train_are_there_as_predict_labels_them(atlas, pretra
     assert tuple(json.loads(metadata[b"classes"])) == report.types
 
 
+@pytest.mark.parametrize("calibration", ["temperature", "vector"])
+def test_the_figures_of_val_and_test_cells_are_those_of_the_scaled_probabilities(
+    atlas, pretrained, tmp_path, calibration
+):
+    config = small_finetuning(epochs=2, calibration=calibration, validation_share=0.3)
+    report = finetune(atlas, pretrained, "cell_type", tmp_path / "run", config)
+    heldout = pd.read_parquet(tmp_path / "run" / "heldout.parquet")
+    for split, figures in (("val", report.figures), ("test", report.test)):
+        own = heldout[heldout["split"] == split]
+        chances = np.stack(own["probabilities"].to_list()).astype(np.float64)
+        assert figures["loss"] == pytest.approx(
+            sk.log_loss(own["truth"], chances, labels=report.types), rel=1e-3
+        )
+        assert figures["accuracy"] == pytest.approx((own["truth"] == own["best"]).mean())
+
+
 def test_the_card_and_the_model_say_what_the_test_cells_tell_of_each_type(atlas, pretrained, tmp_path):
     report = finetune(
         atlas, pretrained, "cell_type", tmp_path / "run", small_finetuning(epochs=2), "donor=D2"

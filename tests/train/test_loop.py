@@ -1,7 +1,8 @@
 import itertools
 import json
 import math
-from dataclasses import replace
+import signal
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -349,3 +350,25 @@ def test_freed_memory_goes_back_to_the_system_now_and_then_within_an_epoch(atlas
     monkeypatch.setattr(loop_module, "GIVE_BACK_EVERY_S", 1e9)
     pretrain(atlas, tmp_path / "seldom", small_pretraining(2))
     assert len(times) == 2
+
+
+@dataclass(frozen=True)
+class TwoRanks(Ranks):
+    """As if a second rank, at the same step, had twice of everything."""
+
+    world_size: int = 2
+
+    def sum(self, values):
+        return [3 * value for value in values]
+
+
+def test_the_time_waited_for_data_is_the_mean_over_the_ranks(store):
+    config = small_pretraining(1)
+    data = PretrainData.of(store, config, Silent())
+    stream = data.stream(data.training, config.train, ALONE)
+    loop = Loop(ScaleTask([]), stream, config.train, TwoRanks(device=torch.device("cpu")), None, Silent())
+    counts = loop_module._counted(loop, batch_of([3, 2]), 0.5)
+    assert counts.waited_s == pytest.approx((0.5 + 1.0) / 2)
+    assert (counts.targets, counts.cells, counts.asked) == ([6.0], 6, 0)
+    loop.asked.ask(signal.SIGTERM)
+    assert loop_module._counted(loop, batch_of([3, 2]), 0.5).asked == signal.SIGTERM

@@ -286,6 +286,21 @@ def test_validation_asks_the_same_every_time_and_not_what_training_asks(atlas):
     assert once.tokens.tobytes() != training.tokens.tobytes()
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_validation_runs_in_the_precision_of_training(atlas, monkeypatch, precision):
+    config = small_pretraining(precision=precision)
+    task = pretrain_task(PretrainData.of(atlas, config, Silent()), config, ALONE)
+    forward, in_bf16 = task.module.forward, set()
+
+    def seen(piece):
+        in_bf16.add(torch.is_autocast_enabled("cpu"))
+        return forward(piece)
+
+    monkeypatch.setattr(task.module, "forward", seen)
+    task.validate(ALONE, lambda: None)
+    assert in_bf16 == {precision == "bf16"}
+
+
 def test_validation_figures_are_means_over_all_targets(atlas):
     config = small_pretraining()
     data = PretrainData.of(atlas, config, Silent())
