@@ -80,8 +80,7 @@ def test_figures_are_those_of_predicting_every_cell_alone(atlas, pretrained, tmp
         accuracy, macro_f1 = figures_by_hand(truth, np.array(types)[logits.argmax(axis=1)])
         assert figures["accuracy"] == pytest.approx(accuracy)
         assert figures["macro_f1"] == pytest.approx(macro_f1)
-        scale = report.temperature if name == "test" else 1.0
-        of_truth = softmax(logits.astype(float) / scale, axis=1)[
+        of_truth = softmax(logits.astype(float) / report.temperature, axis=1)[
             np.arange(len(cells)), [types.index(t) for t in truth]
         ]
         assert figures["loss"] == pytest.approx(-np.log(of_truth).mean(), rel=1e-3, abs=1e-6)
