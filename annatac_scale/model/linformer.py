@@ -137,6 +137,25 @@ class _Asked:
         return x_TD if self.positions is None else x_TD.index_select(0, self.positions)
 
 
+def _rounded_up(tokens: Tensor, islands: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The batch with one more cell, of closed tokens that nobody looks at, up to a round number of tokens.
+
+    Where gradients are kept, a step holds hundreds of arrays with a row a token. Of ever other lengths they leave
+    glibc's heap in pieces, and a process grew to twice the memory that this leaves it with. Round is a multiple of an
+    eighth of the power of two below: few lengths are left, and at most an eighth is added.
+    """
+    n_tokens = len(tokens)
+    added = -n_tokens % (1 << max(n_tokens.bit_length() - 4, 0))
+    if not added:
+        return tokens, islands, offsets
+    unseen = tokens.new_zeros(added)
+    return (
+        torch.cat([tokens, unseen + CLOSED_TOKEN]),
+        torch.cat([islands, unseen]),
+        torch.cat([offsets, offsets.new_tensor([n_tokens + added])]),
+    )
+
+
 class Attention(nn.Module):
     """Linformer attention of one layer, collapsed; its projection E comes with the batch."""
 
@@ -251,6 +270,9 @@ class Linformer(nn.Module):
         queries: int64 [Q], increasing positions into the T tokens, or None for all; as ``offsets``
         Returns [T, width] or [Q, width].
         """
+        n_tokens = len(tokens)
+        if self.config.attend == "open" and torch.is_grad_enabled():
+            tokens, islands, offsets = _rounded_up(tokens, islands, offsets)
         cells = Cells(offsets, self.projection.device)
         attended = _Attended(cells, table_rows(self.projection, islands), self.projection_bias, None)
         everything = _Asked(None, cells)
@@ -267,7 +289,7 @@ class Linformer(nn.Module):
                 attended = replace(attended, closed=None)
         x = self._run(self.layers[-1], x, last, attended)
         hidden: Tensor = self.final_norm(x)
-        return hidden
+        return hidden[:n_tokens]  # of queries there are fewer
 
     def _run(self, layer: nn.Module, x_TD: Tensor, asked: _Asked, attended: _Attended) -> Tensor:
         if self.config.checkpoint and torch.is_grad_enabled():

@@ -34,7 +34,7 @@ from annatac_scale.train.record import Record
 from annatac_scale.train.train_options import TrainOptions, autocast, rate_factor
 
 GIVE_BACK_EVERY_S = 60.0
-"""Seconds of steps after which freed memory goes back to the system: batches are of ever other lengths."""
+"""Seconds of steps after which freed memory goes back to the system: not all arrays are of round lengths."""
 MOST_SKIPPED = 20
 """Steps in a row that may be left out because their loss is not finite: then the weights are past help."""
 

@@ -22,7 +22,7 @@ class TrainOptions:
     """Cells of a step, over all ranks."""
     lanes: int = 0
     """Runs of cells read side by side, a divisor of the global batch, at least the ranks; 0: the one nearest 36."""
-    micro_tokens: int = 12_000
+    micro_tokens: int = 12_288
     """Tokens of a micro-step: bounds memory; changes the result by rounding only."""
     learning_rate: float = 1e-3
     table_learning_rate: float = 1e-3

@@ -115,6 +115,22 @@ def test_seeing_closed_islands_in_one_layer_is_attending_to_all_of_them():
     assert relative_error(found, expected[opened.flatten()]) < 1e-10
 
 
+@pytest.mark.parametrize("n_tokens", [*range(0, 70), 1000, 11_265, 12_288])
+def test_in_training_layers_see_few_numbers_of_tokens_and_at_most_an_eighth_more(n_tokens):
+    encoder = encoder_of(n_islands=12_288)
+    seen: list[int] = []
+    encoder.layers[1].feed_forward.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    cells = (torch.ones(n_tokens, dtype=torch.int64), torch.arange(n_tokens), torch.tensor([0, n_tokens]))
+    found = encoder(*cells)
+    with torch.no_grad():
+        expected = encoder(*cells)
+    assert relative_error(found, expected) < 1e-6
+    trained, alone = seen
+    assert alone == n_tokens
+    assert n_tokens <= trained <= n_tokens * 9 / 8
+    assert trained % 2 ** max(trained.bit_length() - 4, 0) == 0
+
+
 class SavedEntries(torch.autograd.graph.saved_tensors_hooks):
     """Counts the entries of all tensors that a forward keeps for its backward."""
 
