@@ -3,8 +3,8 @@
 They err differently: the vector knows which islands go together in the unlabelled cells, the other knows each island on
 its own. The mean of their logits is mostly better than either, and than the pooled layer trained whole
 (docs/accuracy.md). Weights of the two that were fitted out of fold did worse on donors and libraries that nobody had
-seen. No cell is set aside to choose the strengths or the temperature: each training cell is judged by a fit that did not
-see it, out of fold.
+seen. No cell is set aside to choose the strengths or the temperature: each training cell is judged by a fit that did
+not see it, out of fold.
 """
 
 from collections.abc import Iterator, Sequence
@@ -200,7 +200,7 @@ def _of_islands(
 def spanned(x: sparse.csr_array) -> tuple[Floats, Floats]:
     """Rows [n, N] in coordinates of their own span, [n, r], and the shares that they have in its basis, [n, r].
 
-    The basis is x.T @ shares. L2-regularised fits are the same in either, and there are far fewer coordinates than islands.
+    The basis is x.T @ shares. L2-regularised fits are the same in both, and coordinates are far fewer than islands.
     """
     eigenvalues, vectors = np.linalg.eigh((x @ x.T).toarray())
     kept = eigenvalues > eigenvalues[-1] * 1e-12
