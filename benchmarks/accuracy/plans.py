@@ -23,6 +23,7 @@ from rows import digest
 from sets import OWN, PRETRAINING
 
 from annatac_scale.store.store import IslandStore
+from annatac_scale.train.presets import MOST_FITTED
 
 TABLES = ("sets", "peers", "subtypes", "noise", "shares", "epochs", "novelty", "few", "calibration")
 PLANS = ("tiny", "whole")
@@ -46,6 +47,7 @@ TYPES: Mapping[tuple[str, str], tuple[str, ...]] = {
 LR = "logistic regression"
 SVD_LR = "SVD64 of binary x idf, then logistic regression"
 HEAD = "pooled head, no encoder, not pretrained"
+TRAINED = "pooled head, no encoder, pretrained"
 MODEL = "fine-tuned model"
 ENCODER = "fine-tuned model with encoder"
 LINEAR: Mapping[str, Config] = {
@@ -64,10 +66,13 @@ NETWORKS: Mapping[str, Config] = {"MLP": {"how": "mlp"}, "CNN head, no encoder":
 PLAIN: Mapping[str, Config] = {**LINEAR, **NETWORKS}
 
 _GATE: Config = {"reads": "gate"}
+_AS_IT_COMES: Config = {"finetune": {"linear_up_to": MOST_FITTED}}
+"""With the head that suits the number of labelled cells; the others train the pooled one."""
 _PAPER: Config = {"objective": "level", "mask_fraction": 0.15, "mask_keep": 0.1, "mask_level_cap": 1.0}
 MODELS: Mapping[str, Config] = {
     HEAD: {"trained": False},
-    MODEL: {},
+    TRAINED: {},
+    MODEL: _AS_IT_COMES,
     ENCODER: {"pretrain": _GATE},
     "encoder and CNN head, as published": {
         "pretrain": {**_PAPER, **_GATE},
@@ -75,12 +80,15 @@ MODELS: Mapping[str, Config] = {
         "head": "cnn",
     },
     "encoder and subtype head": {"pretrain": _GATE, "head": "subtype"},
-    "fine-tuned model, pretrained on D6 and BM0828": {"store": "hg19"},
+    "fine-tuned model, pretrained on D6 and BM0828": {**_AS_IT_COMES, "store": "hg19"},
 }
 """What is set over preset tiny."""
 GRID: Mapping[str, Config] = {
-    "as it comes": {},
-    "not pretrained": {"trained": False},
+    "as it comes": _AS_IT_COMES,
+    "vectors alone": {"finetune": {"linear_up_to": MOST_FITTED, "head": {"per_island": False}}},
+    "not pretrained": {**_AS_IT_COMES, "trained": False},
+    "pooled head": {},
+    "pooled head, not pretrained": {"trained": False},
     "encoder, not pretrained": {"trained": False, "pretrain": _GATE},
     "island dropout 0.3": {"finetune": {"head": {"island_dropout": 0.3}}},
     "island dropout 0.7": {"finetune": {"head": {"island_dropout": 0.7}}},
@@ -115,7 +123,7 @@ def _sets(whole: bool) -> Iterator[Config]:
         for seed in range(SEEDS if whole else ENSEMBLE):
             for name in (HEAD, MODEL):
                 yield _row(name, task, seed=seed)
-        for name in (ENCODER, "encoder and CNN head, as published"):
+        for name in (TRAINED, ENCODER, "encoder and CNN head, as published"):
             yield _row(name, task)
         for name in (LR, SVD_LR, *NETWORKS, HEAD, MODEL):
             yield _row(name, task, select="tss")
@@ -163,13 +171,20 @@ def _shares(whole: bool) -> Iterator[Config]:
 def _epochs(whole: bool) -> Iterator[Config]:
     schedule = {"train": {"epochs": 15, "min_steps": 0, "patience": 99}}
     for task in TASKS:
-        for name in (MODEL, ENCODER, "encoder and CNN head, as published"):
+        for name in (TRAINED, ENCODER, "encoder and CNN head, as published"):
             for trained in (True, False):
                 config = _row(name, task, over={"finetune": schedule, "trained": trained})
                 settings = config["params"]["settings"]["as it comes"]
                 params = {**config["params"], **settings}
                 del params["settings"], params["how"]
-                yield {**config, "kind": "epochs", "params": params, "trained": trained, **_first(whole)}
+                yield {
+                    **config,
+                    "kind": "epochs",
+                    "model": name.removesuffix(", pretrained"),
+                    "params": params,
+                    "trained": trained,
+                    **_first(whole),
+                }
 
 
 def _first(whole: bool) -> Config:
