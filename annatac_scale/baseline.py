@@ -9,6 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
 
+from annatac_scale.train.probe import spanned
+
 STRENGTHS = (0.003, 0.03, 0.3, 3.0, 30.0)
 ROW_NORM = 20.0
 """Length that rows of binary x idf are scaled to, so that one range of C serves both kinds of values."""
@@ -41,7 +43,7 @@ def tuned_logistic_regression(
     best: tuple[float, Tuned] | None = None
     n_folds = min(INNER_FOLDS, int(np.unique(types[train], return_counts=True)[1].min()))
     folds = list(StratifiedKFold(max(n_folds, 2), shuffle=True, random_state=seed).split(train, types[train]))
-    features = {name: _rotated(make(levels, train)) for name, make in {"log": _log, "idf": _idf}.items()}
+    features = {name: spanned(make(levels, train))[0] for name, make in {"log": _log, "idf": _idf}.items()}
     for values, x in features.items():
         for strength in STRENGTHS:
             for class_weight in (None, "balanced"):
@@ -77,10 +79,3 @@ def _idf(levels: sparse.csr_matrix, train: NDArray[np.int64]) -> sparse.csr_matr
     weighted = binary @ sparse.diags(np.log1p(len(train) / open_cells))
     lengths = np.sqrt(np.asarray(weighted.multiply(weighted).sum(axis=1)).ravel())
     return sparse.diags(ROW_NORM / np.maximum(lengths, 1e-12)) @ weighted
-
-
-def _rotated(x: sparse.csr_matrix) -> NDArray[np.float64]:
-    """The rows in the coordinates of their own span: L2-regularised fits are the same, in far fewer columns."""
-    eigenvalues, vectors = np.linalg.eigh((x @ x.T).toarray())
-    kept = eigenvalues > eigenvalues[-1] * 1e-12
-    return vectors[:, kept] * np.sqrt(eigenvalues[kept])

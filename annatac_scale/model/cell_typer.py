@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 from torch import Tensor, nn
 
 from annatac_scale.errors import ConfigError
@@ -30,8 +31,8 @@ class HeadConfig:
     """A cell-type head. Raises ConfigError where a value is out of range."""
 
     kind: str = "pooled"
-    """"pooled"; "linear", a linear probe of the pooled layer as it is; the paper's "cnn", or "subtype", the same with
-    more layers."""
+    """"pooled"; "linear", fitted on the pooled vector as it is and on the islands; the paper's "cnn", or "subtype", the
+    same with more layers."""
     hidden: tuple[int, ...] = ()
     """Fully connected layers of cnn and subtype; empty means the kind's own."""
     pooled: int = 64
@@ -40,6 +41,8 @@ class HeadConfig:
     """Probability that training leaves an open island out (pooled)."""
     reads: str = "gate"
     """What the pooled layer takes from the encoder: a "gate" on each island, "gate+sum", or "none": it is not run."""
+    per_island: bool = True
+    """Whether the linear head weighs each island too, beside the pooled vector."""
 
     def __post_init__(self) -> None:
         if self.kind not in HEADS:
@@ -62,7 +65,7 @@ def build_head(config: HeadConfig, encoder: EncoderConfig, n_islands: int, n_typ
             n_islands, encoder.width, n_types, config.pooled, config.island_dropout, config.reads
         )
     if config.kind == "linear":
-        return LinearHead(n_islands, encoder.width, n_types, config.pooled, config.reads)
+        return LinearHead(n_islands, encoder.width, n_types, config.pooled, config.reads, config.per_island)
     hidden = config.hidden or (CNN_HIDDEN if config.kind == "cnn" else SUBTYPE_HIDDEN)
     return CnnHead(n_islands, encoder.width, n_types, hidden, encoder.tokens_per_cell)
 
@@ -94,13 +97,10 @@ class CellTyper(nn.Module):
         return self.predict_with_embedding(batch)[0]
 
     def predict_with_embedding(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Logits float32 [B, Y], and the embedding [B, M] that the head's last layer made them of, dropout off."""
-
-        def logits_and_embedding(*tokens: Tensor) -> tuple[Tensor, ...]:
-            embedding = self.head.embed(self._hidden(*tokens), *tokens)
-            return self.head.classifier(embedding), embedding
-
-        logits, embedding = self._without_dropout(logits_and_embedding, batch)
+        """Logits float32 [B, Y], and the embedding [B, M] that they stand on, dropout off."""
+        logits, embedding = self._without_dropout(
+            lambda *tokens: self.head.logits_and_embedding(self._hidden(*tokens), *tokens), batch
+        )
         return logits, embedding
 
     def pooled(self, batch: Batch) -> NDArray[np.float32]:
@@ -109,6 +109,14 @@ class CellTyper(nn.Module):
         pool = self.head.pool
         (z,) = self._without_dropout(lambda *tokens: (pool(self._hidden(*tokens), *tokens),), batch)
         return z
+
+    def unit_rows(self, batch: Batch) -> sparse.csr_array:
+        """Binary x idf in rows of length 1, float32 [B, N], of a batch whose tokens are listed, as of ``pooled``."""
+        assert isinstance(self.head, PooledHead)
+        pool = self.head.pool
+        weights, islands, offsets = self._without_dropout(pool.unit_rows, batch)
+        shape = len(offsets) - 1, len(pool.idf)
+        return sparse.csr_array((weights, islands, offsets), shape=shape)
 
     @torch.inference_mode()
     def _without_dropout(
@@ -121,4 +129,6 @@ class CellTyper(nn.Module):
             found = function(*batch_tokens(batch, self.head.classifier.weight.device))
         finally:
             self.train(training)
-        return tuple(tensor.float().cpu().numpy() for tensor in found)
+        return tuple(
+            (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy() for tensor in found
+        )

@@ -51,7 +51,7 @@ from annatac_scale.stream.tokens import TokenLister
 from annatac_scale.stream.vocabulary import Vocabulary
 
 FORMAT = "annatac_scale.model"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 POSITIONS = "positions"
 _POSITIONS_KEY = "linformer.positions"
 _CONFIG, _CARD = "config.json", "README.md"

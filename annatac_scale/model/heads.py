@@ -185,7 +185,7 @@ class CellTypeHead(nn.Module):
     """A head that tells the type of each cell from its tokens.
 
     Subclasses give ``embed``, ``table_parameters`` and ``reading_parameters``, and set ``classifier``, linear in
-    the embedding.
+    the embedding; what else goes into the logits they give as ``beside``.
     """
 
     classifier: nn.Linear
@@ -203,12 +203,24 @@ class CellTypeHead(nn.Module):
         hidden: [T, D], the encoder's states of all tokens; tokens, islands: int64 [T], islands strictly
         increasing within a cell; offsets: int64 [B + 1].
         """
-        logits: Tensor = self.classifier(self.embed(hidden, tokens, islands, offsets))
-        return logits
+        return self.logits_and_embedding(hidden, tokens, islands, offsets)[0]
+
+    def logits_and_embedding(
+        self, hidden: Tensor | None, tokens: Tensor, islands: Tensor, offsets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, Y], and the embedding [B, M] that they stand on; arguments as of ``forward``."""
+        embedding = self.embed(hidden, tokens, islands, offsets)
+        logits: Tensor = self.classifier(embedding)
+        beside = self.beside(tokens, islands, offsets)
+        return logits if beside is None else logits + beside, embedding
 
     def embed(self, hidden: Tensor | None, tokens: Tensor, islands: Tensor, offsets: Tensor) -> Tensor:
-        """The embedding of each cell that the logits are linear in."""
+        """The embedding of each cell."""
         raise NotImplementedError
+
+    def beside(self, tokens: Tensor, islands: Tensor, offsets: Tensor) -> Tensor | None:
+        """What the islands add to the logits on their own, [B, Y]; None where nothing does."""
+        return None
 
     def table_parameters(self) -> list[nn.Parameter]:
         """Parameters with a row for each island: a cell trains few of them, so they want a higher rate."""
@@ -297,36 +309,47 @@ class PooledHead(CellTypeHead):
 
 
 class LinearHead(PooledHead):
-    """A linear probe: linear logits on the direction of z from the mean training cell, (z - c) / |z - c|.
+    """Logits that are linear in the cell's vector and in its islands, and fitted in one go (``train.probe``).
 
-    Nothing but the classifier is trained, and that is fitted in one go (``train.probe``).
+    logits = A (z - c) / |z - c| + sum_i u_i B_i + b, with c the mean training cell, u binary x idf in rows of length 1.
+    The embedding is the direction of z alone: B has numbers enough to know each training cell by heart.
+
+    per_island: whether there is a B
     """
 
     centre: Tensor
 
     def __init__(
-        self, n_islands: int, width: int, n_types: int, pooled: int = 64, reads: str = "gate"
+        self,
+        n_islands: int,
+        width: int,
+        n_types: int,
+        pooled: int = 64,
+        reads: str = "gate",
+        per_island: bool = True,
     ) -> None:
         super().__init__(n_islands, width, n_types, pooled, reads=reads, island_dropout=0.0)
         self.register_buffer("centre", torch.zeros(pooled))
-        self.pool.requires_grad_(False)
+        self.per_island = nn.Parameter(torch.zeros(n_islands, n_types)) if per_island else None
+        self.requires_grad_(False)
 
     def embed(self, hidden: Tensor | None, tokens: Tensor, islands: Tensor, offsets: Tensor) -> Tensor:
         """Directions, [B, pooled]; zero for a cell that is the mean cell. ``hidden`` as in ``PooledHead``."""
         z = super().embed(hidden, tokens, islands, offsets)
         return functional.normalize(z - self.centre, dim=1)
 
+    def beside(self, tokens: Tensor, islands: Tensor, offsets: Tensor) -> Tensor | None:
+        """What B adds."""
+        if self.per_island is None:
+            return None
+        weights, open_islands, open_offsets = self.pool.unit_rows(tokens, islands, offsets)
+        return sum_rows(self.per_island, weights, open_islands, open_offsets)
+
     @torch.no_grad()
-    def take_over(self, centre: Tensor, weight: Tensor, bias: Tensor) -> None:
-        """Use what was fitted. centre: [pooled]; weight: [Y, pooled]; bias: [Y]"""
+    def take_over(self, centre: Tensor, weight: Tensor, bias: Tensor, per_island: Tensor | None) -> None:
+        """Use what was fitted. centre: [pooled]; weight: [Y, pooled]; bias: [Y]; per_island: [N, Y]"""
         self.centre.copy_(centre)
         self.classifier.weight.copy_(weight)
         self.classifier.bias.copy_(bias)
-
-    def table_parameters(self) -> list[nn.Parameter]:
-        """None: W stays as it is."""
-        return []
-
-    def reading_parameters(self) -> list[nn.Parameter]:
-        """None: gate and U stay as they are."""
-        return []
+        if self.per_island is not None and per_island is not None:
+            self.per_island.copy_(per_island)

@@ -94,9 +94,7 @@ class IslandPool(nn.Module):
         tokens, islands: int64 [T], islands strictly increasing within a cell; MASK and closed tokens are left out
         offsets: int64 [B + 1]
         """
-        kept = self._kept(tokens)
-        islands_S = islands[kept]
-        offsets_S = torch.searchsorted(kept, offsets.to(kept.device))
+        kept, islands_S, offsets_S = self._open(tokens, islands, offsets)
         values_S = self.idf[islands_S]
         hidden_SD = None if hidden is None or self.gate is None else hidden[kept]
         if hidden_SD is not None and self.gate is not None:
@@ -108,12 +106,21 @@ class IslandPool(nn.Module):
         pooled: Tensor = self.norm(z_BM)
         return pooled
 
-    def _kept(self, tokens: Tensor) -> Tensor:
-        """Increasing positions of the open islands, in training less those that are dropped."""
+    def unit_rows(self, tokens: Tensor, islands: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Binary x idf with rows of length 1, whatever the encoder says: weights [S], islands [S], offsets [B + 1].
+
+        Arguments as of ``forward``, and the same islands.
+        """
+        _, islands_S, offsets_S = self._open(tokens, islands, offsets)
+        return _unit_rows(at_least_fp32(self.idf[islands_S]), offsets_S), islands_S, offsets_S
+
+    def _open(self, tokens: Tensor, islands: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Increasing positions of the open islands, in training less those that are dropped; islands and offsets."""
         kept = (tokens > CLOSED_TOKEN) & (tokens < MASK_TOKEN)
         if self.training and self.island_dropout:
             kept &= torch.rand(len(tokens), device=tokens.device) >= self.island_dropout
-        return kept.nonzero().squeeze(-1)
+        at = kept.nonzero().squeeze(-1)
+        return at, islands[at], torch.searchsorted(at, offsets.to(at.device))
 
     def reading_parameters(self) -> list[nn.Parameter]:
         """Parameters that the encoder's states enter through."""

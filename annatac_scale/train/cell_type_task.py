@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 from scipy.special import logsumexp
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
@@ -126,6 +127,11 @@ class FinetuneTask:
     def vectors(self, cells: NDArray[np.int64]) -> NDArray[np.float32]:
         """z of the pooled layer [n, channels] of some cells, in order of their ids, for a head that has one."""
         return np.concatenate([self.module.typer.pooled(piece) for piece, _ in self._pieces(cells)])
+
+    def unit_rows(self, cells: NDArray[np.int64]) -> sparse.csr_array:
+        """Binary x idf in rows of length 1, [n, N], of some cells, in order of their ids, for a head that pools."""
+        rows = [self.module.typer.unit_rows(piece) for piece, _ in self._pieces(cells)]
+        return sparse.csr_array(sparse.vstack(rows, format="csr"))
 
     def _pieces(
         self, cells: NDArray[np.int64], after_batch: Callable[[], None] = lambda: None

@@ -1,7 +1,7 @@
 """What a fine-tuning run learns of its own confidence, at its end: scaling, and what the model keeps of known cells.
 
 train cells: means of the types, spread within them, and the stored references; at most MOST_CELLS of a type
-val cells: the scaling of the logits, and the depth trends of the distances; where a linear probe has none, its training
+val cells: the scaling of the logits, and the depth trends of the distances; where a linear head has none, its training
     cells, each by a fit and by distances that leave its fold out
 calib cells: their scores alone, so that they stay exchangeable with cells that are still to come
 """
@@ -34,7 +34,7 @@ MOST_CELLS = 2000
 REFERENCES = 200
 """Training cells of a type that are stored: the first of those."""
 OUT_OF_FOLD = "out-of-fold training"
-"""Names the cells that judge a linear probe without val cells: each by a fit that did not see it."""
+"""Names the cells that judge a linear head without val cells: each by a fit that did not see it."""
 
 _LEAST_VARIANCE = 1e-6  # Of the mean variance: a layer norm leaves one direction without any.
 

@@ -32,7 +32,7 @@ from annatac_scale.train.card import finetuned_card, groups_text
 from annatac_scale.train.cell_type_task import CellTypeModel, FinetuneTask, figures_of
 from annatac_scale.train.cell_weights import cell_weights, class_weights
 from annatac_scale.train.confidence_fit import OUT_OF_FOLD, Confidence, Judged, fit_confidence
-from annatac_scale.train.few_labels import check_enough, training_counts, with_head
+from annatac_scale.train.head_choice import check_enough, training_counts, with_head
 from annatac_scale.train.heldout import HELDOUT_FILE, HELDOUT_SPLITS, facts_of_test, write_heldout
 from annatac_scale.train.interruption import interruption
 from annatac_scale.train.label_map import LabelMap
@@ -59,7 +59,7 @@ from annatac_scale.train.splits import (
 class FinetuneReport:
     """What a fine-tuning run made.
 
-    figures: of the ``judged_on`` cells, "val" or, of a linear probe without any, "out-of-fold training"
+    figures: of the ``judged_on`` cells, "val" or, of a linear head without any, "out-of-fold training"
     test: of the held-out cells, empty without any
     """
 
@@ -113,7 +113,7 @@ def finetune(
     label_map: a table on a disk that renames, merges and drops labels first (train/label_map.py)
     hierarchy: a table or ontology on a disk with what lies above the labels (model/ontology.py), kept in the model
 
-    A pooled head becomes a linear probe where labels are few (``config.linear_below``); val cells then train as well,
+    A pooled head becomes a linear one up to ``config.linear_up_to`` training cells; val cells then train as well,
     unless they are whole groups.
     Run again with the same arguments, it goes on after the newest checkpoint; a complete run is left as it is.
     Raises InputError where there are too few labelled cells or ``out`` is a URL, ConfigError for settings that do not
@@ -263,13 +263,18 @@ def _fit(work: _Work, task: FinetuneTask, progress: Progress) -> Judged | None:
     codes = labelled.codes_of(training)
     groups = None if labelled.groups is None else labelled.groups[labelled.split == "train"]
     folds = deal_folds(codes, groups, work.config.train.seed)
-    probe = fit_probe(task.vectors(training), codes, task.module.weights_of(training), folds)
-    fitted = (probe.linear.centre, probe.linear.weight, probe.linear.bias)
-    typer.head.take_over(*(torch.from_numpy(part) for part in fitted))
-    progress.say(
-        f"linear probe: C = {probe.strength:g} has the least loss of those tried, over {folds.n} folds of the training "
-        f"{work.group + ' groups' if folds.by_group else 'cells'}: {probe.losses[probe.strength]:.4g}"
-    )
+    rows = task.unit_rows(training) if typer.head.per_island is not None else None
+    weights = task.module.weights_of(training)
+    probe = fit_probe(task.vectors(training), rows, codes, weights, folds, progress)
+    centre, weight, bias = (torch.from_numpy(part) for part in (probe.centre, probe.weight, probe.bias))
+    per_island = None if probe.per_island is None else torch.from_numpy(probe.per_island)
+    typer.head.take_over(centre, weight, bias, per_island)
+    of_what = work.group + " groups" if folds.by_group else "cells"
+    for name, fitted in probe.regressions.items():
+        progress.say(
+            f"linear head: regression on {name}: C = {fitted.strength:g} has the least loss of those tried, over "
+            f"{folds.n} folds of the training {of_what}: {fitted.losses[fitted.strength]:.4g}"
+        )
     if labelled.sizes["val"]:
         return None
     return Judged(OUT_OF_FOLD, training[probe.judged], probe.logits, folds.number[probe.judged])
@@ -320,7 +325,7 @@ def _task(work: _Work, ranks: Ranks) -> FinetuneTask:
 def _initialise(typer: CellTyper, work: _Work, progress: Progress) -> None:
     """Start a pooled layer from the pretrained one; without one, from idf and SVD of the training cells.
 
-    Of a linear probe, which needs no labels for it: from those of all cells but the ones that judge and test it.
+    Of a linear head, which needs no labels for it: from those of all cells but the ones that judge and test it.
     """
     if not isinstance(typer.head, PooledHead):
         return

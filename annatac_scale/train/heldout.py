@@ -1,6 +1,6 @@
 """What a fine-tuning says of labelled cells that its fit did not see; written as heldout.parquet.
 
-Those are the val, calib and test cells, and, where a linear probe has no val cells, training cells ("train"), each as
+Those are the val, calib and test cells, and, where a linear head has no val cells, training cells ("train"), each as
 judged by a fit that left it out.
 """
 

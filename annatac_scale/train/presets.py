@@ -16,8 +16,8 @@ from annatac_scale.train.positions import VALUES
 from annatac_scale.train.train_options import TrainOptions
 
 PRESETS = ("tiny", "small", "paper")
-FEW_CELLS = 100
-"""Median training cells of a type below which the linear probe is the default: docs/guide.md, "Fine-tuning"."""
+MOST_FITTED = 12_000
+"""Training cells up to which the linear head is the default: it was tried on up to 10,335 (docs/accuracy.md)."""
 CALIBRATIONS = ("temperature", "vector")
 PAPER_NOVEL_THRESHOLD = 0.5
 """annATAC's rule: a cell whose largest probability is below it is of a novel type."""
@@ -120,8 +120,8 @@ class FinetuneConfig:
     freeze_encoder: bool = False
     lora: int = 0
     """Rank of the adapters that are trained in place of the Linformer's weights, at its rate; 0: the weights are."""
-    linear_below: int = 0
-    """Median training cells of a type below which a pooled head becomes a linear one."""
+    linear_up_to: int = 0
+    """Training cells up to which a pooled head becomes a linear one."""
     validation_share: float = 0.1
     """Of the cells that are not held out: for early stopping and the scaling of the logits."""
     calibration_share: float = 0.1
@@ -163,9 +163,9 @@ class FinetuneConfig:
             raise ConfigError(
                 f"label_smoothing: found {self.label_smoothing}, expected at least 0 and under 1"
             )
-        if min(self.lora, self.linear_below) < 0:
+        if min(self.lora, self.linear_up_to) < 0:
             raise ConfigError(
-                f"lora, linear_below: found {self.lora}, {self.linear_below}, expected at least 0"
+                f"lora, linear_up_to: found {self.lora}, {self.linear_up_to}, expected at least 0"
             )
         if self.lora and self.freeze_encoder:
             raise ConfigError(
@@ -237,7 +237,7 @@ def pretrain_preset(name: str) -> PretrainConfig:
 def finetune_preset(name: str, head: str | None = None, pool: PoolConfig | None = None) -> FinetuneConfig:
     """The fine-tuning configuration for a model of preset ``name``.
 
-    head: another kind than the preset's own, which with few labels is "linear"
+    head: another kind than the preset's own, which is "linear" up to MOST_FITTED training cells
     pool: the model's pooled layer, which a pooled or linear head goes on from
     """
     if name != "paper":
@@ -257,7 +257,7 @@ def finetune_preset(name: str, head: str | None = None, pool: PoolConfig | None 
             warmup_steps=10,
             patience=6,
         )
-        return FinetuneConfig(chosen, train, linear_below=FEW_CELLS if head is None else 0)
+        return FinetuneConfig(chosen, train, linear_up_to=MOST_FITTED if head is None else 0)
     train = TrainOptions(
         epochs=99,
         global_batch_size=450,

@@ -21,6 +21,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
 
 from annatac_scale.baseline import INNER_FOLDS, ROW_NORM, STRENGTHS, Tuned
+from annatac_scale.train.probe import spanned
 
 SMALLEST_STRENGTH, LARGEST_STRENGTH = 3e-6, 3e4
 MOST_ROTATED = 2_000
@@ -62,7 +63,7 @@ def regression(
     """
     rows = {name: ROWS[name](levels, train) for name in values}
     if levels.shape[0] <= MOST_ROTATED:
-        rows = {name: _rotated(x) for name, x in rows.items()}
+        rows = {name: spanned(x)[0] for name, x in rows.items()}
     return tuned_on({name: constant(x) for name, x in rows.items()}, types, train, test)
 
 
@@ -267,10 +268,3 @@ SCALES = {"unit": unit_rows, "standard": standard_rows}
 def constant(x: Rows) -> Maker:
     """Rows that are what they are, whatever the cells."""
     return lambda _: x
-
-
-def _rotated(x: sparse.csr_matrix) -> NDArray[np.float64]:
-    """The rows in the coordinates of their own span, [n_cells, at most n_cells]."""
-    eigenvalues, vectors = np.linalg.eigh((x @ x.T).toarray())
-    kept = eigenvalues > eigenvalues[-1] * 1e-12
-    return vectors[:, kept] * np.sqrt(eigenvalues[kept])

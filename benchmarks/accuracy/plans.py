@@ -23,6 +23,7 @@ from rows import digest
 from sets import OWN, PRETRAINING
 
 from annatac_scale.store.store import IslandStore
+from annatac_scale.train.presets import MOST_FITTED
 
 TABLES = ("sets", "peers", "subtypes", "noise", "shares", "epochs", "novelty", "few", "calibration")
 PLANS = ("tiny", "whole")
@@ -46,6 +47,7 @@ TYPES: Mapping[tuple[str, str], tuple[str, ...]] = {
 LR = "logistic regression"
 SVD_LR = "SVD64 of binary x idf, then logistic regression"
 HEAD = "pooled head, no encoder, not pretrained"
+TRAINED = "pooled head, no encoder, pretrained"
 MODEL = "fine-tuned model"
 ENCODER = "fine-tuned model with encoder"
 LINEAR: Mapping[str, Config] = {
@@ -64,10 +66,13 @@ NETWORKS: Mapping[str, Config] = {"MLP": {"how": "mlp"}, "CNN head, no encoder":
 PLAIN: Mapping[str, Config] = {**LINEAR, **NETWORKS}
 
 _GATE: Config = {"reads": "gate"}
+_AS_IT_COMES: Config = {"finetune": {"linear_up_to": MOST_FITTED}}
+"""With the head that suits the number of labelled cells; the others train the pooled one."""
 _PAPER: Config = {"objective": "level", "mask_fraction": 0.15, "mask_keep": 0.1, "mask_level_cap": 1.0}
 MODELS: Mapping[str, Config] = {
     HEAD: {"trained": False},
-    MODEL: {},
+    TRAINED: {},
+    MODEL: _AS_IT_COMES,
     ENCODER: {"pretrain": _GATE},
     "encoder and CNN head, as published": {
         "pretrain": {**_PAPER, **_GATE},
@@ -75,12 +80,15 @@ MODELS: Mapping[str, Config] = {
         "head": "cnn",
     },
     "encoder and subtype head": {"pretrain": _GATE, "head": "subtype"},
-    "fine-tuned model, pretrained on D6 and BM0828": {"store": "hg19"},
+    "fine-tuned model, pretrained on D6 and BM0828": {**_AS_IT_COMES, "store": "hg19"},
 }
 """What is set over preset tiny."""
 GRID: Mapping[str, Config] = {
-    "as it comes": {},
-    "not pretrained": {"trained": False},
+    "as it comes": _AS_IT_COMES,
+    "vectors alone": {"finetune": {"linear_up_to": MOST_FITTED, "head": {"per_island": False}}},
+    "not pretrained": {**_AS_IT_COMES, "trained": False},
+    "pooled head": {},
+    "pooled head, not pretrained": {"trained": False},
     "encoder, not pretrained": {"trained": False, "pretrain": _GATE},
     "island dropout 0.3": {"finetune": {"head": {"island_dropout": 0.3}}},
     "island dropout 0.7": {"finetune": {"head": {"island_dropout": 0.7}}},
@@ -113,11 +121,13 @@ def _sets(whole: bool) -> Iterator[Config]:
         for name in PLAIN:
             yield _row(name, task)
         for seed in range(SEEDS if whole else ENSEMBLE):
-            for name in (HEAD, MODEL):
-                yield _row(name, task, seed=seed)
-        for name in (ENCODER, "encoder and CNN head, as published"):
+            yield _row(MODEL, task, seed=seed)
+        for seed in range(SEEDS if whole else 1):
+            yield _row(HEAD, task, seed=seed)
+        for name in (TRAINED, ENCODER, "encoder and CNN head, as published"):
             yield _row(name, task)
-        for name in (LR, SVD_LR, *NETWORKS, HEAD, MODEL):
+    for task in TASKS if whole else TASKS[1:4]:
+        for name in (LR, SVD_LR, *(NETWORKS if whole else ()), HEAD, MODEL):
             yield _row(name, task, select="tss")
     for labels in ("coarse_label", "cell_type"):
         for name in (LR, SVD_LR, HEAD, MODEL):
@@ -145,7 +155,7 @@ def _subtypes(whole: bool) -> Iterator[Config]:
 
 
 def _noise(whole: bool) -> Iterator[Config]:
-    for task in (TASKS[0], TASKS[1], TASKS[2], TASKS[4]):
+    for task in (TASKS[0], TASKS[1], TASKS[2], TASKS[4]) if whole else TASKS[1:2]:
         for draw in range(DRAWS if whole else 1):
             for share in (0.05, 0.1, 0.15, 0.2):
                 for name in (LR, SVD_LR, HEAD, MODEL):
@@ -153,7 +163,7 @@ def _noise(whole: bool) -> Iterator[Config]:
 
 
 def _shares(whole: bool) -> Iterator[Config]:
-    for task in TASKS if whole else TASKS[1:3]:
+    for task in TASKS if whole else TASKS[1:2]:
         for share in (0.4, 0.6, 0.8):
             for draw in range(DRAWS):
                 for name in (LR, SVD_LR, HEAD, MODEL):
@@ -162,14 +172,21 @@ def _shares(whole: bool) -> Iterator[Config]:
 
 def _epochs(whole: bool) -> Iterator[Config]:
     schedule = {"train": {"epochs": 15, "min_steps": 0, "patience": 99}}
-    for task in TASKS:
-        for name in (MODEL, ENCODER, "encoder and CNN head, as published"):
+    for task in TASKS if whole else (TASKS[0], TASKS[2]):
+        for name in (TRAINED, ENCODER, "encoder and CNN head, as published"):
             for trained in (True, False):
                 config = _row(name, task, over={"finetune": schedule, "trained": trained})
                 settings = config["params"]["settings"]["as it comes"]
                 params = {**config["params"], **settings}
                 del params["settings"], params["how"]
-                yield {**config, "kind": "epochs", "params": params, "trained": trained, **_first(whole)}
+                yield {
+                    **config,
+                    "kind": "epochs",
+                    "model": name.removesuffix(", pretrained"),
+                    "params": params,
+                    "trained": trained,
+                    **_first(whole),
+                }
 
 
 def _first(whole: bool) -> Config:
@@ -186,8 +203,8 @@ def _novelty(whole: bool) -> Iterator[Config]:
 
 
 def _few(whole: bool) -> Iterator[Config]:
-    for task in (*TASKS[1:], TASKS[0]):
-        for labels in (5, 10, 50):
+    for task in (*TASKS[1:], TASKS[0]) if whole else TASKS[1:]:
+        for labels in (5, 10, 50) if whole or task == TASKS[2] else (10,):
             change = {"few": labels, "draws": FEW_DRAWS}
             for name in (LR, SVD_LR):
                 yield {**_row(name, task), "change": change}

@@ -56,22 +56,34 @@ def test_cells_without_tokens_and_batches_without_cells_have_logits(kind: str) -
 
 
 @pytest.mark.parametrize("reads", ["none", "gate"])
-def test_a_linear_head_is_linear_in_the_direction_of_z_from_the_centre(reads: str) -> None:
+def test_a_linear_head_is_linear_in_the_direction_of_z_from_the_centre_and_in_the_islands(reads: str) -> None:
     typer = toy_model(HeadConfig("linear", pooled=5, reads=reads)).typer
     head = typer.head
     assert isinstance(head, LinearHead)
     generator = torch.Generator().manual_seed(0)
     centre, bias = torch.randn(5, generator=generator), torch.randn(len(LABELS), generator=generator)
     weight = torch.randn(len(LABELS), 5, generator=generator)
-    head.take_over(centre, weight, bias)
-    z = typer.pooled(toy_batch())
+    per_island = torch.randn(head.n_islands, len(LABELS), generator=generator)
+    head.take_over(centre, weight, bias, per_island)
+    batch = toy_batch()
+    z = typer.pooled(batch)
     assert z.shape == (4, 5)
     moved = z.astype(float) - centre.numpy()
-    expected = moved / np.sqrt((moved**2).sum(1, keepdims=True)) @ weight.numpy().T + bias.numpy()
-    np.testing.assert_allclose(typer.predict(toy_batch()), expected, rtol=1e-4, atol=1e-5)
-    trained = {name for name, parameter in head.named_parameters() if parameter.requires_grad}
-    assert trained == {"classifier.weight", "classifier.bias"}
+    direction = moved / np.sqrt((moved**2).sum(1, keepdims=True))
+    idf, rows = head.pool.idf.numpy().astype(float), np.zeros((4, head.n_islands))
+    for cell in range(4):
+        own = slice(batch.offsets[cell], batch.offsets[cell + 1])
+        opened = batch.islands[own][batch.tokens[own] > 0]
+        rows[cell, opened] = idf[opened] / max(np.sqrt((idf[opened] ** 2).sum()), 1e-12)
+    np.testing.assert_allclose(typer.unit_rows(batch).toarray(), rows, rtol=1e-6)
+    of_vectors = direction @ weight.numpy().T + bias.numpy()
+    logits, embedding = typer.predict_with_embedding(batch)
+    np.testing.assert_allclose(logits, of_vectors + rows @ per_island.numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(embedding, direction, rtol=1e-4, atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in head.parameters())
     assert head.table_parameters() == head.reading_parameters() == []
+    head.per_island = None
+    np.testing.assert_allclose(typer.predict(batch), of_vectors, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])

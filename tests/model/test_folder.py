@@ -184,7 +184,7 @@ def resign(folder: Path, config: dict) -> None:
         ("files", {}, r"config\.json: cut short or edited"),
         ("n_space", 3, r"islands\.tsv\.gz: not the vocabulary"),
         ("vocabulary_sha256", "0", r"islands\.tsv\.gz: not the vocabulary"),
-        ("version", 2, "format annatac_scale.model 2, expected annatac_scale.model 3; train"),
+        ("version", 2, "format annatac_scale.model 2, expected annatac_scale.model 4; train"),
         ("format", "other", "format other 3, expected"),
     ],
 )

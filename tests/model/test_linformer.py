@@ -115,7 +115,7 @@ def test_seeing_closed_islands_in_one_layer_is_attending_to_all_of_them():
     assert relative_error(found, expected[opened.flatten()]) < 1e-10
 
 
-@pytest.mark.parametrize("n_tokens", [*range(0, 70), 1000, 11_265, 12_288])
+@pytest.mark.parametrize("n_tokens", [*range(70), 1000, 11_265, 12_288])
 def test_in_training_layers_see_few_numbers_of_tokens_and_at_most_an_eighth_more(n_tokens):
     encoder = encoder_of(n_islands=12_288)
     seen: list[int] = []

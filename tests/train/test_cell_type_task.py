@@ -94,7 +94,7 @@ def test_adapters_want_an_encoder_that_is_trained_and_read(atlas, pretrained, tm
     ("setting", "message"),
     [
         ({"label_smoothing": 1.0}, "label_smoothing: found 1.0, expected at least 0 and under 1"),
-        ({"lora": -1}, "lora, linear_below: found -1, 0, expected at least 0"),
+        ({"lora": -1}, "lora, linear_up_to: found -1, 0, expected at least 0"),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""What few labels ask for: a linear probe in place of training, and a refusal where there are too few even for that."""
+"""Which head suits the labelled cells, and a refusal where there are too few for it."""
 
 from dataclasses import replace
 
@@ -21,17 +21,17 @@ def with_head(
 ) -> FinetuneConfig:
     """The configuration with the head that suits the labelled cells and the pretrained model.
 
-    has_pool: whether the model has a pooled layer. A pooled head becomes a linear one where the types have fewer
-    training cells in the median than ``config.linear_below``, but where it was asked for what training alone can do.
+    has_pool: whether the model has a pooled layer. A pooled head becomes a linear one where no more than
+    ``config.linear_up_to`` cells train, unless it was asked for what training alone can do.
     """
     head = config.head
-    median = float(np.median(training_counts(labelled)))
+    n_training = labelled.sizes["train"]
     may_be_fitted = head.kind == "pooled" and not (config.lora or config.label_smoothing)
-    if may_be_fitted and median < config.linear_below:
+    if may_be_fitted and n_training <= config.linear_up_to:
         head = replace(head, kind="linear")
         progress.say(
-            f"head linear: the types have {median:g} training cells in the median, fewer than linear_below = "
-            f"{config.linear_below}; --head pooled trains the pooled layer as well"
+            f"head linear: {n_training:,} cells train, no more than linear_up_to = {config.linear_up_to:,}; "
+            "--head pooled trains the pooled layer"
         )
     if head.kind == "linear" and not has_pool:
         head = replace(head, reads="none")  # a gate that nobody trained passes nothing
@@ -48,7 +48,7 @@ def check_enough(labels: str, labelled: LabelledCells, kind: str) -> None:
         return
     n_types, n_cells = len(labelled.types), len(labelled.cells)
     doubt = "; is this a column of cell types?" if n_types > n_cells / 2 else ""
-    why = "to cross-validate the linear probe" if linear else "to hold any out for validation"
+    why = "to cross-validate the linear head" if linear else "to hold any out for validation"
     do = "label more cells, hold out fewer"
     if not linear:
         do = f"use --head linear, which needs none, {do}, or --set validation_share=0.3"
