@@ -163,7 +163,7 @@ def fit_probe(
 ) -> Probe:
     """Fit on all cells, each regression with the C that has the least log loss out of fold; of equal ones the smallest.
 
-    vectors: float [n, M]; islands: [n, N], unit rows, or None for a probe of the vectors alone
+    vectors: float [n, M]; islands: [n, N], unit rows, or None, as where no island is open, for the vectors alone
     codes: int64 [n], 0 to Y - 1, each there; weights: [n], of each cell's loss
     The log loss, not macro F1, which of few cells jumps by whole cells. Takes 12 bytes for each open island, some three
     times, and 200 for each island and type.
@@ -173,7 +173,7 @@ def fit_probe(
     fitted = [
         _chosen("vectors", directions(z, centre), STRENGTHS, codes, weights, folds, progress or Silent())
     ]
-    if islands is not None:
+    if islands is not None and islands.nnz:
         fitted.append(_of_islands(islands, codes, weights, folds, progress or Silent()))
     logits = np.mean([one.logits for one in fitted], axis=0)[folds.judged]
     return Probe(centre, fitted[0], fitted[1] if len(fitted) > 1 else None, folds.judged, logits)

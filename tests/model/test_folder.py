@@ -185,7 +185,7 @@ def resign(folder: Path, config: dict) -> None:
         ("n_space", 3, r"islands\.tsv\.gz: not the vocabulary"),
         ("vocabulary_sha256", "0", r"islands\.tsv\.gz: not the vocabulary"),
         ("version", 2, "format annatac_scale.model 2, expected annatac_scale.model 4; train"),
-        ("format", "other", "format other 3, expected"),
+        ("format", "other", "format other 4, expected"),
     ],
 )
 def test_folders_that_contradict_themselves_are_refused(

@@ -82,6 +82,8 @@ def test_the_probe_is_the_mean_of_both_in_one_linear_function():
     np.testing.assert_allclose(together, (of_vectors + probe.islands.linear.logits(rows)) / 2)
     np.testing.assert_allclose(probe.logits, (probe.vectors.logits + probe.islands.logits) / 2)
     assert (probe.per_island[-1] == 0).all()
+    nothing_open = sparse.csr_array(rows.shape, dtype=np.float32)
+    assert fit_probe(vectors, nothing_open, codes, weights, folds).islands is None
     alone = fit_probe(vectors, None, codes, weights, folds)
     assert (alone.islands, alone.per_island) == (None, None)
     np.testing.assert_array_equal(alone.weight, probe.vectors.linear.weight)
