@@ -43,7 +43,7 @@ def tuned_logistic_regression(
     best: tuple[float, Tuned] | None = None
     n_folds = min(INNER_FOLDS, int(np.unique(types[train], return_counts=True)[1].min()))
     folds = list(StratifiedKFold(max(n_folds, 2), shuffle=True, random_state=seed).split(train, types[train]))
-    features = {name: spanned(make(levels, train))[0] for name, make in {"log": _log, "idf": _idf}.items()}
+    features = {name: spanned(make(levels, train)) for name, make in {"log": _log, "idf": _idf}.items()}
     for values, x in features.items():
         for strength in STRENGTHS:
             for class_weight in (None, "balanced"):

@@ -63,7 +63,7 @@ def regression(
     """
     rows = {name: ROWS[name](levels, train) for name in values}
     if levels.shape[0] <= MOST_ROTATED:
-        rows = {name: spanned(x)[0] for name, x in rows.items()}
+        rows = {name: spanned(x) for name, x in rows.items()}
     return tuned_on({name: constant(x) for name, x in rows.items()}, types, train, test)
 
 

@@ -64,7 +64,7 @@ def test_rotated_rows_predict_as_the_sparse_ones(
 ) -> None:
     levels, types = planted
     x = bars.idf_rows(levels, np.arange(90))
-    rotated = bars.spanned(x)[0]
+    rotated = bars.spanned(x)
     fits = [
         LogisticRegression(C=strength, tol=1e-8, max_iter=5000).fit(rows, types).predict_proba(rows)
         for rows in (x, rotated)

@@ -18,6 +18,7 @@ from annatac_scale.train.probe import (
     deal_folds,
     directions,
     fit_probe,
+    spanned,
 )
 
 
@@ -139,12 +140,21 @@ def test_many_cells_are_fitted_as_few_are(monkeypatch):
     rows = drawn_islands(codes)
     folds = deal_folds(codes, None, 0)
     spanned = fit_probe(vectors, rows, codes, weights, folds).islands
-    monkeypatch.setattr(probe_module, "SPANNED_BELOW", 0)
+    monkeypatch.setattr(probe_module, "DENSE_IS_FASTER", 0)
     plain = fit_probe(vectors, rows, codes, weights, folds).islands
     assert plain.strength == spanned.strength
     assert plain.losses == pytest.approx(spanned.losses, rel=1e-3)
     np.testing.assert_allclose(plain.linear.weight, spanned.linear.weight, atol=2e-2 * ROW_NORM)
     np.testing.assert_allclose(plain.logits, spanned.logits, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_coordinates_have_the_products_of_the_rows_also_where_cells_are_the_same(repeated):
+    rows = drawn_islands(np.arange(20) % 3, n_islands=40).astype(float)
+    if repeated:
+        rows = sparse.csr_array(sparse.vstack([rows, rows[:5]]))
+    coordinates = spanned(rows)
+    np.testing.assert_allclose(coordinates @ coordinates.T, (rows @ rows.T).toarray(), atol=1e-9)
 
 
 def test_noise_asks_for_less_strength_than_signal():
