@@ -9,6 +9,7 @@ not see it, out of fold.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ DENSE_IS_FASTER = 10
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Texts = NDArray[np.object_]
-Rows = Floats | sparse.csr_array
+Rows: TypeAlias = Floats | sparse.csr_array
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,8 +167,8 @@ def fit_probe(
 
     vectors: float [n, M]; islands: [n, N], unit rows, or None, as where no island is open, for the vectors alone
     codes: int64 [n], 0 to Y - 1, each there; weights: [n], of each cell's loss
-    The log loss, not macro F1, which of few cells jumps by whole cells. Takes some 40 bytes for each open island of these
-    cells, and 200 for each island and type or, where cells have many open islands, 24 for each pair of cells.
+    The log loss, not macro F1, which of few cells jumps by whole cells. Takes some 40 bytes for each open island of
+    these cells, and 200 for each island and type or, where cells have many open islands, 24 for each pair of cells.
     """
     z = np.asarray(vectors, np.float64)
     centre = z.mean(axis=0)
