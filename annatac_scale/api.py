@@ -279,7 +279,8 @@ def finetune(
 
     store, model: on a disk or in object storage; out: on a disk
     labels: obs column with the cell types
-    head: "pooled", "linear", "cnn" or "subtype"; None for "pooled", with few labels "linear", "cnn" after preset paper
+    head: "pooled", "linear", "cnn" or "subtype"; None for "linear" up to 12,000 training cells where nothing is set
+        that only training looks at, as ``epochs``; "pooled" above; "cnn" after preset paper
     holdout: share of each type's cells that test, or "column=value": all cells with that value test
     group: obs column, or "sample", whose cells of one value (a donor, a batch) keep together: whole groups test
     label_map: table of from and to, which renames, merges and drops labels before anything else

@@ -331,7 +331,6 @@ class LinearHead(PooledHead):
         super().__init__(n_islands, width, n_types, pooled, reads=reads, island_dropout=0.0)
         self.register_buffer("centre", torch.zeros(pooled))
         self.per_island = nn.Parameter(torch.zeros(n_islands, n_types)) if per_island else None
-        self.requires_grad_(False)
 
     def embed(self, hidden: Tensor | None, tokens: Tensor, islands: Tensor, offsets: Tensor) -> Tensor:
         """Directions, [B, pooled]; zero for a cell that is the mean cell. ``hidden`` as in ``PooledHead``."""

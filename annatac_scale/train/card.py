@@ -35,6 +35,7 @@ def finetuned_card(info: ModelInfo, vocabulary: Vocabulary) -> str:
     """The README.md of a fine-tuned model."""
     facts = info.provenance
     head = info.head.kind if info.head is not None else "none"
+    folds = f" (folds of {facts['folds_of']})" if facts["folds_of"] else ""
     return "\n".join(
         [
             "# Cell-type model",
@@ -43,7 +44,7 @@ def finetuned_card(info: ModelInfo, vocabulary: Vocabulary) -> str:
             f"- head: {head}; labels from obs column `{facts['labels']}`, held out: {facts['holdout']}",
             *([] if facts["groups"] is None else [f"- {groups_text(facts['groups'])}"]),
             f"- cells: {', '.join(f'{n:,} {split}' for split, n in facts['split'].items())}",
-            f"- {_scaling(info)}, fitted on the {facts['judged_on']} cells; {_novel(info)}",
+            f"- {_scaling(info)}, fitted on the {facts['judged_on']} cells{folds}; {_novel(info)}",
             *_errors(info),
             *_labels(info),
             *_figures(facts["judged_on"], facts["validation"]),

@@ -48,12 +48,14 @@ class Judged:
 
     on: which they are, "val" or OUT_OF_FOLD; cells: int64 [n], increasing ids; logits: [n, C]
     folds: int64 [n], which fold held out each where they are training cells, else None
+    folds_of: what these are of, "cells" or whole groups of a column
     """
 
     on: str
     cells: NDArray[np.int64]
     logits: NDArray[np.floating]
     folds: NDArray[np.int64] | None = None
+    folds_of: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ from annatac_scale.train.interruption import interruption
 from annatac_scale.train.label_map import LabelMap
 from annatac_scale.train.loop import Loop, train
 from annatac_scale.train.positions import inverse_document_frequency, truncated_svd
-from annatac_scale.train.presets import FinetuneConfig
+from annatac_scale.train.presets import FinetuneConfig, finetune_preset
 from annatac_scale.train.probe import deal_folds, fit_probe
 from annatac_scale.train.provenance import earlier_sight, made_by, run_inputs, sample_facts
 from annatac_scale.train.ranks import Ranks
@@ -134,7 +134,8 @@ def finetune(
     rule = SplitRule(holdout, config.validation_share, config.calibration_share, config.train.seed, group)
     mapping = None if label_map is None else LabelMap.read(label_map)
     labelled = split_cells(store, labels, rule, mapping, progress)
-    config = with_head(config, labelled, pretrained.encoder.pool is not None, progress)
+    untouched = finetune_preset(pretrained.info.preset, None, pretrained.info.pooled_layer)
+    config = with_head(config, untouched, labelled, pretrained.encoder.pool is not None, progress)
     if config.head.kind == "linear" and "val" not in labelled.whole:
         labelled = labelled.with_val_training()
     progress.say(_split_line(labels, labelled))
@@ -203,6 +204,7 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
         "n_dropped": labelled.n_dropped,
         "label_map": None if work.label_map is None else work.label_map.facts,
         "judged_on": judged.on,
+        "folds_of": judged.folds_of,
         "validation": figures | figures_of(*validated),
         "test": figures_of(*tested),
         **facts_of_test(labelled, *tested),
@@ -269,15 +271,16 @@ def _fit(work: _Work, task: FinetuneTask, progress: Progress) -> Judged | None:
     centre, weight, bias = (torch.from_numpy(part) for part in (probe.centre, probe.weight, probe.bias))
     per_island = None if probe.per_island is None else torch.from_numpy(probe.per_island)
     typer.head.take_over(centre, weight, bias, per_island)
-    of_what = work.group + " groups" if folds.by_group else "cells"
+    folds_of = f"{work.group} groups" if folds.by_group else "cells"
     for name, fitted in probe.regressions.items():
         progress.say(
             f"linear head: regression on {name}: C = {fitted.strength:g} has the least loss of those tried, over "
-            f"{folds.n} folds of the training {of_what}: {fitted.losses[fitted.strength]:.4g}"
+            f"{folds.n} folds of the training {folds_of}: {fitted.losses[fitted.strength]:.4g}"
         )
     if labelled.sizes["val"]:
         return None
-    return Judged(OUT_OF_FOLD, training[probe.judged], probe.logits, folds.number[probe.judged])
+    judged = probe.judged
+    return Judged(OUT_OF_FOLD, training[judged], probe.logits, folds.number[judged], folds_of)
 
 
 def _group_facts(work: _Work) -> dict[str, Any] | None:

@@ -17,17 +17,21 @@ def training_counts(labelled: LabelledCells) -> NDArray[np.int64]:
 
 
 def with_head(
-    config: FinetuneConfig, labelled: LabelledCells, has_pool: bool, progress: Progress
+    config: FinetuneConfig,
+    untouched: FinetuneConfig,
+    labelled: LabelledCells,
+    has_pool: bool,
+    progress: Progress,
 ) -> FinetuneConfig:
     """The configuration with the head that suits the labelled cells and the pretrained model.
 
-    has_pool: whether the model has a pooled layer. A pooled head becomes a linear one where no more than
-    ``config.linear_up_to`` cells train, unless it was asked for what training alone can do.
+    untouched: the model's preset; has_pool: whether the model has a pooled layer
+    A pooled head becomes a linear one where no more than ``config.linear_up_to`` cells train, val cells that then train
+    among them, unless something was asked for that training alone can do.
     """
     head = config.head
-    n_training = labelled.sizes["train"]
-    may_be_fitted = head.kind == "pooled" and not (config.lora or config.label_smoothing)
-    if may_be_fitted and n_training <= config.linear_up_to:
+    n_training = labelled.sizes["train"] + (0 if "val" in labelled.whole else labelled.sizes["val"])
+    if head.kind == "pooled" and n_training <= config.linear_up_to and not _asks_training(config, untouched):
         head = replace(head, kind="linear")
         progress.say(
             f"head linear: {n_training:,} cells train, no more than linear_up_to = {config.linear_up_to:,}; "
@@ -36,6 +40,19 @@ def with_head(
     if head.kind == "linear" and not has_pool:
         head = replace(head, reads="none")  # a gate that nobody trained passes nothing
     return replace(config, head=head)
+
+
+def _asks_training(config: FinetuneConfig, untouched: FinetuneConfig) -> bool:
+    """Whether a value was set that a fitted head does not look at."""
+    train = replace(config.train, seed=untouched.train.seed, micro_tokens=untouched.train.micro_tokens)
+    as_trained = config.head.island_dropout, config.head.reads
+    return bool(
+        config.lora
+        or config.label_smoothing
+        or config.freeze_encoder
+        or train != untouched.train
+        or as_trained != (untouched.head.island_dropout, untouched.head.reads)
+    )
 
 
 def check_enough(labels: str, labelled: LabelledCells, kind: str) -> None:

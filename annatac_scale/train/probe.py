@@ -33,6 +33,8 @@ IN_ALL = -1
 """The fold of a cell that every fit sees."""
 DENSE_IS_FASTER = 10
 """Entries of a dense matrix that are multiplied in the time that one of a sparse one takes."""
+KEPT_BY_FIT = 8
+"""Entries of a dense matrix, of which there are three, in the memory that a fit on islands takes for each weight."""
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -125,8 +127,9 @@ class Folds:
 def deal_folds(codes: Ints, groups: Texts | None, seed: int) -> Folds:
     """Deal training cells to FOLDS folds, so that each fit sees all types.
 
-    Whole groups where there are groups and the rest has all types of each; else cell by cell, type after type, so that
-    the folds have the same share of each. A type's only cell is in all fits, and judged by none.
+    Whole groups where at least two can be spared and no fold has more than half of the cells, so that each fit has
+    about as many as the last one has: a group that alone has a type is in all fits, and judged by none. Else cell by
+    cell, type after type, so that the folds have the same share of each; then a type's only cell is in all fits.
 
     codes: int64 [n], types; groups: object [n] or None. Raises InputError where fewer than two types have two cells.
     """
@@ -138,10 +141,10 @@ def deal_folds(codes: Ints, groups: Texts | None, seed: int) -> Folds:
         )
     generator = np.random.default_rng(seed)
     if groups is not None:
-        names = generator.permutation(sorted(set(groups)))
-        fold_of = {name: number % FOLDS for number, name in enumerate(names)}
-        number = np.array([fold_of[name] for name in groups], np.int64)
-        if len(names) > 1 and all(_has_all(codes[number != fold], counts) for fold in set(number.tolist())):
+        number = _whole_groups(codes, groups, generator)
+        in_fold = [number == fold for fold in range(FOLDS)]
+        enough = all(2 * own.sum() <= len(codes) and _has_all(codes[~own], counts) for own in in_fold)
+        if enough and len(set(number.tolist()) - {IN_ALL}) > 1:
             return Folds(number, by_group=True)
     order = generator.permutation(len(codes))
     order = order[np.argsort(codes[order], kind="stable")]
@@ -149,6 +152,19 @@ def deal_folds(codes: Ints, groups: Texts | None, seed: int) -> Folds:
     number = np.full(len(codes), IN_ALL, np.int64)
     number[order] = np.arange(len(order)) % FOLDS
     return Folds(number, by_group=False)
+
+
+def _whole_groups(codes: Ints, groups: Texts, generator: np.random.Generator) -> Ints:
+    """The fold of each cell: groups that can be spared, the largest first, each to the fold with the fewest cells."""
+    counts = np.bincount(codes)
+    names = generator.permutation(sorted(set(groups)))
+    spared = [name for name in names if _has_all(codes[groups != name], counts)]
+    number = np.full(len(codes), IN_ALL, np.int64)
+    sizes = np.zeros(FOLDS, np.int64)
+    for name in sorted(spared, key=lambda name: -(groups == name).sum()):
+        number[groups == name] = sizes.argmin()
+        sizes[sizes.argmin()] += (groups == name).sum()
+    return number
 
 
 def _has_all(codes: Ints, counts: Ints) -> bool:
@@ -187,7 +203,8 @@ def _of_islands(
     """The regression on unit rows, fitted in coordinates that are quick to fit in."""
     seen = np.flatnonzero(np.bincount(rows.indices, minlength=rows.shape[1]))
     x = (rows[:, seen] * ROW_NORM).astype(np.float64)
-    if len(codes) ** 2 < DENSE_IS_FASTER * x.nnz:
+    n_types = int(codes.max()) + 1
+    if len(codes) ** 2 < max(DENSE_IS_FASTER * x.nnz, KEPT_BY_FIT * n_types * x.shape[1]):
         coordinates = spanned(x)
         found = _chosen("islands", coordinates, ISLAND_STRENGTHS, codes, weights, folds, progress)
         of_cells = linalg.solve_triangular(coordinates, found.linear.weight.T, lower=True, trans="T")

@@ -227,14 +227,23 @@ def test_the_head_that_is_asked_for_is_trained(pooled, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "head"),
-    [(["linear_up_to=63"], "pooled"), (["linear_up_to=64"], "linear"), (["label_smoothing=0.1"], "pooled")],
+    ("asked", "head"),
+    [
+        ({"settings": ["linear_up_to=71"]}, "pooled"),
+        ({"settings": ["linear_up_to=72", "train.seed=3", "class_weights=none"]}, "linear"),
+        ({"epochs": 1}, "pooled"),
+        ({"freeze_encoder": True, "settings": ["train.epochs=1"]}, "pooled"),
+        ({"settings": ["label_smoothing=0.1"]}, "pooled"),
+        ({"settings": ["head.island_dropout=0.1"]}, "pooled"),
+    ],
     ids=str,
 )
-def test_settings_say_how_many_cells_are_fitted_and_not_trained(pooled, tmp_path, settings, head):
+def test_up_to_so_many_cells_that_train_the_head_is_fitted_unless_training_was_asked_for(
+    pooled, tmp_path, asked, head
+):
+    """Of 100 labelled cells 64 train, and 8 of val where it is fitted."""
     store = store_of(tmp_path / "a.zarr", 50)
-    out = tmp_path / "run"
-    report = api.finetune(store.path, model=pooled, labels="few", out=out, settings=settings, epochs=1)
+    report = api.finetune(store.path, model=pooled, labels="few", out=tmp_path / "run", **asked)
     assert report.head == head
 
 

@@ -141,6 +141,7 @@ def test_many_cells_are_fitted_as_few_are(monkeypatch):
     folds = deal_folds(codes, None, 0)
     spanned = fit_probe(vectors, rows, codes, weights, folds).islands
     monkeypatch.setattr(probe_module, "DENSE_IS_FASTER", 0)
+    monkeypatch.setattr(probe_module, "KEPT_BY_FIT", 0)
     plain = fit_probe(vectors, rows, codes, weights, folds).islands
     assert plain.strength == spanned.strength
     assert plain.losses == pytest.approx(spanned.losses, rel=1e-3)
@@ -194,10 +195,31 @@ def test_folds_are_of_whole_groups_where_each_fit_still_sees_all_types():
     assert deal_folds(codes, many, 0).n == FOLDS
 
 
-def test_folds_are_of_cells_where_one_group_alone_has_a_type():
-    codes = np.array([0, 1] * 15 + [2] * 10)
+def test_a_group_that_alone_has_a_type_is_in_all_fits_and_the_others_are_folded_whole():
+    codes = np.array([0, 1] * 15 + [0, 2] * 5)
     groups = np.repeat(np.array(["a", "b", "c", "d"], object), 10)
     folds = deal_folds(codes, groups, 0)
+    assert folds.by_group
+    assert (folds.number[groups == "d"] == IN_ALL).all()
+    assert folds.n == 3
+    assert all(len(set(folds.number[groups == name])) == 1 for name in "abc")
+
+
+def test_folds_of_groups_have_about_as_many_cells():
+    sizes = {"a": 40, "b": 30, "c": 20, "d": 15, "e": 12, "f": 9, "g": 8}
+    groups = np.repeat(np.array(list(sizes), object), list(sizes.values()))
+    folds = deal_folds(np.arange(len(groups)) % 2, groups, 0)
+    assert sorted(np.bincount(folds.number)) == [20, 9 + 12, 8 + 15, 30, 40]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"a": 40}, {"a": 30, "b": 10}, {"a": 10, "b": 9, "c": 21}],
+    ids=["one", "one of two has most", "one of three"],
+)
+def test_folds_are_of_cells_where_groups_would_leave_less_than_half_to_a_fit(sizes):
+    groups = np.repeat(np.array(list(sizes), object), list(sizes.values()))
+    folds = deal_folds(np.arange(40) % 2, groups, 0)
     assert not folds.by_group
     assert folds.n == FOLDS
 
