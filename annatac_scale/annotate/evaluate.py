@@ -43,25 +43,52 @@ CELLS = ("test", "all")
 NO_SPLIT = "none"
 """Stands for the split of a cell that was not in the fine-tuning."""
 
+Bools = NDArray[np.bool_]
+
 _READ = ("sample", "barcode", "best", "confidence", "split", "set", "novelty_score")
 
 
 @dataclass(frozen=True, eq=False)
 class _Labels:
-    """Labels to evaluate, some or all of their cells.
+    """Labels of a place.
 
-    cells: with their labels; n_by_split: all cells of the source by split
+    cells: with their labels
     manifest, rows: of what ``predict`` wrote; rows as they are in its tables, one a cell
     """
 
     cells: CellLabels
-    n_by_split: dict[str, int]
     manifest: Manifest | None = None
     rows: pd.DataFrame | None = None
 
-    def take(self, rows: Ints | NDArray[np.bool_]) -> "_Labels":
-        own = None if self.rows is None else self.rows.iloc[np.arange(len(self.rows))[rows]]
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    @property
+    def n_by_split(self) -> dict[str, int]:
+        """The cells by split."""
+        if self.rows is None:
+            return {NO_SPLIT: len(self)}
+        n_of = Counter(self.rows["split"])
+        return {name: n_of[name] for name in (*SPLITS, NO_SPLIT) if n_of[name]}
+
+    def take(self, rows: Ints | Bools) -> "_Labels":
+        """Some of the cells."""
+        own = None if self.rows is None else self.rows.iloc[np.arange(len(self))[rows]]
         return replace(self, cells=self.cells.take(rows), rows=own)
+
+
+@dataclass(frozen=True, eq=False)
+class _Joined:
+    """The cells to evaluate.
+
+    rows: of each among the first labels, int64 [n]; true, other: among the true and the other labels
+    left_out: all cells that are not
+    """
+
+    rows: Ints
+    true: Ints
+    other: Ints
+    left_out: LeftOut
 
 
 def evaluate(
@@ -101,27 +128,15 @@ def evaluate(
     first = _opened(labels, labels_column, "--labels-column")
     second = None if against is None else _opened(against, against_column, "--against-column")
     cells = _which(cells, first, second)
-    if cells == "test":
-        first, second = _held_out(first), None if second is None else _held_out(second)
-    left_out, other = LeftOut(), None
-    if second is not None:
-        place = rows_in(first.cells, second.cells)
-        left_out = _left_out_of_both(place, first, second)
-        first, other = first.take(place >= 0), second.cells.label[place[place >= 0]]
-    place = rows_in(first.cells, true)
-    _check_found(place, first, true, is_store=truth_file is None)
-    first, other = first.take(place >= 0), None if other is None else other[place >= 0]
-    place, n_absent = place[place >= 0], int((place < 0).sum())
+    joined = _joined(first, second, true, cells, is_store=truth_file is None)
     unused: tuple[str, ...] = ()
     if mapping is not None:
-        true, unused = _mapped(true, mapping, truth, place)
-    true_types = true.label[place]
-    left_out = replace(left_out, n_not_in_truth=n_absent)
+        true, unused = _mapped(true, mapping, truth, joined.true)
+    left_out = joined.left_out
     if cells == "all" and second is None:
         unlabelled = true.label != ""
-        unlabelled[place] = False
+        unlabelled[joined.true] = False
         left_out = replace(left_out, n_without_label=int(unlabelled.sum()))
-    report = _report(first, true_types, second, other)
     return EvaluationReport(
         labels=Path(first.cells.place) if first.manifest else first.cells.place,
         truth=truth,
@@ -130,7 +145,9 @@ def evaluate(
         left_out=left_out,
         label_map=mapping,
         unused_labels=unused,
-        **report,
+        n_by_split=_n_by_split(first, second),
+        **_figures(first.take(joined.rows), true.label[joined.true]),
+        against=None if second is None else _against(first, second, true, joined),
     )
 
 
@@ -163,8 +180,7 @@ def _opened(location: Location, column: str | None, option: str) -> _Labels:
     """All labels at a location that are not missing."""
     given = given_labels(location, column, option)
     if given is not None:
-        given = given.take(given.label != "")
-        return _Labels(given, {NO_SPLIT: len(given)})
+        return _Labels(given.take(given.label != ""))
     folder = LabelsFolder.open_complete(on_disk(location, "labels"))
     column = column or "label"
     if column not in folder.manifest.columns:
@@ -179,10 +195,8 @@ def _opened(location: Location, column: str | None, option: str) -> _Labels:
         label_texts(rows[column]),
         rows["sample"].to_numpy(object),
     )
-    n_of = Counter(rows["split"])
-    n_by_split = {name: n_of[name] for name in (*SPLITS, NO_SPLIT) if n_of[name]}
     # A cell may have no lineage.
-    return _Labels(cells, n_by_split, folder.manifest, rows).take(cells.label != "")
+    return _Labels(cells, folder.manifest, rows).take(cells.label != "")
 
 
 def _rows(folder: LabelsFolder, column: str) -> pd.DataFrame:
@@ -206,29 +220,58 @@ def _which(cells: str | None, first: _Labels, second: _Labels | None) -> str:
     return cells or ("test" if predicted else "all")
 
 
-def _held_out(labels: _Labels) -> _Labels:
-    """The cells that fine-tuning held out; all of what predict did not write."""
+def _joined(first: _Labels, second: _Labels | None, true: CellLabels, cells: str, is_store: bool) -> _Joined:
+    """Find the cells to evaluate in all tables.
+
+    All cells are joined before any is left out: a barcode that is two cells is two also where one of them is not
+    evaluated. Raises InputError where it is not clear which cell is which, or no cell is left.
+    """
+    other = first if second is None else second
+    in_other = np.arange(len(first)) if second is None else rows_in(first.cells, second.cells)
+    in_truth = rows_in(first.cells, true)
+    other_in_truth = in_truth if second is None else rows_in(second.cells, true)
+    # First labels without samples may be of one cell in the other labels, and of another in the truth.
+    in_truth[in_truth != np.append(other_in_truth, -1)[in_other]] = -1
+    asked, other_asked = _asked(first, other, in_other, cells)
+    common = asked & np.append(other_asked, False)[in_other]
+    if second is not None and not common.any():
+        raise _nothing_in_common(first.cells, second.cells)
+    _check_found(in_truth[common], first.take(common), true, is_store)
+    rows, n_common = np.flatnonzero(common & (in_truth >= 0)), int(common.sum())
+    left_out = LeftOut(
+        n_not_in_truth=n_common - len(rows),
+        n_not_in_other=int(asked.sum()) - n_common,
+        n_only_in_other=int(other_asked.sum()) - n_common,
+    )
+    return _Joined(rows, in_truth[rows], in_other[rows], left_out)
+
+
+def _asked(first: _Labels, other: _Labels, in_other: Ints, cells: str) -> tuple[Bools, Bools]:
+    """Which cells of both are asked for, all or those held out; in_other: rows of the first among the other ones.
+
+    Of what predict did not write, those that the others hold out.
+    """
+    if cells == "all":
+        return np.ones(len(first), np.bool_), np.ones(len(other), np.bool_)
+    asked, other_asked = _held_out(first), _held_out(other)
+    if other_asked is None:
+        other_asked = np.isin(np.arange(len(other)), in_other[asked])
+    if asked is None:
+        asked = np.append(other_asked, False)[in_other]
+    return asked, other_asked
+
+
+def _held_out(labels: _Labels) -> Bools | None:
+    """Which cells fine-tuning held out; None for what predict did not write."""
     if labels.rows is None:
-        return labels
-    if not labels.n_by_split.get("test"):
+        return None
+    held_out: Bools = (labels.rows["split"] == "test").to_numpy(np.bool_)
+    if not held_out.any():
         raise InputError(
-            f"{labels.cells.place}: found no held-out cell among {len(labels.cells):,}, expected some with split test; "
+            f"{labels.cells.place}: found no held-out cell among {len(labels):,}, expected some with split test; "
             "use --cells all, or predict the store that the model was fine-tuned on"
         )
-    return labels.take((labels.rows["split"] == "test").to_numpy())
-
-
-def _left_out_of_both(place: Ints, first: _Labels, second: _Labels) -> LeftOut:
-    if not (place >= 0).any():
-        raise _nothing_in_common(first.cells, second.cells)
-    n_common = len(np.unique(place[place >= 0]))
-    # What is not predict's holds cells that were not held out as well: that these are missing says nothing.
-    whole = [first.manifest is None, second.manifest is None]
-    compare = whole[0] == whole[1]
-    return LeftOut(
-        n_not_in_other=int((place < 0).sum()) if compare or not whole[0] else 0,
-        n_only_in_other=len(second.cells) - n_common if compare or not whole[1] else 0,
-    )
+    return held_out
 
 
 def _check_found(place: Ints, labels: _Labels, true: CellLabels, is_store: bool) -> None:
@@ -253,25 +296,28 @@ def _nothing_in_common(cells: CellLabels, others: CellLabels) -> InputError:
     )
 
 
-def _report(first: _Labels, true_types: Texts, second: _Labels | None, other: Texts | None) -> dict[str, Any]:
-    """The fields of a report that are figures."""
-    label = first.cells.label
+def _figures(labels: _Labels, true_types: Texts) -> dict[str, Any]:
+    """The fields of a report that are figures of the first labels."""
+    label = labels.cells.label
     known = true_types != ""
     assigned = label != LOW_DEPTH
     n_low_depth = int((known & ~assigned).sum())
     is_some = n_low_depth and (known & assigned).any()
-    fields: dict[str, Any] = {
+    fields = {
         "evaluation": evaluate_labels(true_types, label),
-        "n_by_split": _n_by_split(first, second),
         "n_novel": int((label[known] == NOVEL).sum()),
         "n_low_depth": n_low_depth,
         "assigned": evaluate_labels(true_types[assigned], label[assigned]) if is_some else None,
     }
-    if second is not None and other is not None:
-        found = evaluate_labels(true_types, other)
-        test = compare_labels(true_types, label, other)
-        fields["against"] = Against(second.cells.place, found, bootstrap_intervals(found), test)
-    return fields | _predicted(first, true_types)
+    return fields | _predicted(labels, true_types)
+
+
+def _against(first: _Labels, second: _Labels, true: CellLabels, joined: _Joined) -> Against:
+    """Figures of the other labels, and the paired test."""
+    true_types, other = true.label[joined.true], second.cells.label[joined.other]
+    found = evaluate_labels(true_types, other)
+    test = compare_labels(true_types, first.cells.label[joined.rows], other)
+    return Against(second.cells.place, found, bootstrap_intervals(found), test)
 
 
 def _n_by_split(first: _Labels, second: _Labels | None) -> dict[str, int]:
@@ -307,7 +353,7 @@ def _calibration(rows: pd.DataFrame, true_types: Texts, codes: Ints) -> Calibrat
     return calibration(rows["confidence"].to_numpy()[known], right[known]) if known.any() else None
 
 
-def _novelty(rows: pd.DataFrame, codes: Ints, has_truth: NDArray[np.bool_]) -> NoveltyFigures | None:
+def _novelty(rows: pd.DataFrame, codes: Ints, has_truth: Bools) -> NoveltyFigures | None:
     """How well the novelty score tells the cells of unknown types; None where all or none are."""
     novel = codes[has_truth] < 0
     if not novel.any() or novel.all():

@@ -1,11 +1,14 @@
 """Labels and truths of any tool: joined by cell, counted where they do not meet, refused where it is not clear."""
 
 import json
+import shutil
 from pathlib import Path
 
 import anndata
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import sklearn.metrics as sk
 from scipy import sparse
@@ -57,6 +60,18 @@ def cells_of(atlas: Path) -> pd.DataFrame:
 def accuracy(cells: pd.DataFrame, label: str = "label") -> float:
     known = cells.dropna(subset=["truth"])
     return sk.accuracy_score(known["truth"], known[label])
+
+
+def held_out_sample(atlas: Path, folder: Path, sample: str) -> Path:
+    """A copy of the labels that says that fine-tuning held out all of one sample, and trained on all others."""
+    shutil.copytree(atlas / "labels", folder)
+    for file in folder.glob("*.parquet"):
+        table = pq.read_table(file)
+        split = "test" if file.name.startswith(f"{sample}-") else "train"
+        place = table.schema.get_field_index("split")
+        values = pa.array([split] * len(table), table.schema.field("split").type)
+        pq.write_table(table.set_column(place, "split", values), file)
+    return folder
 
 
 def write_h5ad(path: Path, cells: pd.DataFrame) -> Path:
@@ -167,6 +182,45 @@ def test_barcodes_of_two_samples_without_a_sample_are_refused_by_name(atlas: Pat
     apart[["barcode", "label"]].to_csv(file, index=False)
     report = evaluate(file, atlas / "atlas.zarr", "truth", labels_column="label")
     assert report.evaluation.accuracy == pytest.approx(accuracy(apart))
+
+
+@pytest.mark.parametrize("side", ["labels", "truth"])
+def test_a_barcode_of_two_samples_is_refused_also_where_one_sample_alone_is_held_out(
+    atlas: Path, tmp_path: Path, side: str
+) -> None:
+    labels, file = held_out_sample(atlas, tmp_path / "labels", "a"), tmp_path / "tool.csv"
+    cells = cells_of(atlas)
+    cells[cells["sample"] == "b"][["barcode", "label", "truth"]].to_csv(file, index=False)
+    options = {"store": None, "truth_file": file}
+    if side == "labels":
+        options = {"store": atlas / "atlas.zarr", "against": file, "against_column": "label"}
+    with pytest.raises(InputError, match="found 20 cells more than once, as 'c0' of sample 'a' and 'c0' of"):
+        evaluate(labels, truth="truth", **options)
+
+
+def test_a_barcode_of_two_samples_is_refused_also_where_the_other_labels_have_one_of_them(
+    atlas: Path, tmp_path: Path
+) -> None:
+    cells, (file, other) = cells_of(atlas), (tmp_path / "tool.csv", tmp_path / "other.csv")
+    cells[cells["sample"] == "b"][["barcode", "label"]].to_csv(other, index=False)
+    cells[cells["sample"] == "a"][["sample", "barcode", "label"]].to_csv(file, index=False)
+    with pytest.raises(InputError, match=r"found 20 cells more than once, .* which .*other\.csv has too"):
+        evaluate(
+            file, atlas / "atlas.zarr", "truth", labels_column="label", against=other, against_column="label"
+        )
+
+
+def test_labels_without_samples_do_not_join_the_cells_of_two_samples(tmp_path: Path) -> None:
+    for name, sample in (("here", None), ("there", ["a", "a"]), ("truth", ["b", "a"])):
+        table = pd.DataFrame({"barcode": ["c1", "c2"], "type": ["T", "B"]})
+        table = table if sample is None else table.assign(sample=sample)
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    report = evaluate(
+        tmp_path / "here.csv", None, "type", truth_file=tmp_path / "truth.csv", labels_column="type",
+        against=tmp_path / "there.csv", against_column="type",
+    )  # fmt: skip
+    assert report.evaluation.n_cells == 1
+    assert report.left_out.n_not_in_truth == 1
 
 
 def test_a_row_twice_is_refused_by_name(atlas: Path, tmp_path: Path) -> None:
