@@ -113,7 +113,7 @@ def evaluate(
     cells: "test", those that fine-tuning held out, or "all"; None for "test" where ``predict`` wrote any of the
         labels. Other labels beside them are then evaluated on the same cells.
     label_map: a table on a disk that the truth goes through first, as in fine-tuning; labels that it names and no
-        evaluated cell has are told, and refused where it names no label of these cells
+        evaluated cell has are told, and refused where it names no label of any cell of the truth
 
     Cells are joined by sample and barcode, or by barcode alone where one side names no samples. Those that one side
     does not have, or has no label of, are left out and counted.
@@ -124,14 +124,13 @@ def evaluate(
     if cells not in (None, *CELLS):
         raise InputError(f"--cells: found {cells!r}, expected {' or '.join(CELLS)}")
     mapping = None if label_map is None else LabelMap.read(label_map)
-    true = _truth(store, truth, truth_file)
+    given = true = _truth(store, truth, truth_file)
+    if mapping is not None:
+        true = _mapped(given, mapping, truth)
     first = _opened(labels, labels_column, "--labels-column")
     second = None if against is None else _opened(against, against_column, "--against-column")
     cells = _which(cells, first, second)
     joined = _joined(first, second, true, cells, is_store=truth_file is None)
-    unused: tuple[str, ...] = ()
-    if mapping is not None:
-        true, unused = _mapped(true, mapping, truth, joined.true)
     left_out = joined.left_out
     if cells == "all" and second is None:
         unlabelled = true.label != ""
@@ -144,7 +143,7 @@ def evaluate(
         cells=cells,
         left_out=left_out,
         label_map=mapping,
-        unused_labels=unused,
+        unused_labels=() if mapping is None else tuple(mapping.unknown(given.label[joined.true])),
         n_by_split=_n_by_split(first, second),
         **_figures(first.take(joined.rows), true.label[joined.true]),
         against=None if second is None else _against(first, second, true, joined),
@@ -163,17 +162,15 @@ def _truth(store: IslandStore | Location | None, truth: str, file: Location | No
     return store_labels(store if isinstance(store, IslandStore) else IslandStore.open(store), truth)
 
 
-def _mapped(
-    true: CellLabels, mapping: LabelMap, column: str, rows: Ints
-) -> tuple[CellLabels, tuple[str, ...]]:
-    """The truth after a label map, and the labels that the map names and none of its ``rows``, those to evaluate, has.
+def _mapped(true: CellLabels, mapping: LabelMap, column: str) -> CellLabels:
+    """The truth after a label map; column: of the truth, for the message.
 
-    column: of the truth, for the message. Raises InputError where that is all labels that the map names.
+    Raises InputError where no cell has a label that the map names. Those to evaluate may have none all the same:
+    fine-tuning holds out no cell whose label the map drops.
     """
-    given = true.label[rows]
-    if not set(mapping.to).intersection(given):
-        mapping.check(column, given)
-    return replace(true, label=mapping.applied(true.label)), tuple(mapping.unknown(given))
+    if not set(mapping.to).intersection(true.label):
+        mapping.check(column, true.label)
+    return replace(true, label=mapping.applied(true.label))
 
 
 def _opened(location: Location, column: str | None, option: str) -> _Labels:

@@ -1,6 +1,7 @@
 """Lineages in the labels data set and in evaluation, against plain recursion over the probabilities on disk."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -202,6 +203,27 @@ def test_evaluation_takes_the_truth_through_a_label_map(atlas: Path, tmp_path: P
     assert report.unused_labels == ("never",)
     assert "labels of the label map that none of these cells has: never" in report.notes
     assert report.to_dict()["label_map"]["to"] == {"B cell": "", "elsewhere": "neuron", "never": "astro"}
+
+
+def test_a_label_map_that_only_drops_labels_is_told_and_not_refused(atlas: Path, tmp_path: Path) -> None:
+    """As in fine-tuning, whose split has no cell of a label that its map drops."""
+    mapping = tmp_path / "map.csv"
+    mapping.write_text("from,to\nelsewhere,\n")
+    store = IslandStore.open(atlas / "atlas.zarr")
+    truth = store.obs(["truth"])["truth"]
+    rows = [
+        ("a", f"c{i}", ["train", "test"][i % 2])
+        for i in np.flatnonzero(truth.notna() & (truth != "elsewhere"))
+    ]
+    shutil.copytree(atlas / "run", tmp_path / "run")
+    write_split(tmp_path / "run/split.parquet", rows, {n: s.x_sha256 for n, s in store.samples.items()})
+    predict(store, tmp_path / "run/model", tmp_path / "labels")
+    report = evaluate(tmp_path / "labels", store, "truth", label_map=mapping)
+    assert report.evaluation.n_cells == sum(split == "test" for *_, split in rows)
+    assert report.unused_labels == ("elsewhere",)
+    everywhere = evaluate(tmp_path / "labels", store, "truth", label_map=mapping, cells="all")
+    assert everywhere.evaluation.n_cells == len(rows)
+    assert everywhere.unused_labels == ()
 
 
 def test_a_label_map_that_is_of_other_labels_altogether_is_refused(atlas: Path, tmp_path: Path) -> None:
