@@ -66,8 +66,8 @@ class LeftOut:
     """Cells that could not be compared.
 
     n_not_in_truth: that have a label, and that the truth does not have
-    n_without_label: that have a truth, and no label; counted where all cells are evaluated
-    n_not_in_other, n_only_in_other: that one of two sets of labels does not have
+    n_without_label: that have a truth, and no label in any set of labels; of those held out where these are evaluated
+    n_not_in_other, n_only_in_other: that have a label in one of two sets of labels alone
     """
 
     n_not_in_truth: int = 0
@@ -89,7 +89,8 @@ class EvaluationReport:
     assigned: the figures over the cells that are not Unassigned_low_depth; None where that is all or none of them
     label_map: what the truth went through; unused_labels: those that it names and no evaluated cell has
 
-    Of what ``predict`` wrote alone, else "", None and empty:
+    Of what ``predict`` wrote alone, else "", None and empty; of cells without a label in the column that is evaluated,
+    as lineage, too:
     model: its digest; rule: what made a cell Novel_cell_type or Unassigned_low_depth
     best: the figures of ``best``, the likeliest type however sure the model is
     calibration: confidence against share right of the cells whose type the model knows
@@ -183,15 +184,16 @@ class EvaluationReport:
         return notes
 
     def _notes_on_left_out(self) -> list[str]:
-        left, place = self.left_out, self.truth_file or "the store"
+        left, place, labels = self.left_out, self.truth_file or "the store", str(self.labels)
+        either = labels if self.against is None else f"{labels} or {self.against.labels}"
         counts = {
-            f"cells of {self.labels} are not in {place}, and left out": left.n_not_in_truth,
-            f"cells with a {self.truth} have no label in {self.labels}, and are left out": left.n_without_label,
+            f"cells of {labels} are not in {place}, and left out": left.n_not_in_truth,
+            f"cells with a {self.truth} have no label in {either}, and are left out": left.n_without_label,
         }
         if self.against is not None:
             other = self.against.labels
-            counts[f"cells of {self.labels} are not in {other}, and left out"] = left.n_not_in_other
-            counts[f"cells of {other} are not in {self.labels}, and left out"] = left.n_only_in_other
+            counts[f"cells of {labels} have no label in {other}, and are left out"] = left.n_not_in_other
+            counts[f"cells of {other} have no label in {labels}, and are left out"] = left.n_only_in_other
         counts[f"cells without a {self.truth} are left out"] = self.evaluation.n_without_truth
         return [f"{n:,} {what}" for what, n in counts.items() if n]
 

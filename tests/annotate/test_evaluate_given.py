@@ -284,6 +284,45 @@ def test_of_two_files_the_cells_that_both_have_are_judged(atlas: Path, tmp_path:
     assert report.against.evaluation.accuracy == pytest.approx(accuracy(common, "other"))
 
 
+def test_of_two_sets_of_labels_each_cell_that_is_left_out_is_counted_once(
+    atlas: Path, tmp_path: Path
+) -> None:
+    cells = cells_of(atlas)
+    known = np.flatnonzero(cells["truth"].notna())
+    here, there = cells.assign(other="neuron"), cells.assign(other="neuron")
+    here.loc[known[:9], "label"] = ""  # of these, three have no label there either
+    there.loc[known[6:13], "other"] = None
+    here.drop(index=known[20:23]).to_csv(tmp_path / "here.csv", index=False)
+    there.drop(index=known[22:27]).to_csv(tmp_path / "there.csv", index=False)
+    report = evaluate(
+        tmp_path / "here.csv", atlas / "atlas.zarr", "truth", labels_column="label",
+        against=tmp_path / "there.csv", against_column="other",
+    )  # fmt: skip
+    left = report.left_out
+    assert left == LeftOut(n_without_label=3 + 1, n_not_in_other=4 + 4, n_only_in_other=6 + 2)
+    n_left_out = left.n_without_label + left.n_not_in_other + left.n_only_in_other
+    assert report.evaluation.n_cells == len(known) - n_left_out
+    of_both = f"{tmp_path / 'here.csv'} or {tmp_path / 'there.csv'}"
+    assert f"4 cells with a truth have no label in {of_both}, and are left out" in report.notes
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_held_out_cells_that_other_labels_leave_blank_are_counted(
+    atlas: Path, tmp_path: Path, turned: bool
+) -> None:
+    cells, file = cells_of(atlas), tmp_path / "tool.csv"
+    table = pd.read_parquet(atlas / "labels").merge(cells, on=["sample", "barcode"], suffixes=("", "_tool"))
+    test = table[(table["split"] == "test") & table["truth"].notna()]
+    blank = pd.MultiIndex.from_frame(test[["sample", "barcode"]].iloc[:5])
+    names = pd.MultiIndex.from_frame(cells[["sample", "barcode"]])
+    cells.assign(label=cells["label"].where(~names.isin(blank), "")).to_csv(file, index=False)
+    options = {"labels_column": "label", "against": atlas / "labels"} if turned else {}
+    options = options or {"against": file, "against_column": "label"}
+    report = evaluate(file if turned else atlas / "labels", atlas / "atlas.zarr", "truth", **options)
+    assert report.left_out == LeftOut(**{"n_only_in_other" if turned else "n_not_in_other": 5})
+    assert report.evaluation.n_cells == len(test) - 5
+
+
 def test_cells_that_are_left_unassigned_are_counted_and_the_others_judged_apart(
     atlas: Path, tmp_path: Path
 ) -> None:

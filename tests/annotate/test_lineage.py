@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from small_atlas import TYPES, add_sample, draw_sample, small_model, small_space, write_split
 
 from annatac_scale.annotate.evaluate import evaluate
+from annatac_scale.annotate.evaluation_report import LeftOut
 from annatac_scale.annotate.hierarchy_metrics import lineage_figures
 from annatac_scale.annotate.labels import MANIFEST, read_manifest
 from annatac_scale.annotate.predict import predict
@@ -185,6 +186,28 @@ def test_lineages_may_be_evaluated_themselves_and_cells_without_one_are_left_out
     assert report.left_out.n_without_label == len(table) - given.sum()
     right = (table["lineage"] == table["truth"])[given]
     assert report.evaluation.accuracy == pytest.approx(right.mean())
+
+
+def test_cells_without_a_lineage_are_counted_among_the_held_out_ones_too_and_stay_in_what_predict_says(
+    atlas: Path,
+) -> None:
+    report = evaluate(atlas / "labels", atlas / "atlas.zarr", "truth", labels_column="lineage")
+    table = pd.read_parquet(atlas / "labels").merge(
+        IslandStore.open(atlas / "atlas.zarr").obs(), on=["sample", "barcode"]
+    )
+    table = table[table["truth"].notna() & (table["split"] == "test")]
+    given = table["lineage"].notna()
+    assert 0 < given.sum() < len(table)
+    assert report.evaluation.n_cells == given.sum()
+    assert report.left_out == LeftOut(n_without_label=int((~given).sum()))
+    assert any(
+        note.startswith(f"{(~given).sum()} cells with a truth have no label in") for note in report.notes
+    )
+    assert report.lineage.named == pytest.approx(given[table["truth"].isin(DEPTH)].mean())
+    assert report.best.accuracy == pytest.approx((table["best"] == table["truth"]).mean())
+    known = table[table["truth"].isin(TYPES)]
+    assert report.calibration.n_cells == len(known)
+    assert report.novelty.n_known + report.novelty.n_novel == len(table)
 
 
 def test_evaluation_takes_the_truth_through_a_label_map(atlas: Path, tmp_path: Path) -> None:
