@@ -108,7 +108,8 @@ def finetune(
     model: a folder, on a disk or in object storage, or as it was read from one: its encoder is trained in place
     labels: obs column with the cell types; cells without one are left out and counted
     out: a folder on a disk
-    holdout: share of each type's cells, or "column=value", that test and are never trained on
+    holdout: share of each type's cells, or "column=value", that test and are never trained on; with a value, cells
+        that have none in the column are left out and counted
     group: obs column, or "sample", whose cells of one value (a donor, a batch) keep together: whole groups test
     label_map: a table on a disk that renames, merges and drops labels first (train/label_map.py)
     hierarchy: a table or ontology on a disk with what lies above the labels (model/ontology.py), kept in the model
@@ -137,7 +138,7 @@ def finetune(
     config = with_head(config, labelled, pretrained.encoder.pool is not None, progress)
     if config.head.kind == "linear" and "val" not in labelled.whole:
         labelled = labelled.with_val_training()
-    progress.say(_split_line(labels, labelled))
+    progress.say(_split_line(labels, rule, labelled))
     check_enough(labels, labelled, config.head.kind)
     above = None if hierarchy is None else read_hierarchy(hierarchy, labelled.types)
     work = _Work(store, pretrained, labels, labelled, config, rule.described, group, mapping, above)
@@ -152,10 +153,14 @@ def finetune(
     return _report(run)
 
 
-def _split_line(labels: str, labelled: LabelledCells) -> str:
+def _split_line(labels: str, rule: SplitRule, labelled: LabelledCells) -> str:
     sizes = ", ".join(f"{n:,} {name}" for name, n in labelled.sizes.items())
     dropped = f", {labelled.n_dropped:,} dropped by the label map" if labelled.n_dropped else ""
     without = f"{labelled.n_without_label:,} cells without a label{dropped}"
+    if rule.held_out is not None and labelled.n_without_value:
+        without += (
+            f", {labelled.n_without_value:,} labelled ones without a {rule.held_out[0]}, which are left out"
+        )
     return f"labels {labels}: {len(labelled.types)} types, {sizes}; {without}"
 
 
@@ -201,6 +206,7 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
         "split": labelled.sizes,
         "n_without_label": labelled.n_without_label,
         "n_dropped": labelled.n_dropped,
+        "n_without_value": labelled.n_without_value,
         "label_map": None if work.label_map is None else work.label_map.facts,
         "judged_on": judged.on,
         "validation": figures | figures_of(*validated),

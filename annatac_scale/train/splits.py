@@ -48,6 +48,7 @@ class LabelledCells:
     groups: object, the group of each cell, where groups are kept whole; else None
     whole: the splits that consist of whole groups; the rest is dealt among the cells of the groups that train
     n_without_group: cells with a label that are in no split because nobody knows their group
+    n_without_value: others that are in none because nobody knows whether they have the value that is held out
     """
 
     cells: NDArray[np.int64]
@@ -60,6 +61,7 @@ class LabelledCells:
     groups: Texts | None = None
     whole: tuple[str, ...] = ()
     n_without_group: int = 0
+    n_without_value: int = 0
 
     def of(self, split: str) -> NDArray[np.int64]:
         """Cell ids of a split."""
@@ -92,7 +94,8 @@ class LabelledCells:
 class SplitRule:
     """How labelled cells are split.
 
-    holdout: share of the cells that test, or "column=value": all cells with that value (a donor, a fold)
+    holdout: share of the cells that test, or "column=value": all cells with that value (a donor, a fold), where cells
+        without a value are left out
     validation_share, calibration_share: of the cells that do not test
     group: obs column, or "sample", whose cells of one value (a donor) keep together; "": cells are dealt type by type
     """
@@ -154,7 +157,7 @@ def split_cells(
 
     Without groups, type by type: cells are dealt in the order of a hash of (seed, sample, barcode), so that a cell's
     split does not depend on the order of samples. A type with few cells trains before it validates, calibrates or
-    tests.
+    tests. Where a value is held out, cells without one are left out: they may be of any donor.
 
     With groups, whole groups test, at least one, and whole groups validate and calibrate where enough are left
     (``train.groups``); else cells of the groups that train do, type by type. Cells without a group are left out: they
@@ -172,11 +175,13 @@ def split_cells(
         text = label_map.applied(given)
     labelled = text != ""
     groups = _groups(store, labels, rule, obs, labelled) if rule.group else None
-    taking_part = labelled if groups is None else labelled & (groups != "")
+    grouped = labelled if groups is None else labelled & (groups != "")
+    values = None if rule.held_out is None else label_texts(obs[rule.held_out[0]])
+    taking_part = grouped if values is None else grouped & (values != "")
     cells = np.flatnonzero(taking_part)
     split = np.full(store.n_cells, "train", object)
-    if rule.held_out is not None:
-        split[_held_out(store, rule, label_texts(obs[rule.held_out[0]]), cells)] = "test"
+    if values is not None:
+        split[_held_out(store, rule, values, cells)] = "test"
     shares: Mapping[str, float] = rule.shares
     whole: tuple[str, ...] = ()
     if groups is not None:
@@ -188,10 +193,12 @@ def split_cells(
     for _, members in pd.Series(by_hash).groupby(text[by_hash]):
         split[members] = _dealt(len(members), shares)
     types = sorted(set(text[cells][split[cells] == "train"]))
+    n_without_value = int(grouped.sum()) - len(cells)
     if len(types) < FEWEST_TRAIN_TYPES:
+        without = f", where {n_without_value:,} cells without a value are left out" if n_without_value else ""
         raise InputError(
-            f"--labels {labels}: {len(types)} cell types have training cells ({', '.join(types)}), expected at least "
-            f"{FEWEST_TRAIN_TYPES}; label more cells or hold out fewer"
+            f"--labels {labels} --holdout {rule.holdout}: {len(types)} cell types have training cells "
+            f"({', '.join(types)}){without}, expected at least {FEWEST_TRAIN_TYPES}; label more cells or hold out fewer"
         )
     taken = [name for name in types if name in OWN_LABELS]
     if taken:
@@ -210,7 +217,8 @@ def split_cells(
         strangers=tuple(strangers),
         groups=None if groups is None else groups[cells],
         whole=whole,
-        n_without_group=int(labelled.sum()) - len(cells),
+        n_without_group=int((labelled & ~grouped).sum()),
+        n_without_value=n_without_value,
     )
 
 
