@@ -86,7 +86,7 @@ class _Work:
     labelled: LabelledCells
     config: FinetuneConfig
     holdout: str
-    group: str
+    group: str | None
     label_map: LabelMap | None
     hierarchy: Hierarchy | None
 
@@ -99,7 +99,7 @@ def finetune(
     config: FinetuneConfig,
     holdout: float | str = 0.2,
     progress: Progress | None = None,
-    group: str = "",
+    group: str | None = None,
     label_map: Location | None = None,
     hierarchy: Location | None = None,
 ) -> FinetuneReport:
@@ -128,7 +128,7 @@ def finetune(
             "the model was never written, so the run could not say what it is trained from; write it first"
         )
     pretrained.check_store(store)
-    if config.group_weights != "none" and not group:
+    if config.group_weights != "none" and group is None:
         raise ConfigError(
             f"group_weights: found {config.group_weights!r} without --group, expected the column of the groups; add it"
         )
@@ -174,7 +174,7 @@ def _identity(work: _Work) -> dict[str, Any]:
         "model": work.pretrained.digest,
         "labels": work.labels,
         "holdout": work.holdout,
-        "group": work.group,
+        "group": work.group or "",
         "labelled_cells": cells.hexdigest(),
         **{name: file.sha256 for name, file in named.items() if file is not None},
         **run_inputs(work.store),
@@ -275,7 +275,7 @@ def _fit(work: _Work, task: FinetuneTask, progress: Progress) -> Judged | None:
     centre, weight, bias = (torch.from_numpy(part) for part in (probe.centre, probe.weight, probe.bias))
     per_island = None if probe.per_island is None else torch.from_numpy(probe.per_island)
     typer.head.take_over(centre, weight, bias, per_island)
-    of_what = work.group + " groups" if folds.by_group else "cells"
+    of_what = f"{work.group} groups" if folds.by_group else "cells"
     for name, fitted in probe.regressions.items():
         progress.say(
             f"linear head: regression on {name}: C = {fitted.strength:g} has the least loss of those tried, over "

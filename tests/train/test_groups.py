@@ -175,6 +175,7 @@ def test_samples_are_groups():
         ),
         ("donor", "--group donor: found 1 groups among the labelled cells of toy.zarr"),
         ("plate", "no obs column"),
+        ("", "no obs column"),
     ],
 )
 def test_a_column_without_groups_is_refused(group, message):

@@ -178,7 +178,9 @@ def test_codes_are_looked_up_by_cell_in_any_order():
     ("holdout", "message"),
     [
         ("donor=D9", "--holdout donor=D9: no labelled cell of toy.zarr has donor 'D9'; there are D1, D2"),
-        ("donor=", "has donor ''; there are D1, D2"),
+        ("donor=", "--holdout donor=: found no value; expected column=value, as donor=D5, or a share"),
+        ("donor= NA", "found no value"),
+        ("=D2", "--holdout =D2: found no column; expected column=value"),
         ("lab=x", "no obs column"),
         (1.0, "expected a share from 0 up to 1, or column=value"),
         (-0.1, "expected a share"),
@@ -189,6 +191,18 @@ def test_codes_are_looked_up_by_cell_in_any_order():
 def test_a_holdout_that_is_none_is_refused(holdout, message):
     with pytest.raises(InputError, match=message):
         split(obs_of(["T", "B"] * 20, ["D1", "D2"] * 20), holdout)
+
+
+def test_a_column_without_a_name_is_refused():
+    with pytest.raises(InputError, match="no obs column"):
+        split(obs_of(["T", "B"] * 20), labels="")
+
+
+def test_a_value_is_held_out_however_its_letters_are_composed():
+    composed, apart = "Zo\u00eb", "Zoe\u0308"
+    obs = obs_of(["T", "T", "B", "B"] * 10, [composed, "D2"] * 20)
+    for spelling in (composed, apart):
+        assert split(obs, f"donor={spelling}").of("test").tolist() == list(range(0, 40, 2))
 
 
 def test_a_holdout_has_one_spelling():
