@@ -19,7 +19,6 @@ from annatac_scale.annotate.given_labels import (
 )
 from annatac_scale.annotate.hierarchy_metrics import LineageFigures, lineage_figures
 from annatac_scale.annotate.joined_labels import Labels, joined_labels, opened_labels
-from annatac_scale.annotate.labels import Manifest
 from annatac_scale.annotate.metrics import evaluate_labels
 from annatac_scale.annotate.reliability import (
     Calibration,
@@ -30,6 +29,7 @@ from annatac_scale.annotate.reliability import (
     set_coverage,
 )
 from annatac_scale.errors import InputError
+from annatac_scale.model.hierarchy import Hierarchy
 from annatac_scale.model.labels import LOW_DEPTH, NOVEL
 from annatac_scale.store.place import Location
 from annatac_scale.store.store import IslandStore
@@ -163,19 +163,26 @@ def _predicted(labels: Labels, true_types: Texts) -> dict[str, Any]:
     """The fields that are of what predict wrote, of cells with and without a label in the column that is evaluated."""
     if labels.manifest is None or labels.rows is None:
         return {}
-    classes, rows = labels.manifest.classes, labels.rows
+    classes, rows, hierarchy = labels.manifest.classes, labels.rows, labels.manifest.hierarchy
     best = evaluate_labels(true_types, rows["best"])
-    codes = pd.Index(classes).get_indexer(pd.Index(true_types, dtype=object))
-    n_true = best.per_type.set_index("cell_type")["n"]
+    truth = pd.Index(true_types, dtype=object)
+    codes = pd.Index(classes).get_indexer(truth)
+    # Of a cell whose true type lies above types of the model nobody can say whether its own is one of them.
+    above = set() if hierarchy is None else {*hierarchy.nodes} - {*classes}
+    is_told = (true_types != "") & ~truth.isin(above)
+    beyond = {
+        str(row.cell_type): int(row.n) for row in best.per_type.itertuples() if row.cell_type not in classes
+    }
     return {
         "model": labels.manifest.model,
         "rule": labels.manifest.rule,
         "best": best,
         "calibration": _calibration(rows, true_types, codes),
-        "unknown_types": {str(name): int(n) for name, n in n_true.items() if name not in classes},
-        "novelty": _novelty(rows, codes, true_types != ""),
+        "unknown_types": {name: n for name, n in beyond.items() if name not in above},
+        "types_above": {name: n for name, n in beyond.items() if name in above},
+        "novelty": _novelty(rows, codes, is_told),
         "coverage": _coverage(rows, codes, classes),
-        "lineage": _lineage(labels.manifest, true_types, rows),
+        "lineage": None if hierarchy is None else _lineage(hierarchy, true_types, rows),
     }
 
 
@@ -186,12 +193,15 @@ def _calibration(rows: pd.DataFrame, true_types: Texts, codes: Ints) -> Calibrat
     return calibration(rows["confidence"].to_numpy()[known], right[known]) if known.any() else None
 
 
-def _novelty(rows: pd.DataFrame, codes: Ints, has_truth: NDArray[np.bool_]) -> NoveltyFigures | None:
-    """How well the novelty score tells the cells of unknown types; None where all or none are."""
-    novel = codes[has_truth] < 0
+def _novelty(rows: pd.DataFrame, codes: Ints, is_told: NDArray[np.bool_]) -> NoveltyFigures | None:
+    """How well the novelty score tells the cells of unknown types; None where all or none are.
+
+    is_told: cells whose truth says whether their type is one of the model's
+    """
+    novel = codes[is_told] < 0
     if not novel.any() or novel.all():
         return None
-    return novelty_figures(rows["novelty_score"].to_numpy(np.float64)[has_truth], novel)
+    return novelty_figures(rows["novelty_score"].to_numpy(np.float64)[is_told], novel)
 
 
 def _coverage(rows: pd.DataFrame, codes: Ints, classes: tuple[str, ...]) -> Coverage | None:
@@ -206,9 +216,6 @@ def _coverage(rows: pd.DataFrame, codes: Ints, classes: tuple[str, ...]) -> Cove
     return set_coverage(members, codes[codes >= 0])
 
 
-def _lineage(manifest: Manifest, true_types: Texts, rows: pd.DataFrame) -> LineageFigures | None:
-    """How far lineages are right; None where the model has no hierarchy."""
-    hierarchy = manifest.hierarchy
-    if hierarchy is None:
-        return None
+def _lineage(hierarchy: Hierarchy, true_types: Texts, rows: pd.DataFrame) -> LineageFigures:
+    """How far lineages are right."""
     return lineage_figures(hierarchy, true_types, rows["best"], rows["lineage"])

@@ -96,6 +96,8 @@ class EvaluationReport:
     calibration: confidence against share right of the cells whose type the model knows
     unknown_types: true types that the model does not know, with their cells; novelty: how these cells' scores stand
         out; coverage: of prediction sets; lineage: in the model's hierarchy, where it has one
+    types_above: true types that lie above types of the model in its hierarchy, with their cells, which are neither
+        known nor unknown
     """
 
     labels: Path | str
@@ -116,6 +118,7 @@ class EvaluationReport:
     best: Evaluation | None = None
     calibration: Calibration | None = None
     unknown_types: dict[str, int] = field(default_factory=dict)
+    types_above: dict[str, int] = field(default_factory=dict)
     novelty: NoveltyFigures | None = None
     coverage: Coverage | None = None
     lineage: LineageFigures | None = None
@@ -178,8 +181,13 @@ class EvaluationReport:
             notes.append(
                 f"labels of the label map that none of these cells has: {', '.join(self.unused_labels)}"
             )
+        if self.types_above:
+            notes.append(
+                "types that lie above types of the model, so that only a lineage can be right, and that count for no "
+                f"figure of novelty: {_with_cells(self.types_above)}"
+            )
         if self.unknown_types:
-            types = ", ".join(f"{name} ({n:,} cells)" for name, n in self.unknown_types.items())
+            types = _with_cells(self.unknown_types)
             notes.append(f"types that the model does not know, so that no best type can be right: {types}")
         return notes
 
@@ -221,6 +229,7 @@ class EvaluationReport:
             "best_macro_f1": None if self.best is None else self.best.macro_f1,
             "best_intervals": _as_json(self.best_intervals),
             "unknown_types": self.unknown_types,
+            "types_above": self.types_above,
             "novelty": None if self.novelty is None else asdict(self.novelty),
             "coverage": None if self.coverage is None else self.coverage.to_dict(),
             "lineage": None if self.lineage is None else self.lineage.to_dict(),
@@ -289,6 +298,10 @@ class EvaluationReport:
             share = self.n_low_depth / self.evaluation.n_cells
             figures[LOW_DEPTH] = (f"{share:.1%}", f"{self.n_low_depth:,} cells, no label ventured")
         return figures
+
+
+def _with_cells(types: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({n:,} cells)" for name, n in types.items())
 
 
 def _lines(

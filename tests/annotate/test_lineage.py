@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 from small_atlas import TYPES, add_sample, draw_sample, small_model, small_space, write_split
 
 from annatac_scale.annotate.evaluate import evaluate
@@ -207,7 +208,25 @@ def test_cells_without_a_lineage_are_counted_among_the_held_out_ones_too_and_sta
     assert report.best.accuracy == pytest.approx((table["best"] == table["truth"]).mean())
     known = table[table["truth"].isin(TYPES)]
     assert report.calibration.n_cells == len(known)
-    assert report.novelty.n_known + report.novelty.n_novel == len(table)
+    assert report.novelty.n_known + report.novelty.n_novel == (table["truth"] != "glia").sum()
+
+
+def test_true_types_above_those_of_the_model_are_neither_known_nor_novel(atlas: Path) -> None:
+    report = evaluate(atlas / "labels", atlas / "atlas.zarr", "truth")
+    table = pd.read_parquet(atlas / "labels").merge(
+        IslandStore.open(atlas / "atlas.zarr").obs(), on=["sample", "barcode"]
+    )
+    cells = table[table["truth"].notna() & (table["split"] == "test")]
+    n_of = cells["truth"].value_counts()
+    assert report.types_above == {"glia": n_of["glia"]}
+    assert report.unknown_types == {"elsewhere": n_of["elsewhere"]}
+    told = cells[cells["truth"] != "glia"]
+    novel = told["truth"] == "elsewhere"
+    assert (report.novelty.n_novel, report.novelty.n_known) == (novel.sum(), (~novel).sum())
+    assert report.novelty.auroc == pytest.approx(roc_auc_score(novel, told["novelty_score"]))
+    assert report.to_dict()["types_above"] == report.types_above
+    note = next(line for line in report.notes if line.startswith("types that lie above types of the model"))
+    assert note.endswith(f": glia ({n_of['glia']} cells)")
 
 
 def test_evaluation_takes_the_truth_through_a_label_map(atlas: Path, tmp_path: Path) -> None:
