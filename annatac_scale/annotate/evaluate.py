@@ -18,7 +18,7 @@ from annatac_scale.annotate.given_labels import (
     store_labels,
 )
 from annatac_scale.annotate.hierarchy_metrics import LineageFigures, lineage_figures
-from annatac_scale.annotate.joined_labels import Labels, joined_labels, opened_labels
+from annatac_scale.annotate.joined_labels import Joined, Labels, joined_labels, opened_labels
 from annatac_scale.annotate.metrics import evaluate_labels
 from annatac_scale.annotate.reliability import (
     Calibration,
@@ -89,6 +89,7 @@ def evaluate(
         label_map=mapping,
         unused_labels=() if mapping is None else tuple(mapping.unknown(given.label[joined.true][labelled])),
         n_by_split=_n_by_split(first, second),
+        n_trained_on=_n_trained_on(first, second, joined, labelled & (true_types != "")),
         **_figures(true_types[labelled], chosen.cells.label[labelled]),
         **_predicted(chosen, true_types),
         against=None
@@ -157,6 +158,14 @@ def _n_by_split(first: Labels, second: Labels | None) -> dict[str, int]:
     """Of the labels that say which cells were held out."""
     told = [one for one in (first, second) if one is not None and one.manifest is not None]
     return (told or [first])[0].n_by_split
+
+
+def _n_trained_on(first: Labels, second: Labels | None, joined: Joined, counted: NDArray[np.bool_]) -> int:
+    """Cells that either model was fine-tuned with; counted: which of the joined cells figures are of, bool [n]."""
+    trained = first.trained[joined.rows]
+    if second is not None:
+        trained = trained | second.trained[joined.other]
+    return int((trained & counted).sum())
 
 
 def _predicted(labels: Labels, true_types: Texts) -> dict[str, Any]:

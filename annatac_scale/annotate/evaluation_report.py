@@ -14,7 +14,6 @@ from annatac_scale.annotate.reliability import Calibration, Coverage, NoveltyFig
 from annatac_scale.model.labels import LOW_DEPTH, NOVEL
 from annatac_scale.train.confusions import confusions_of
 from annatac_scale.train.label_map import LabelMap
-from annatac_scale.train.splits import SPLITS
 
 MUCH_NOVEL = 0.5
 """Above this share of Novel_cell_type the figures of ``label`` say little of the model: a note says so."""
@@ -85,6 +84,7 @@ class EvaluationReport:
     evaluation: the figures of the labels, where Novel_cell_type and Unassigned_low_depth are errors
     intervals: 95% bootstrap intervals of its headline figures
     n_by_split: all cells of the labels by split, "none" for those that were not in the fine-tuning
+    n_trained_on: evaluated cells that were used in fine-tuning, of either model where two are compared
     n_novel, n_low_depth: evaluated cells that are named Novel_cell_type, Unassigned_low_depth
     assigned: the figures over the cells that are not Unassigned_low_depth; None where that is all or none of them
     label_map: what the truth went through; unused_labels: those that it names and no evaluated cell has
@@ -106,6 +106,7 @@ class EvaluationReport:
     evaluation: Evaluation
     n_by_split: dict[str, int]
     n_novel: int
+    n_trained_on: int = 0
     n_low_depth: int = 0
     assigned: Evaluation | None = None
     truth_file: str | None = None
@@ -146,11 +147,6 @@ class EvaluationReport:
         return self.n_novel / self.evaluation.n_cells
 
     @property
-    def n_trained_on(self) -> int:
-        """Evaluated cells that the fine-tuning used."""
-        return 0 if self.cells == "test" else sum(self.n_by_split.get(s, 0) for s in SPLITS[:-1])
-
-    @property
     def notes(self) -> list[str]:
         """Sentences that a reader of the figures must know."""
         total, n_test = sum(self.n_by_split.values()), self.n_by_split.get("test", 0)
@@ -158,7 +154,8 @@ class EvaluationReport:
         notes = [held_out if self.cells == "test" else f"all {total:,} cells"]
         if self.n_trained_on:
             notes.append(
-                f"{self.n_trained_on:,} of them were used in fine-tuning: the figures are better than on new cells"
+                f"{self.n_trained_on:,} of the {self.evaluation.n_cells:,} evaluated cells were used in fine-tuning: "
+                "the figures are better than on new cells"
             )
         notes += self._notes_on_left_out()
         if self.rule is not None and self.share_novel > MUCH_NOVEL:

@@ -47,6 +47,13 @@ class Labels:
         n_of = Counter(self.rows["split"])
         return {name: n_of[name] for name in (*SPLITS, NO_SPLIT) if n_of[name]}
 
+    @property
+    def trained(self) -> Bools:
+        """Which cells fine-tuning used; none of what predict did not write."""
+        if self.rows is None:
+            return np.zeros(len(self), np.bool_)
+        return self.rows["split"].isin(SPLITS[:-1]).to_numpy(np.bool_)
+
     def take(self, rows: Ints | Bools) -> "Labels":
         """Some of the cells."""
         own = None if self.rows is None else self.rows.iloc[np.arange(len(self))[rows]]

@@ -268,6 +268,26 @@ def test_other_labels_beside_those_of_predict_are_judged_on_the_held_out_cells(
     assert json.loads(json.dumps(here.to_dict(), allow_nan=False))["against"]["test"]["n_cells"] == len(test)
 
 
+def test_cells_that_either_of_two_models_trained_on_are_counted_where_they_are_judged(
+    atlas: Path, tmp_path: Path
+) -> None:
+    first = held_out_sample(atlas, tmp_path / "first", "a")
+    second = held_out_sample(atlas, tmp_path / "second", "none")
+    cells = cells_of(atlas).dropna(subset=["truth"])
+    file = tmp_path / "some.csv"
+    some = cells.iloc[10:90]
+    some.to_csv(file, index=False)
+    n_b = (some["sample"] == "b").sum()
+    assert 0 < n_b < len(some)
+    for labels, against, n in ((first, file, n_b), (file, first, n_b), (first, second, len(cells))):
+        columns = {"labels_column" if labels == file else "against_column": "label"}
+        report = evaluate(labels, atlas / "atlas.zarr", "truth", cells="all", against=against, **columns)
+        assert report.n_trained_on == n
+    alone = evaluate(first, None, "truth", truth_file=file, cells="all")
+    assert alone.n_trained_on == n_b
+    assert f"{n_b} of the 80 evaluated cells were used in fine-tuning" in alone.notes[1]
+
+
 def test_of_two_files_the_cells_that_both_have_are_judged(atlas: Path, tmp_path: Path) -> None:
     cells = cells_of(atlas)
     cells.iloc[10:].to_parquet(tmp_path / "one.parquet")
