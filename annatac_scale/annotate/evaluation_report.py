@@ -57,7 +57,11 @@ class Against:
                 f"{_shown(found.interval)}, p {found.p:.2g} (paired bootstrap)"
             )
         alone = f"right here alone {test.n_only_first:,}, there alone {test.n_only_second:,} cells"
-        return [*lines, f"{alone}: p {test.p_mcnemar:.2g} (McNemar, exact)"]
+        return [
+            *lines,
+            f"{alone}: p {test.p_mcnemar:.2g} (McNemar, exact)",
+            "Intervals and p are of other cells of these donors, not of other donors.",
+        ]
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,11 @@ class EvaluationReport:
         if self.unused_labels:
             notes.append(
                 f"labels of the label map that none of these cells has: {', '.join(self.unused_labels)}"
+            )
+        if self.against is not None:
+            notes.append(
+                f"the tests against {self.against.labels} take cells as independent, also where whole donors were held "
+                "out: for new donors p is too small and the intervals are too narrow"
             )
         if self.types_above:
             notes.append(

@@ -264,7 +264,13 @@ def test_other_labels_beside_those_of_predict_are_judged_on_the_held_out_cells(
     assert paired.p_mcnemar == pytest.approx(binomtest((one & ~two).sum(), (one ^ two).sum()).pvalue)
     assert here.best is not None
     assert there.best is None
-    assert any(line.startswith("right here alone") for line in here.text())
+    lines = here.text()
+    (place,) = (i for i, line in enumerate(lines) if line.startswith("right here alone"))
+    assert lines[place + 1] == "Intervals and p are of other cells of these donors, not of other donors."
+    (note,) = (line for line in here.to_dict()["notes"] if "take cells as independent" in line)
+    assert note.startswith(f"the tests against {file} take")
+    alone = evaluate(atlas / "labels", atlas / "atlas.zarr", "truth")
+    assert not any("independent" in line for line in [*alone.text(), *alone.notes])
     assert json.loads(json.dumps(here.to_dict(), allow_nan=False))["against"]["test"]["n_cells"] == len(test)
 
 
