@@ -16,7 +16,7 @@ from annatac_scale.errors import InputError
 from annatac_scale.genome.rows import complaint, read_lines, shown
 from annatac_scale.ingest.h5ad import open_hdf5
 from annatac_scale.ingest.local_copy import local_copy
-from annatac_scale.ingest.tables import typed
+from annatac_scale.ingest.tables import MISSING
 from annatac_scale.store.elements import read_elem
 from annatac_scale.store.place import Location
 
@@ -45,7 +45,7 @@ def read_label_column(location: Location, column: str) -> pd.DataFrame:
     .parquet or .h5ad (a column of obs; the barcodes are its index)
     A text or Parquet file names the cells in a column barcode, else in the index that pandas or R wrote. Fields of a
     text file may stand in double quotes; blank lines are left out.
-    label: values as they are, numbers as numbers, what is missing as NaN or None
+    label: values as they are, of a text file texts; what is missing as NaN or None
 
     Raises InputError for a file that is damaged, has no such column or has it twice, names no barcodes, has no row, or
     a row of another length than the header.
@@ -95,8 +95,7 @@ def _from_text(path: Path, column: str, kind: str) -> pd.DataFrame:
         for ours, place in places.items():
             values[ours].append(fields[place].strip())
     frame = pd.DataFrame(values, dtype=object)
-    codes, texts = pd.factorize(frame["label"])
-    frame["label"] = typed(pd.Series(texts, dtype=object)).astype(object).to_numpy()[codes]
+    frame["label"] = frame["label"].where(~frame["label"].isin(MISSING))
     frame["barcode"] = frame["barcode"].replace("", np.nan)
     return frame
 

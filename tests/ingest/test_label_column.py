@@ -12,6 +12,7 @@ from scipy import sparse
 
 from annatac_scale.errors import InputError
 from annatac_scale.ingest.label_column import is_label_file, read_label_column
+from annatac_scale.model.labels import label_texts
 
 BARCODES = ["c1", "c2", "c3", "c4"]
 CELLS = pd.DataFrame(
@@ -50,11 +51,20 @@ def test_every_kind_of_file_gives_the_same_labels(ending: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_numbers_are_numbers_and_a_table_without_samples_has_none(ending: str, tmp_path: Path) -> None:
-    path = write(tmp_path / f"labels.{ending}", CELLS[["other"]])
+def test_numbers_are_the_same_labels_in_every_kind_of_file_and_a_table_without_samples_has_none(
+    ending: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / f"labels.{ending}", CELLS[["other"]].assign(gaps=[1.0, None, 10.0, 0.5]))
     table = read_label_column(path, "other")
     assert set(table.columns) == {"barcode", "label"}
-    assert table["label"].tolist() == [1, 2, 3, 4]
+    assert label_texts(table["label"]).tolist() == ["1", "2", "3", "4"]
+    assert label_texts(read_label_column(path, "gaps")["label"]).tolist() == ["1", "", "10", "0.5"]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_texts_of_numbers_are_the_same_labels_in_every_kind_of_file(ending: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"labels.{ending}", CELLS[[]].assign(type=["1.0", "1e1", "10", "01"]))
+    assert label_texts(read_label_column(path, "type")["label"]).tolist() == ["1", "1e1", "10", "01"]
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "parquet"])
