@@ -314,7 +314,7 @@ def finetune(
         chosen,
         holdout,
         progress,
-        group=group or "",
+        group=group,
         label_map=label_map,
         hierarchy=hierarchy,
     )

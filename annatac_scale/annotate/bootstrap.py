@@ -4,13 +4,14 @@ All figures depend on the cells through counts alone: of each (truth, label), or
 cells with replacement and count them is to draw the counts from a multinomial, so that is drawn: the distribution is
 the same, and a draw costs what there are combinations, not cells.
 
-Cells are drawn whatever their type, as another sample of n cells would hold other numbers of each type. In a draw the
-macro F1 is the mean over the types that it holds, as scikit-learn's is. An interval speaks of other cells of the same
-donors, not of other donors.
+Cells are drawn whatever their type, as another sample of n cells would hold other numbers of each type; for the macro
+F1, which weighs all types alike, within each true type. Else the types that a draw does not hold would leave its mean,
+mostly the rarest, so that draws would be of another figure, as a rule a better one, than the one that is told. An
+interval speaks of other cells of the same donors, not of other donors.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +31,9 @@ SEED = 0
 
 _AT_ONCE = 4 << 20
 """Counts that are drawn in one go: 32 MiB of them."""
+
+_WITHIN_TYPES = ("macro_f1",)
+"""Figures of which cells are drawn within each true type."""
 
 Ints = NDArray[np.int64]
 Figures = dict[str, NDArray[np.float64]]
@@ -64,12 +68,8 @@ def bootstrap_intervals(
     counts = evaluation.confusion.to_numpy()
     n_types = len(counts)
     truth, label = counts.nonzero()
-    drawn: dict[str, list[NDArray[np.float64]]] = {name: [] for name in HEADLINES}
-    sums = _Sums(truth, label, n_types)
-    for samples in _samples(counts[truth, label], n_draws, seed):
-        for name, values in sums.figures(samples).items():
-            drawn[name].append(values)
-    return {name: _interval(np.concatenate(values)) for name, values in drawn.items()}
+    (drawn,) = _drawn([_Sums(truth, label, n_types)], truth, counts[truth, label], n_draws, seed)
+    return {name: _interval(drawn[name]) for name in HEADLINES}
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,8 @@ def compare_labels(
 ) -> PairedTest:
     """Compare two sets of labels of the same cells, each cell drawn together with both its labels.
 
+    Cells are drawn whatever their type for accuracy, within each true type for macro F1.
+
     truth, first, second: labels [n], as for ``evaluate_labels``; cells without a truth are left out.
     Raises InputError if the lengths differ, no cell has a truth or a label is missing, ConfigError for less than one
     draw.
@@ -149,16 +151,12 @@ def _paired(
     """The test, of combinations of truth and both labels, with the cells of each."""
     sums = [_Sums(truth, label, n_types) for label in labels]
     found = [one.figures(n_cells[None]) for one in sums]
-    drawn: dict[str, list[NDArray[np.float64]]] = {"accuracy": [], "macro_f1": []}
-    for samples in _samples(n_cells, n_draws, seed):
-        first, second = (one.figures(samples) for one in sums)
-        for name, values in drawn.items():
-            values.append(first[name] - second[name])
+    first, second = _drawn(sums, truth, n_cells, n_draws, seed)
     right = [label == truth for label in labels]
     only = [int(n_cells[right[i] & ~right[1 - i]].sum()) for i in (0, 1)]
     differences = {
-        name: _difference(float(found[0][name][0]), float(found[1][name][0]), np.concatenate(values))
-        for name, values in drawn.items()
+        name: _difference(float(found[0][name][0]), float(found[1][name][0]), first[name] - second[name])
+        for name in ("accuracy", "macro_f1")
     }
     return PairedTest(
         n_cells=int(n_cells.sum()),
@@ -201,15 +199,40 @@ def _indicator(codes: Ints, n_types: int) -> csr_matrix:
     return csr_matrix((ones, (rows, codes[rows])), shape=(len(codes), n_types))
 
 
-def _samples(n_cells: Ints, n_draws: int, seed: int) -> Iterator[Ints]:
-    """Samples of as many cells as there are, [some, combinations] at a time."""
+def _drawn(sums: Sequence[_Sums], truth: Ints, n_cells: Ints, n_draws: int, seed: int) -> list[Figures]:
+    """Figures of each set of labels in each draw, float64 [draws], the same draws for all sets.
+
+    truth, n_cells: true type and cells of each combination
+    """
+    found: list[Figures] = [{} for _ in sums]
+    others = tuple(name for name in HEADLINES if name not in _WITHIN_TYPES)
+    for names, strata in ((_WITHIN_TYPES, truth), (others, np.zeros_like(truth))):
+        parts = [
+            [one.figures(samples) for one in sums] for samples in _samples(n_cells, strata, n_draws, seed)
+        ]
+        for figures, own in zip(found, zip(*parts, strict=True), strict=True):
+            figures |= {name: np.concatenate([part[name] for part in own]) for name in names}
+    return found
+
+
+def _samples(n_cells: Ints, strata: Ints, n_draws: int, seed: int) -> Iterator[Ints]:
+    """Samples of as many cells as there are in each stratum, [some, combinations] at a time.
+
+    strata: that of each combination; each has random numbers of its own, so that it does not matter how many samples
+    are drawn at a time
+    """
     if n_draws < 1:
         raise ConfigError(f"bootstrap: found {n_draws} draws; expected at least 1; 1000 are usual")
     rng = np.random.default_rng(seed)
-    total = int(n_cells.sum())
+    members = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
+    generators = [rng, *rng.spawn(len(members) - 1)]
     at_once = max(1, _AT_ONCE // len(n_cells))
     for start in range(0, n_draws, at_once):
-        yield rng.multinomial(total, n_cells / total, size=min(at_once, n_draws - start))
+        samples = np.empty((min(at_once, n_draws - start), len(n_cells)), np.int64)
+        for own, generator in zip(members, generators, strict=True):
+            total = int(n_cells[own].sum())
+            samples[:, own] = generator.multinomial(total, n_cells[own] / total, size=len(samples))
+        yield samples
 
 
 def _interval(drawn: NDArray[np.float64]) -> Interval:

@@ -14,7 +14,6 @@ from annatac_scale.annotate.reliability import Calibration, Coverage, NoveltyFig
 from annatac_scale.model.labels import LOW_DEPTH, NOVEL
 from annatac_scale.train.confusions import confusions_of
 from annatac_scale.train.label_map import LabelMap
-from annatac_scale.train.splits import SPLITS
 
 MUCH_NOVEL = 0.5
 """Above this share of Novel_cell_type the figures of ``label`` say little of the model: a note says so."""
@@ -58,7 +57,11 @@ class Against:
                 f"{_shown(found.interval)}, p {found.p:.2g} (paired bootstrap)"
             )
         alone = f"right here alone {test.n_only_first:,}, there alone {test.n_only_second:,} cells"
-        return [*lines, f"{alone}: p {test.p_mcnemar:.2g} (McNemar, exact)"]
+        return [
+            *lines,
+            f"{alone}: p {test.p_mcnemar:.2g} (McNemar, exact)",
+            "Intervals and p are of other cells of these donors, not of other donors.",
+        ]
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class LeftOut:
     """Cells that could not be compared.
 
     n_not_in_truth: that have a label, and that the truth does not have
-    n_without_label: that have a truth, and no label; counted where all cells are evaluated
-    n_not_in_other, n_only_in_other: that one of two sets of labels does not have
+    n_without_label: that have a truth, and no label in any set of labels; of those held out where these are evaluated
+    n_not_in_other, n_only_in_other: that have a label in one of two sets of labels alone
     """
 
     n_not_in_truth: int = 0
@@ -85,16 +88,20 @@ class EvaluationReport:
     evaluation: the figures of the labels, where Novel_cell_type and Unassigned_low_depth are errors
     intervals: 95% bootstrap intervals of its headline figures
     n_by_split: all cells of the labels by split, "none" for those that were not in the fine-tuning
+    n_trained_on: evaluated cells that were used in fine-tuning, of either model where two are compared
     n_novel, n_low_depth: evaluated cells that are named Novel_cell_type, Unassigned_low_depth
     assigned: the figures over the cells that are not Unassigned_low_depth; None where that is all or none of them
     label_map: what the truth went through; unused_labels: those that it names and no evaluated cell has
 
-    Of what ``predict`` wrote alone, else "", None and empty:
+    Of what ``predict`` wrote alone, else "", None and empty; of cells without a label in the column that is evaluated,
+    as lineage, too:
     model: its digest; rule: what made a cell Novel_cell_type or Unassigned_low_depth
     best: the figures of ``best``, the likeliest type however sure the model is
     calibration: confidence against share right of the cells whose type the model knows
     unknown_types: true types that the model does not know, with their cells; novelty: how these cells' scores stand
         out; coverage: of prediction sets; lineage: in the model's hierarchy, where it has one
+    types_above: true types that lie above types of the model in its hierarchy, with their cells, which are neither
+        known nor unknown
     """
 
     labels: Path | str
@@ -103,6 +110,7 @@ class EvaluationReport:
     evaluation: Evaluation
     n_by_split: dict[str, int]
     n_novel: int
+    n_trained_on: int = 0
     n_low_depth: int = 0
     assigned: Evaluation | None = None
     truth_file: str | None = None
@@ -115,6 +123,7 @@ class EvaluationReport:
     best: Evaluation | None = None
     calibration: Calibration | None = None
     unknown_types: dict[str, int] = field(default_factory=dict)
+    types_above: dict[str, int] = field(default_factory=dict)
     novelty: NoveltyFigures | None = None
     coverage: Coverage | None = None
     lineage: LineageFigures | None = None
@@ -142,11 +151,6 @@ class EvaluationReport:
         return self.n_novel / self.evaluation.n_cells
 
     @property
-    def n_trained_on(self) -> int:
-        """Evaluated cells that the fine-tuning used."""
-        return 0 if self.cells == "test" else sum(self.n_by_split.get(s, 0) for s in SPLITS[:-1])
-
-    @property
     def notes(self) -> list[str]:
         """Sentences that a reader of the figures must know."""
         total, n_test = sum(self.n_by_split.values()), self.n_by_split.get("test", 0)
@@ -154,7 +158,8 @@ class EvaluationReport:
         notes = [held_out if self.cells == "test" else f"all {total:,} cells"]
         if self.n_trained_on:
             notes.append(
-                f"{self.n_trained_on:,} of them were used in fine-tuning: the figures are better than on new cells"
+                f"{self.n_trained_on:,} of the {self.evaluation.n_cells:,} evaluated cells were used in fine-tuning: "
+                "the figures are better than on new cells"
             )
         notes += self._notes_on_left_out()
         if self.rule is not None and self.share_novel > MUCH_NOVEL:
@@ -177,21 +182,32 @@ class EvaluationReport:
             notes.append(
                 f"labels of the label map that none of these cells has: {', '.join(self.unused_labels)}"
             )
+        if self.against is not None:
+            notes.append(
+                f"the tests against {self.against.labels} take cells as independent, also where whole donors were held "
+                "out: for new donors p is too small and the intervals are too narrow"
+            )
+        if self.types_above:
+            notes.append(
+                "types that lie above types of the model, so that only a lineage can be right, and that count for no "
+                f"figure of novelty: {_with_cells(self.types_above)}"
+            )
         if self.unknown_types:
-            types = ", ".join(f"{name} ({n:,} cells)" for name, n in self.unknown_types.items())
+            types = _with_cells(self.unknown_types)
             notes.append(f"types that the model does not know, so that no best type can be right: {types}")
         return notes
 
     def _notes_on_left_out(self) -> list[str]:
-        left, place = self.left_out, self.truth_file or "the store"
+        left, place, labels = self.left_out, self.truth_file or "the store", str(self.labels)
+        either = labels if self.against is None else f"{labels} or {self.against.labels}"
         counts = {
-            f"cells of {self.labels} are not in {place}, and left out": left.n_not_in_truth,
-            f"cells with a {self.truth} have no label in {self.labels}, and are left out": left.n_without_label,
+            f"cells of {labels} are not in {place}, and left out": left.n_not_in_truth,
+            f"cells with a {self.truth} have no label in {either}, and are left out": left.n_without_label,
         }
         if self.against is not None:
             other = self.against.labels
-            counts[f"cells of {self.labels} are not in {other}, and left out"] = left.n_not_in_other
-            counts[f"cells of {other} are not in {self.labels}, and left out"] = left.n_only_in_other
+            counts[f"cells of {labels} have no label in {other}, and are left out"] = left.n_not_in_other
+            counts[f"cells of {other} have no label in {labels}, and are left out"] = left.n_only_in_other
         counts[f"cells without a {self.truth} are left out"] = self.evaluation.n_without_truth
         return [f"{n:,} {what}" for what, n in counts.items() if n]
 
@@ -219,6 +235,7 @@ class EvaluationReport:
             "best_macro_f1": None if self.best is None else self.best.macro_f1,
             "best_intervals": _as_json(self.best_intervals),
             "unknown_types": self.unknown_types,
+            "types_above": self.types_above,
             "novelty": None if self.novelty is None else asdict(self.novelty),
             "coverage": None if self.coverage is None else self.coverage.to_dict(),
             "lineage": None if self.lineage is None else self.lineage.to_dict(),
@@ -287,6 +304,10 @@ class EvaluationReport:
             share = self.n_low_depth / self.evaluation.n_cells
             figures[LOW_DEPTH] = (f"{share:.1%}", f"{self.n_low_depth:,} cells, no label ventured")
         return figures
+
+
+def _with_cells(types: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({n:,} cells)" for name, n in types.items())
 
 
 def _lines(

@@ -1,8 +1,9 @@
 """A column of labels from a file that any tool may have written: CSV, TSV, Parquet or h5ad; no other column is read."""
 
+import csv
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import h5py
@@ -12,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from annatac_scale.errors import InputError
-from annatac_scale.genome.rows import shown
+from annatac_scale.genome.rows import complaint, read_lines, shown
 from annatac_scale.ingest.h5ad import open_hdf5
 from annatac_scale.ingest.local_copy import local_copy
-from annatac_scale.ingest.tables import typed
+from annatac_scale.ingest.tables import MISSING
 from annatac_scale.store.elements import read_elem
 from annatac_scale.store.place import Location
 
@@ -23,7 +24,10 @@ _KIND = re.compile(
     r"\.((?P<csv>csv(\.gz)?)|(?P<tsv>(tsv|txt)(\.gz)?)|(?P<parquet>parquet)|(?P<h5ad>h5ad))$", re.I
 )
 _SEPARATORS = {"csv": ",", "tsv": "\t"}
-_INDEX = ("Unnamed: 0", "index", "__index_level_0__")
+_SEPARATOR_NAMES = {"csv": "commas", "tsv": "tabs"}
+_UNNAMED = "Unnamed: {}"
+"""What pandas, and we, call a column of text without a name by its place, from 0."""
+_INDEX = (_UNNAMED.format(0), "index", "__index_level_0__")
 """What an index without a name is called: by pandas where it reads text, and where it writes text or Parquet."""
 _DAMAGED = (OSError, EOFError, zlib.error, ValueError, pa.ArrowException)
 _NAMES_SHOWN = 12
@@ -39,10 +43,12 @@ def read_label_column(location: Location, column: str) -> pd.DataFrame:
 
     location: a file, or the URL of one, that ends with .csv, .tsv, .txt (tab-separated; these three also with .gz),
     .parquet or .h5ad (a column of obs; the barcodes are its index)
-    A text or Parquet file names the cells in a column barcode, else in the index that pandas or R wrote.
-    label: values as they are, numbers as numbers, what is missing as NaN or None
+    A text or Parquet file names the cells in a column barcode, else in the index that pandas or R wrote. Fields of a
+    text file may stand in double quotes; blank lines are left out.
+    label: values as they are, of a text file texts; what is missing as NaN or None
 
-    Raises InputError for a file that is damaged, has no such column, names no barcodes, or has no row.
+    Raises InputError for a file that is damaged, has no such column or has it twice, names no barcodes, has no row, or
+    a row of another length than the header.
     """
     found = _KIND.search(str(location))
     if found is None:
@@ -57,7 +63,7 @@ def read_label_column(location: Location, column: str) -> pd.DataFrame:
         with local_copy(location) as path:
             table = _from_parquet(path, column) if kind == "parquet" else _from_text(path, column, kind)
     if not len(table):
-        raise InputError(f"{location}: found no row; expected one a cell; check the file")
+        raise _no_row(location)
     n_unnamed = int(table["barcode"].isna().sum())
     if n_unnamed:
         raise InputError(
@@ -70,28 +76,50 @@ def read_label_column(location: Location, column: str) -> pd.DataFrame:
 
 
 def _from_text(path: Path, column: str, kind: str) -> pd.DataFrame:
-    how = {"sep": _SEPARATORS[kind], "encoding": "utf-8-sig"}
-    try:
-        header = pd.read_csv(path, nrows=0, **how)
-        names = _names(path, [str(name) for name in header.columns], column)
-        frame = pd.read_csv(
-            path,
-            usecols=list(names.values()),
-            dtype=str,
-            keep_default_na=False,
-            index_col=False,
-            **how,
-        )
-    except InputError:
-        raise
-    except _DAMAGED as error:
-        raise _unreadable(path, error) from error
-    frame = pd.DataFrame({ours: frame[theirs].str.strip() for ours, theirs in names.items()})
-    codes, texts = pd.factorize(frame["label"])
-    values = typed(pd.Series(texts, dtype=object)).astype(object).to_numpy()
-    frame["label"] = values[codes]
+    rows = _rows(path, _SEPARATORS[kind])
+    _, header = next(rows, (0, []))
+    if not header:
+        raise _no_row(path)
+    there = [name or _UNNAMED.format(place) for place, name in enumerate(header)]
+    places = {ours: there.index(name) for ours, name in _names(path, there, column).items()}
+    values: dict[str, list[str]] = {ours: [] for ours in places}
+    for number, fields in rows:
+        if len(fields) != len(header):
+            raise complaint(
+                path,
+                number,
+                f"{len(fields)} fields",
+                f"{len(header)}, as the header has, separated by {_SEPARATOR_NAMES[kind]}",
+                _remedy(len(fields), len(header)),
+            )
+        for ours, place in places.items():
+            values[ours].append(fields[place].strip())
+    frame = pd.DataFrame(values, dtype=object)
+    frame["label"] = frame["label"].where(~frame["label"].isin(MISSING))
     frame["barcode"] = frame["barcode"].replace("", np.nan)
     return frame
+
+
+def _rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Number of the last line, and fields, of each row."""
+    reader = csv.reader((line for _, line in read_lines(path)), delimiter=separator, strict=True)
+    try:
+        for fields in reader:
+            if len(fields) > 1 or "".join(fields).strip():
+                yield reader.line_num, fields
+    except csv.Error as error:
+        raise complaint(
+            path, reader.line_num, f"quotes that do not fit ({error})", "pairs of them", "mend the line"
+        ) from error
+
+
+def _remedy(n_fields: int, n_named: int) -> str:
+    if n_fields == n_named + 1:
+        return (
+            "put a field that holds a separator in double quotes, or, where each row begins with its name as R's "
+            "write.table has it, begin the header with barcode"
+        )
+    return "mend the line"
 
 
 def _from_parquet(path: Path, column: str) -> pd.DataFrame:
@@ -147,7 +175,17 @@ def _names(place: Location, there: Sequence[str], column: str, index: Sequence[s
             "cells"
         )
     names = {"barcode": barcode, "label": column}
-    return names | ({"sample": "sample"} if "sample" in there and column != "sample" else {})
+    names |= {"sample": "sample"} if "sample" in there and column != "sample" else {}
+    twice = [name for name in names.values() if list(there).count(name) > 1]
+    if twice:
+        raise InputError(
+            f"{place}: found two columns {shown(twice[0])}; expected each name once; rename or remove one of them"
+        )
+    return names
+
+
+def _no_row(place: Location) -> InputError:
+    return InputError(f"{place}: found no row; expected one a cell; check the file")
 
 
 def _unreadable(place: Location, error: Exception) -> InputError:

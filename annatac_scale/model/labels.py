@@ -24,7 +24,9 @@ def label_texts(labels: ArrayLike) -> NDArray[np.object_]:
 
     Missing are None, NaN, NA and blanks, and the texts that stand for them: NA, NaN, nan, <NA>, None. Other texts lose
     the blanks around them and are composed (NFC), so that labels which look alike are alike. Whole numbers read back
-    as floats, from a column with gaps, are whole numbers again: 3.0 is the label 3. Bytes are UTF-8.
+    as floats, from a column with gaps, are whole numbers again: 3.0 is the label 3, also as the text that such a
+    column becomes in a file. Texts that write a number in another way, as 1e1, 03 or 3.00, stay what they are. Bytes
+    are UTF-8.
     """
     values = pd.Series(labels)
     if values.dtype == object and pd.api.types.infer_dtype(values) != "string":
@@ -38,10 +40,20 @@ def label_texts(labels: ArrayLike) -> NDArray[np.object_]:
 def label_text(value: Hashable) -> str:
     """One label as ``label_texts`` writes it; ``value`` is not None, NaN or NA."""
     if isinstance(value, float | np.floating) and value.is_integer():
-        return f"{value + 0.0:.0f}"  # which makes -0.0 the 0
+        return _whole(value)
     text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
     text = unicodedata.normalize("NFC", text).strip()
-    return "" if text in _MISSING else text
+    if text in _MISSING:
+        return ""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return _whole(number) if number.is_integer() and str(number) == text else text
+
+
+def _whole(number: float | np.floating) -> str:
+    return f"{number + 0.0:.0f}"  # which makes -0.0 the 0
 
 
 def in_table(label: str) -> str:

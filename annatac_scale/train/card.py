@@ -41,7 +41,7 @@ def finetuned_card(info: ModelInfo, vocabulary: Vocabulary) -> str:
             "# Cell-type model",
             "",
             *_common(info, vocabulary),
-            f"- head: {head}; labels from obs column `{facts['labels']}`, held out: {facts['holdout']}",
+            f"- head: {head}; labels from obs column `{facts['labels']}`, {_held_out(facts)}",
             *([] if facts["groups"] is None else [f"- {groups_text(facts['groups'])}"]),
             f"- cells: {', '.join(f'{n:,} {split}' for split, n in facts['split'].items())}",
             f"- {_scaling(info)}, fitted on the {facts['judged_on']} cells{folds}; {_novel(info)}",
@@ -58,6 +58,13 @@ def finetuned_card(info: ModelInfo, vocabulary: Vocabulary) -> str:
             "",
         ]
     )
+
+
+def _held_out(facts: dict[str, Any]) -> str:
+    """What was held out, and which cells then take no part."""
+    n, column = facts["n_without_value"], str(facts["holdout"]).partition("=")[0]
+    left_out = f"; {n:,} labelled cells without a {column} are left out" if n else ""
+    return f"held out: {facts['holdout']}{left_out}"
 
 
 def groups_text(groups: Mapping[str, Any]) -> str:

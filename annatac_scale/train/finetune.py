@@ -86,7 +86,7 @@ class _Work:
     labelled: LabelledCells
     config: FinetuneConfig
     holdout: str
-    group: str
+    group: str | None
     label_map: LabelMap | None
     hierarchy: Hierarchy | None
 
@@ -99,7 +99,7 @@ def finetune(
     config: FinetuneConfig,
     holdout: float | str = 0.2,
     progress: Progress | None = None,
-    group: str = "",
+    group: str | None = None,
     label_map: Location | None = None,
     hierarchy: Location | None = None,
 ) -> FinetuneReport:
@@ -108,7 +108,8 @@ def finetune(
     model: a folder, on a disk or in object storage, or as it was read from one: its encoder is trained in place
     labels: obs column with the cell types; cells without one are left out and counted
     out: a folder on a disk
-    holdout: share of each type's cells, or "column=value", that test and are never trained on
+    holdout: share of each type's cells, or "column=value", that test and are never trained on; with a value, cells
+        that have none in the column are left out and counted
     group: obs column, or "sample", whose cells of one value (a donor, a batch) keep together: whole groups test
     label_map: a table on a disk that renames, merges and drops labels first (train/label_map.py)
     hierarchy: a table or ontology on a disk with what lies above the labels (model/ontology.py), kept in the model
@@ -127,7 +128,7 @@ def finetune(
             "the model was never written, so the run could not say what it is trained from; write it first"
         )
     pretrained.check_store(store)
-    if config.group_weights != "none" and not group:
+    if config.group_weights != "none" and group is None:
         raise ConfigError(
             f"group_weights: found {config.group_weights!r} without --group, expected the column of the groups; add it"
         )
@@ -138,7 +139,7 @@ def finetune(
     config = with_head(config, untouched, labelled, pretrained.encoder.pool is not None, progress)
     if config.head.kind == "linear" and "val" not in labelled.whole:
         labelled = labelled.with_val_training()
-    progress.say(_split_line(labels, labelled))
+    progress.say(_split_line(labels, rule, labelled))
     check_enough(labels, labelled, config.head.kind)
     above = None if hierarchy is None else read_hierarchy(hierarchy, labelled.types)
     work = _Work(store, pretrained, labels, labelled, config, rule.described, group, mapping, above)
@@ -153,10 +154,14 @@ def finetune(
     return _report(run)
 
 
-def _split_line(labels: str, labelled: LabelledCells) -> str:
+def _split_line(labels: str, rule: SplitRule, labelled: LabelledCells) -> str:
     sizes = ", ".join(f"{n:,} {name}" for name, n in labelled.sizes.items())
     dropped = f", {labelled.n_dropped:,} dropped by the label map" if labelled.n_dropped else ""
     without = f"{labelled.n_without_label:,} cells without a label{dropped}"
+    if rule.held_out is not None and labelled.n_without_value:
+        without += (
+            f", {labelled.n_without_value:,} labelled ones without a {rule.held_out[0]}, which are left out"
+        )
     return f"labels {labels}: {len(labelled.types)} types, {sizes}; {without}"
 
 
@@ -170,7 +175,7 @@ def _identity(work: _Work) -> dict[str, Any]:
         "model": work.pretrained.digest,
         "labels": work.labels,
         "holdout": work.holdout,
-        "group": work.group,
+        "group": work.group or "",
         "labelled_cells": cells.hexdigest(),
         **{name: file.sha256 for name, file in named.items() if file is not None},
         **run_inputs(work.store),
@@ -202,6 +207,7 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
         "split": labelled.sizes,
         "n_without_label": labelled.n_without_label,
         "n_dropped": labelled.n_dropped,
+        "n_without_value": labelled.n_without_value,
         "label_map": None if work.label_map is None else work.label_map.facts,
         "judged_on": judged.on,
         "folds_of": judged.folds_of,

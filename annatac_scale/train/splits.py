@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from annatac_scale.errors import InputError
 from annatac_scale.genome.rows import shown
-from annatac_scale.model.labels import OWN_LABELS, label_texts
+from annatac_scale.model.labels import OWN_LABELS, label_text, label_texts
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.store import IslandStore
 from annatac_scale.train.groups import chosen_groups, group_table, testing_groups
@@ -48,6 +48,7 @@ class LabelledCells:
     groups: object, the group of each cell, where groups are kept whole; else None
     whole: the splits that consist of whole groups; the rest is dealt among the cells of the groups that train
     n_without_group: cells with a label that are in no split because nobody knows their group
+    n_without_value: others that are in none because nobody knows whether they have the value that is held out
     """
 
     cells: NDArray[np.int64]
@@ -60,6 +61,7 @@ class LabelledCells:
     groups: Texts | None = None
     whole: tuple[str, ...] = ()
     n_without_group: int = 0
+    n_without_value: int = 0
 
     def of(self, split: str) -> NDArray[np.int64]:
         """Cell ids of a split."""
@@ -92,22 +94,34 @@ class LabelledCells:
 class SplitRule:
     """How labelled cells are split.
 
-    holdout: share of the cells that test, or "column=value": all cells with that value (a donor, a fold)
+    holdout: share of the cells that test, or "column=value": all cells with that value (a donor, a fold), where cells
+        without a value are left out
     validation_share, calibration_share: of the cells that do not test
-    group: obs column, or "sample", whose cells of one value (a donor) keep together; "": cells are dealt type by type
+    group: obs column, or "sample", whose cells of one value (a donor) keep together; None: cells are dealt type by type
     """
 
     holdout: float | str
     validation_share: float
     calibration_share: float
     seed: int
-    group: str = ""
+    group: str | None = None
 
     @property
     def held_out(self) -> tuple[str, str] | None:
-        """Column and value of the cells that test, None where a share of all cells does."""
+        """Column and value, read as labels are, of the cells that test, None where a share of all cells does.
+
+        Raises InputError where one of the two is empty: cells without a value may have any.
+        """
         column, equals, value = str(self.holdout).partition("=")
-        return (column.strip(), value.strip()) if equals else None
+        if not equals:
+            return None
+        named = column.strip(), label_text(value)
+        if not all(named):
+            which = "value" if named[0] else "column"
+            raise InputError(
+                f"--holdout {self.holdout}: found no {which}; expected column=value, as donor=D5, or a share; name it"
+            )
+        return named
 
     @property
     def described(self) -> str:
@@ -154,7 +168,7 @@ def split_cells(
 
     Without groups, type by type: cells are dealt in the order of a hash of (seed, sample, barcode), so that a cell's
     split does not depend on the order of samples. A type with few cells trains before it validates, calibrates or
-    tests.
+    tests. Where a value is held out, cells without one are left out: they may be of any donor.
 
     With groups, whole groups test, at least one, and whole groups validate and calibrate where enough are left
     (``train.groups``); else cells of the groups that train do, type by type. Cells without a group are left out: they
@@ -163,20 +177,22 @@ def split_cells(
     Raises InputError when fewer than two types are left to train on, the groups cannot be kept whole, a type is called
     as cells of no known type are, or the map has a label that no cell has.
     """
-    columns = [labels, rule.group, rule.held_out[0] if rule.held_out else ""]
-    obs = store.obs([name for name in dict.fromkeys(columns) if name not in ("", "sample")])
+    columns = [labels, rule.group, rule.held_out[0] if rule.held_out else None]
+    obs = store.obs([name for name in dict.fromkeys(columns) if name not in (None, "sample")])
     text = given = label_texts(obs[labels])
     if label_map is not None:
         label_map.check(labels, given)
         (progress or Silent()).say(label_map.described(given))
         text = label_map.applied(given)
     labelled = text != ""
-    groups = _groups(store, labels, rule, obs, labelled) if rule.group else None
-    taking_part = labelled if groups is None else labelled & (groups != "")
+    groups = None if rule.group is None else _groups(store, labels, rule.group, obs, labelled)
+    grouped = labelled if groups is None else labelled & (groups != "")
+    values = None if rule.held_out is None else label_texts(obs[rule.held_out[0]])
+    taking_part = grouped if values is None else grouped & (values != "")
     cells = np.flatnonzero(taking_part)
     split = np.full(store.n_cells, "train", object)
-    if rule.held_out is not None:
-        split[_held_out(store, rule, label_texts(obs[rule.held_out[0]]), cells)] = "test"
+    if values is not None:
+        split[_held_out(store, rule, values, cells)] = "test"
     shares: Mapping[str, float] = rule.shares
     whole: tuple[str, ...] = ()
     if groups is not None:
@@ -188,10 +204,12 @@ def split_cells(
     for _, members in pd.Series(by_hash).groupby(text[by_hash]):
         split[members] = _dealt(len(members), shares)
     types = sorted(set(text[cells][split[cells] == "train"]))
+    n_without_value = int(grouped.sum()) - len(cells)
     if len(types) < FEWEST_TRAIN_TYPES:
+        without = f", where {n_without_value:,} cells without a value are left out" if n_without_value else ""
         raise InputError(
-            f"--labels {labels}: {len(types)} cell types have training cells ({', '.join(types)}), expected at least "
-            f"{FEWEST_TRAIN_TYPES}; label more cells or hold out fewer"
+            f"--labels {labels} --holdout {rule.holdout}: {len(types)} cell types have training cells "
+            f"({', '.join(types)}){without}, expected at least {FEWEST_TRAIN_TYPES}; label more cells or hold out fewer"
         )
     taken = [name for name in types if name in OWN_LABELS]
     if taken:
@@ -210,22 +228,23 @@ def split_cells(
         strangers=tuple(strangers),
         groups=None if groups is None else groups[cells],
         whole=whole,
-        n_without_group=int(labelled.sum()) - len(cells),
+        n_without_group=int((labelled & ~grouped).sum()),
+        n_without_value=n_without_value,
     )
 
 
 def _groups(
-    store: IslandStore, labels: str, rule: SplitRule, obs: pd.DataFrame, labelled: NDArray[np.bool_]
+    store: IslandStore, labels: str, group: str, obs: pd.DataFrame, labelled: NDArray[np.bool_]
 ) -> Texts:
-    """The group of each cell, "" where it has none."""
-    groups = label_texts(obs[rule.group])
+    """The group of each cell, "" where it has none. group: the column"""
+    groups = label_texts(obs[group])
     n_groups = len(set(groups[labelled]) - {""})
-    if rule.group == labels or n_groups < 2:
+    if group == labels or n_groups < 2:
         found = "the column of the labels"
-        if rule.group != labels:
+        if group != labels:
             found = f"{n_groups} groups among the labelled cells of {store.path}"
         raise InputError(
-            f"--group {rule.group}: found {found}, expected a column with two donors or batches at least; "
+            f"--group {group}: found {found}, expected a column with two donors or batches at least; "
             "give another one, or leave it out"
         )
     return groups

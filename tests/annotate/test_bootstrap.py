@@ -11,7 +11,7 @@ from scipy.stats import binom, binomtest, ks_2samp
 from sklearn import metrics as sk
 
 from annatac_scale.annotate.bootstrap import (
-    _samples,
+    _drawn,
     _Sums,
     bootstrap_intervals,
     compare_labels,
@@ -50,24 +50,32 @@ def assert_holds_95_percent(interval: tuple[float, float], drawn: np.ndarray) ->
     assert (drawn >= high - 1e-9).mean() > 0.008
 
 
+def drawn_within_types(truth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As many cells of each type as there are, with replacement."""
+    members = [np.flatnonzero(truth == name) for name in np.unique(truth)]
+    return np.concatenate([rng.choice(own, len(own)) for own in members])
+
+
 def test_figures_of_drawn_counts_have_the_distribution_of_those_of_drawn_cells() -> None:
     truth, label = draw_labels(60, 0.7, 1)
     rng = np.random.default_rng(2)
     by_cells: dict[str, list[float]] = {name: [] for name in HEADLINES}
     for _ in range(600):
-        cells = rng.integers(0, 60, 60)
-        for name, value in figures_by_sklearn(truth[cells], label[cells]).items():
-            by_cells[name].append(value)
-    counts = evaluate_labels(truth, label).confusion.to_numpy()
+        whatever, within = (
+            figures_by_sklearn(truth[cells], label[cells])
+            for cells in (rng.integers(0, 60, 60), drawn_within_types(truth, rng))
+        )
+        for name in HEADLINES:
+            by_cells[name].append((within if name == "macro_f1" else whatever)[name])
+    found = evaluate_labels(truth, label)
+    counts = found.confusion.to_numpy()
     rows, columns = counts.nonzero()
-    sums = _Sums(rows, columns, len(counts))
-    drawn = [sums.figures(samples) for samples in _samples(counts[rows, columns], 4000, 3)]
+    (drawn,) = _drawn([_Sums(rows, columns, len(counts))], rows, counts[rows, columns], 4000, 3)
+    intervals = bootstrap_intervals(found, 4000, 3)
     for name in HEADLINES:
-        by_counts = np.concatenate([one[name] for one in drawn])
-        assert len(by_counts) == 4000
-        assert ks_2samp(by_cells[name], by_counts).pvalue > 1e-3, name
-        interval = bootstrap_intervals(evaluate_labels(truth, label), 4000, 3)[name]
-        assert_holds_95_percent(interval, np.array(by_cells[name]))
+        assert len(drawn[name]) == 4000
+        assert ks_2samp(by_cells[name], drawn[name]).pvalue > 1e-3, name
+        assert_holds_95_percent(intervals[name], np.array(by_cells[name]))
 
 
 def test_the_interval_of_accuracy_is_that_of_a_binomial() -> None:
@@ -79,10 +87,23 @@ def test_the_interval_of_accuracy_is_that_of_a_binomial() -> None:
     assert high * 900 == pytest.approx(expected.ppf(0.975), abs=1.01)
 
 
-def test_a_type_that_a_draw_does_not_hold_is_not_in_its_mean() -> None:
+def test_a_type_of_one_cell_is_in_the_macro_f1_of_every_draw() -> None:
     truth = ["A"] * 30 + ["B"]
-    low, high = bootstrap_intervals(evaluate_labels(truth, truth))["macro_f1"]
-    assert (low, high) == (1.0, 1.0)
+    assert bootstrap_intervals(evaluate_labels(truth, truth))["macro_f1"] == (1.0, 1.0)
+    singles = [f"single{number}" for number in range(10)]
+    truth = ["A"] * 1000 + ["B"] * 1000 + singles
+    # The F1 of A is 2000 / 2010 in every draw, that of B 1, and those of the ten types 0.
+    found = evaluate_labels(truth, ["A"] * 1000 + ["B"] * 1000 + ["A"] * 10)
+    expected = (1 + 2000 / 2010) / 12
+    assert found.macro_f1 == pytest.approx(expected)
+    assert bootstrap_intervals(found)["macro_f1"] == (pytest.approx(expected), pytest.approx(expected))
+
+
+def test_a_difference_in_types_of_one_cell_is_in_its_own_interval() -> None:
+    singles = [f"single{number}" for number in range(10)]
+    truth = ["A"] * 100 + ["B"] * 100 + singles
+    found = compare_labels(truth, truth, ["A"] * 100 + ["B"] * 100 + ["A"] * 10).macro_f1
+    assert found.interval == (pytest.approx(found.difference), pytest.approx(found.difference))
 
 
 def test_intervals_repeat_and_depend_on_the_seed_and_on_nothing_but_counts() -> None:
@@ -131,14 +152,15 @@ def paired_by_cells(
     """Differences of accuracy and macro F1 of draws of cells, by scikit-learn."""
     rng = np.random.default_rng(9)
     found: dict[str, list[float]] = {"accuracy": [], "macro_f1": []}
+    types = sorted(set(truth))
     for _ in range(draws):
-        cells = rng.integers(0, len(truth), len(truth))
-        types = sorted(set(truth[cells]))
+        cells = drawn_within_types(truth, rng)
         one, two = (
             sk.f1_score(truth[cells], label[cells], labels=types, average="macro", zero_division=0)
             for label in (first, second)
         )
         found["macro_f1"].append(one - two)
+        cells = rng.integers(0, len(truth), len(truth))
         found["accuracy"].append((truth == first)[cells].mean() - (truth == second)[cells].mean())
     return {name: np.array(values) for name, values in found.items()}
 

@@ -108,8 +108,11 @@ def test_all_cells_are_evaluated_with_a_warning_that_some_were_trained_on(atlas:
     assert_figures(report, table)
     assert report.calibration_error == pytest.approx(calibration_error(table), rel=1e-5)
     assert report.notes[0] == "all 260 cells"
+    known = table[table["truth"].notna()]
+    n = known["split"].isin(["train", "val", "calib"]).sum()
+    assert report.n_trained_on == n < 168
     assert report.notes[1] == (
-        "168 of them were used in fine-tuning: the figures are better than on new cells"
+        f"{n} of the {len(known)} evaluated cells were used in fine-tuning: the figures are better than on new cells"
     )
 
 

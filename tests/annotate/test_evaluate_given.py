@@ -1,11 +1,14 @@
 """Labels and truths of any tool: joined by cell, counted where they do not meet, refused where it is not clear."""
 
 import json
+import shutil
 from pathlib import Path
 
 import anndata
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import sklearn.metrics as sk
 from scipy import sparse
@@ -57,6 +60,18 @@ def cells_of(atlas: Path) -> pd.DataFrame:
 def accuracy(cells: pd.DataFrame, label: str = "label") -> float:
     known = cells.dropna(subset=["truth"])
     return sk.accuracy_score(known["truth"], known[label])
+
+
+def held_out_sample(atlas: Path, folder: Path, sample: str) -> Path:
+    """A copy of the labels that says that fine-tuning held out all of one sample, and trained on all others."""
+    shutil.copytree(atlas / "labels", folder)
+    for file in folder.glob("*.parquet"):
+        table = pq.read_table(file)
+        split = "test" if file.name.startswith(f"{sample}-") else "train"
+        place = table.schema.get_field_index("split")
+        values = pa.array([split] * len(table), table.schema.field("split").type)
+        pq.write_table(table.set_column(place, "split", values), file)
+    return folder
 
 
 def write_h5ad(path: Path, cells: pd.DataFrame) -> Path:
@@ -169,6 +184,45 @@ def test_barcodes_of_two_samples_without_a_sample_are_refused_by_name(atlas: Pat
     assert report.evaluation.accuracy == pytest.approx(accuracy(apart))
 
 
+@pytest.mark.parametrize("side", ["labels", "truth"])
+def test_a_barcode_of_two_samples_is_refused_also_where_one_sample_alone_is_held_out(
+    atlas: Path, tmp_path: Path, side: str
+) -> None:
+    labels, file = held_out_sample(atlas, tmp_path / "labels", "a"), tmp_path / "tool.csv"
+    cells = cells_of(atlas)
+    cells[cells["sample"] == "b"][["barcode", "label", "truth"]].to_csv(file, index=False)
+    options = {"store": None, "truth_file": file}
+    if side == "labels":
+        options = {"store": atlas / "atlas.zarr", "against": file, "against_column": "label"}
+    with pytest.raises(InputError, match="found 20 cells more than once, as 'c0' of sample 'a' and 'c0' of"):
+        evaluate(labels, truth="truth", **options)
+
+
+def test_a_barcode_of_two_samples_is_refused_also_where_the_other_labels_have_one_of_them(
+    atlas: Path, tmp_path: Path
+) -> None:
+    cells, (file, other) = cells_of(atlas), (tmp_path / "tool.csv", tmp_path / "other.csv")
+    cells[cells["sample"] == "b"][["barcode", "label"]].to_csv(other, index=False)
+    cells[cells["sample"] == "a"][["sample", "barcode", "label"]].to_csv(file, index=False)
+    with pytest.raises(InputError, match=r"found 20 cells more than once, .* which .*other\.csv has too"):
+        evaluate(
+            file, atlas / "atlas.zarr", "truth", labels_column="label", against=other, against_column="label"
+        )
+
+
+def test_labels_without_samples_do_not_join_the_cells_of_two_samples(tmp_path: Path) -> None:
+    for name, sample in (("here", None), ("there", ["a", "a"]), ("truth", ["b", "a"])):
+        table = pd.DataFrame({"barcode": ["c1", "c2"], "type": ["T", "B"]})
+        table = table if sample is None else table.assign(sample=sample)
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    report = evaluate(
+        tmp_path / "here.csv", None, "type", truth_file=tmp_path / "truth.csv", labels_column="type",
+        against=tmp_path / "there.csv", against_column="type",
+    )  # fmt: skip
+    assert report.evaluation.n_cells == 1
+    assert report.left_out.n_not_in_truth == 1
+
+
 def test_a_row_twice_is_refused_by_name(atlas: Path, tmp_path: Path) -> None:
     cells, file = cells_of(atlas), tmp_path / "tool.csv"
     pd.concat([cells, cells.iloc[[30]]])[["sample", "barcode", "label"]].to_csv(file, index=False)
@@ -210,8 +264,34 @@ def test_other_labels_beside_those_of_predict_are_judged_on_the_held_out_cells(
     assert paired.p_mcnemar == pytest.approx(binomtest((one & ~two).sum(), (one ^ two).sum()).pvalue)
     assert here.best is not None
     assert there.best is None
-    assert any(line.startswith("right here alone") for line in here.text())
+    lines = here.text()
+    (place,) = (i for i, line in enumerate(lines) if line.startswith("right here alone"))
+    assert lines[place + 1] == "Intervals and p are of other cells of these donors, not of other donors."
+    (note,) = (line for line in here.to_dict()["notes"] if "take cells as independent" in line)
+    assert note.startswith(f"the tests against {file} take")
+    alone = evaluate(atlas / "labels", atlas / "atlas.zarr", "truth")
+    assert not any("independent" in line for line in [*alone.text(), *alone.notes])
     assert json.loads(json.dumps(here.to_dict(), allow_nan=False))["against"]["test"]["n_cells"] == len(test)
+
+
+def test_cells_that_either_of_two_models_trained_on_are_counted_where_they_are_judged(
+    atlas: Path, tmp_path: Path
+) -> None:
+    first = held_out_sample(atlas, tmp_path / "first", "a")
+    second = held_out_sample(atlas, tmp_path / "second", "none")
+    cells = cells_of(atlas).dropna(subset=["truth"])
+    file = tmp_path / "some.csv"
+    some = cells.iloc[10:90]
+    some.to_csv(file, index=False)
+    n_b = (some["sample"] == "b").sum()
+    assert 0 < n_b < len(some)
+    for labels, against, n in ((first, file, n_b), (file, first, n_b), (first, second, len(cells))):
+        columns = {"labels_column" if labels == file else "against_column": "label"}
+        report = evaluate(labels, atlas / "atlas.zarr", "truth", cells="all", against=against, **columns)
+        assert report.n_trained_on == n
+    alone = evaluate(first, None, "truth", truth_file=file, cells="all")
+    assert alone.n_trained_on == n_b
+    assert f"{n_b} of the 80 evaluated cells were used in fine-tuning" in alone.notes[1]
 
 
 def test_of_two_files_the_cells_that_both_have_are_judged(atlas: Path, tmp_path: Path) -> None:
@@ -228,6 +308,45 @@ def test_of_two_files_the_cells_that_both_have_are_judged(atlas: Path, tmp_path:
     assert report.left_out == LeftOut(n_not_in_other=110 - len(common), n_only_in_other=n_other - len(common))
     assert report.evaluation.accuracy == pytest.approx(accuracy(common))
     assert report.against.evaluation.accuracy == pytest.approx(accuracy(common, "other"))
+
+
+def test_of_two_sets_of_labels_each_cell_that_is_left_out_is_counted_once(
+    atlas: Path, tmp_path: Path
+) -> None:
+    cells = cells_of(atlas)
+    known = np.flatnonzero(cells["truth"].notna())
+    here, there = cells.assign(other="neuron"), cells.assign(other="neuron")
+    here.loc[known[:9], "label"] = ""  # of these, three have no label there either
+    there.loc[known[6:13], "other"] = None
+    here.drop(index=known[20:23]).to_csv(tmp_path / "here.csv", index=False)
+    there.drop(index=known[22:27]).to_csv(tmp_path / "there.csv", index=False)
+    report = evaluate(
+        tmp_path / "here.csv", atlas / "atlas.zarr", "truth", labels_column="label",
+        against=tmp_path / "there.csv", against_column="other",
+    )  # fmt: skip
+    left = report.left_out
+    assert left == LeftOut(n_without_label=3 + 1, n_not_in_other=4 + 4, n_only_in_other=6 + 2)
+    n_left_out = left.n_without_label + left.n_not_in_other + left.n_only_in_other
+    assert report.evaluation.n_cells == len(known) - n_left_out
+    of_both = f"{tmp_path / 'here.csv'} or {tmp_path / 'there.csv'}"
+    assert f"4 cells with a truth have no label in {of_both}, and are left out" in report.notes
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_held_out_cells_that_other_labels_leave_blank_are_counted(
+    atlas: Path, tmp_path: Path, turned: bool
+) -> None:
+    cells, file = cells_of(atlas), tmp_path / "tool.csv"
+    table = pd.read_parquet(atlas / "labels").merge(cells, on=["sample", "barcode"], suffixes=("", "_tool"))
+    test = table[(table["split"] == "test") & table["truth"].notna()]
+    blank = pd.MultiIndex.from_frame(test[["sample", "barcode"]].iloc[:5])
+    names = pd.MultiIndex.from_frame(cells[["sample", "barcode"]])
+    cells.assign(label=cells["label"].where(~names.isin(blank), "")).to_csv(file, index=False)
+    options = {"labels_column": "label", "against": atlas / "labels"} if turned else {}
+    options = options or {"against": file, "against_column": "label"}
+    report = evaluate(file if turned else atlas / "labels", atlas / "atlas.zarr", "truth", **options)
+    assert report.left_out == LeftOut(**{"n_only_in_other" if turned else "n_not_in_other": 5})
+    assert report.evaluation.n_cells == len(test) - 5
 
 
 def test_cells_that_are_left_unassigned_are_counted_and_the_others_judged_apart(

@@ -1,6 +1,7 @@
 """Lineages in the labels data set and in evaluation, against plain recursion over the probabilities on disk."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,11 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 from small_atlas import TYPES, add_sample, draw_sample, small_model, small_space, write_split
 
 from annatac_scale.annotate.evaluate import evaluate
+from annatac_scale.annotate.evaluation_report import LeftOut
 from annatac_scale.annotate.hierarchy_metrics import lineage_figures
 from annatac_scale.annotate.labels import MANIFEST, read_manifest
 from annatac_scale.annotate.predict import predict
@@ -186,6 +189,46 @@ def test_lineages_may_be_evaluated_themselves_and_cells_without_one_are_left_out
     assert report.evaluation.accuracy == pytest.approx(right.mean())
 
 
+def test_cells_without_a_lineage_are_counted_among_the_held_out_ones_too_and_stay_in_what_predict_says(
+    atlas: Path,
+) -> None:
+    report = evaluate(atlas / "labels", atlas / "atlas.zarr", "truth", labels_column="lineage")
+    table = pd.read_parquet(atlas / "labels").merge(
+        IslandStore.open(atlas / "atlas.zarr").obs(), on=["sample", "barcode"]
+    )
+    table = table[table["truth"].notna() & (table["split"] == "test")]
+    given = table["lineage"].notna()
+    assert 0 < given.sum() < len(table)
+    assert report.evaluation.n_cells == given.sum()
+    assert report.left_out == LeftOut(n_without_label=int((~given).sum()))
+    assert any(
+        note.startswith(f"{(~given).sum()} cells with a truth have no label in") for note in report.notes
+    )
+    assert report.lineage.named == pytest.approx(given[table["truth"].isin(DEPTH)].mean())
+    assert report.best.accuracy == pytest.approx((table["best"] == table["truth"]).mean())
+    known = table[table["truth"].isin(TYPES)]
+    assert report.calibration.n_cells == len(known)
+    assert report.novelty.n_known + report.novelty.n_novel == (table["truth"] != "glia").sum()
+
+
+def test_true_types_above_those_of_the_model_are_neither_known_nor_novel(atlas: Path) -> None:
+    report = evaluate(atlas / "labels", atlas / "atlas.zarr", "truth")
+    table = pd.read_parquet(atlas / "labels").merge(
+        IslandStore.open(atlas / "atlas.zarr").obs(), on=["sample", "barcode"]
+    )
+    cells = table[table["truth"].notna() & (table["split"] == "test")]
+    n_of = cells["truth"].value_counts()
+    assert report.types_above == {"glia": n_of["glia"]}
+    assert report.unknown_types == {"elsewhere": n_of["elsewhere"]}
+    told = cells[cells["truth"] != "glia"]
+    novel = told["truth"] == "elsewhere"
+    assert (report.novelty.n_novel, report.novelty.n_known) == (novel.sum(), (~novel).sum())
+    assert report.novelty.auroc == pytest.approx(roc_auc_score(novel, told["novelty_score"]))
+    assert report.to_dict()["types_above"] == report.types_above
+    note = next(line for line in report.notes if line.startswith("types that lie above types of the model"))
+    assert note.endswith(f": glia ({n_of['glia']} cells)")
+
+
 def test_evaluation_takes_the_truth_through_a_label_map(atlas: Path, tmp_path: Path) -> None:
     mapping = tmp_path / "map.tsv"
     mapping.write_text("from\tto\nelsewhere\tneuron\nB cell\t\nnever\tastro\n")
@@ -202,6 +245,27 @@ def test_evaluation_takes_the_truth_through_a_label_map(atlas: Path, tmp_path: P
     assert report.unused_labels == ("never",)
     assert "labels of the label map that none of these cells has: never" in report.notes
     assert report.to_dict()["label_map"]["to"] == {"B cell": "", "elsewhere": "neuron", "never": "astro"}
+
+
+def test_a_label_map_that_only_drops_labels_is_told_and_not_refused(atlas: Path, tmp_path: Path) -> None:
+    """As in fine-tuning, whose split has no cell of a label that its map drops."""
+    mapping = tmp_path / "map.csv"
+    mapping.write_text("from,to\nelsewhere,\n")
+    store = IslandStore.open(atlas / "atlas.zarr")
+    truth = store.obs(["truth"])["truth"]
+    rows = [
+        ("a", f"c{i}", ["train", "test"][i % 2])
+        for i in np.flatnonzero(truth.notna() & (truth != "elsewhere"))
+    ]
+    shutil.copytree(atlas / "run", tmp_path / "run")
+    write_split(tmp_path / "run/split.parquet", rows, {n: s.x_sha256 for n, s in store.samples.items()})
+    predict(store, tmp_path / "run/model", tmp_path / "labels")
+    report = evaluate(tmp_path / "labels", store, "truth", label_map=mapping)
+    assert report.evaluation.n_cells == sum(split == "test" for *_, split in rows)
+    assert report.unused_labels == ("elsewhere",)
+    everywhere = evaluate(tmp_path / "labels", store, "truth", label_map=mapping, cells="all")
+    assert everywhere.evaluation.n_cells == len(rows)
+    assert everywhere.unused_labels == ()
 
 
 def test_a_label_map_that_is_of_other_labels_altogether_is_refused(atlas: Path, tmp_path: Path) -> None:

@@ -183,7 +183,9 @@ def test_the_paired_bootstrap_is_that_of_a_plain_loop() -> None:
     found = paired.f1_difference(truth, ours, theirs)
     assert found["difference"] == pytest.approx(difference(np.arange(120)), abs=1e-5)
     rng = np.random.default_rng(1)
-    loop = np.quantile([difference(rng.integers(0, 120, 120)) for _ in range(600)], [0.025, 0.975])
+    members = [np.flatnonzero(truth == name) for name in types]
+    draws = [np.concatenate([rng.choice(own, len(own)) for own in members]) for _ in range(600)]
+    loop = np.quantile([difference(cells) for cells in draws], [0.025, 0.975])
     # Both are drawn: quantiles of 600 and 2,000 draws.
     assert found["low"] == pytest.approx(loop[0], abs=0.03)
     assert found["high"] == pytest.approx(loop[1], abs=0.03)

@@ -1,6 +1,8 @@
 """Labels as text equal a plain reading, value by value."""
 
+import io
 import math
+import re
 import unicodedata
 from typing import Any
 
@@ -20,7 +22,21 @@ VALUES = st.one_of(
     st.text(max_size=6),
     st.text(st.sampled_from("a \t\n\u00a0\u0301é"), max_size=4),
     st.sampled_from(
-        ["NA", " nan ", "NaN", "<NA>", "None", "none", "Na", "x" * 5000, "細胞", "T\tcell", "a|b", "3.0"]
+        [
+            "NA",
+            " nan ",
+            "NaN",
+            "<NA>",
+            "None",
+            "none",
+            "Na",
+            "x" * 5000,
+            "細胞",
+            "T\tcell",
+            "a|b",
+            "3.0",
+            "-0.0",
+        ]
     ),
     st.integers(-(10**6), 10**6),
     st.floats(-(10**6), 10**6).map(lambda x: round(x, 2)),
@@ -35,6 +51,8 @@ def text_of(value: Any) -> str:
     if isinstance(value, float) and value == int(value):
         return str(int(value))
     text = unicodedata.normalize("NFC", str(value)).strip()
+    if re.fullmatch(r"-?(0|[1-9][0-9]*)\.0", text):
+        return str(int(text[:-2]))
     return "" if text in {"NA", "NaN", "nan", "<NA>", "None"} else text
 
 
@@ -82,6 +100,23 @@ def test_labels_that_look_alike_are_one() -> None:
 def test_what_a_table_holds_for_a_missing_value_is_missing_in_an_array_too(missing: str) -> None:
     assert typed(pd.Series([missing.strip(), "x"], dtype=object)).isna().tolist() == [True, False]
     assert label_texts([missing, "x"]).tolist() == ["", "x"]
+
+
+@pytest.mark.parametrize(
+    "values", [[3.0, -1.0, 0.0, 10.0], [0.5, 1.0, 1e-05, 2.25], [1e15, 1e16, 1e22, -1e17]]
+)
+def test_the_texts_of_a_column_of_floats_are_read_as_the_floats_are(values: list[float]) -> None:
+    column = pd.Series(values)
+    written = pd.read_csv(io.StringIO(column.to_csv(index=False)), dtype=str).iloc[:, 0]
+    for texts in (written, column.astype(str)):
+        assert label_texts(texts).tolist() == label_texts(column).tolist()
+
+
+@pytest.mark.parametrize(
+    "text", ["1e1", "03.0", "3.00", "+3.0", "3.", ".0", "1_0.0", "inf", "\u0663.0", "v3.0"]
+)
+def test_texts_that_write_a_number_in_another_way_stay_what_they_are(text: str) -> None:
+    assert label_texts([text, "10"]).tolist() == [text, "10"]
 
 
 def test_the_labels_of_prediction_are_known() -> None:

@@ -115,13 +115,13 @@ def test_the_model_folder_says_what_it_was_made_of(atlas, pretrained, tmp_path):
     )
 
 
-def relabelled(store, path, labels):
-    """A copy of a store with the column ``cell_type`` changed: X stays as it is."""
+def relabelled(store, path, labels, column="cell_type"):
+    """A copy of a store with a column changed: X stays as it is."""
     cells = {name: (sample.n_cells, sample.obs()) for name, sample in store.samples.items()}
     rows = store.read(np.arange(store.n_cells)).to_csr(store.n_islands).toarray()
     start, samples = 0, {}
     for name, (n, obs) in cells.items():
-        new = obs.assign(cell_type=labels[start : start + n])
+        new = obs.assign(**{column: labels[start : start + n]})
         samples[name] = replace(draw_cells(1), levels=rows[start : start + n], obs=new)
         start += n
     return write_store(path, samples)
@@ -267,6 +267,24 @@ def test_cells_without_a_label_are_left_out_whole_numbers_are_labels(atlas, pret
     assert report.n_without_label == 100
     assert sum(report.split.values()) == 300
     assert len(pq.read_table(tmp_path / "run" / "split.parquet")) == 300
+
+
+def test_progress_and_card_say_how_many_cells_lack_the_value_that_is_held_out(atlas, pretrained, tmp_path):
+    donors = atlas.obs(["donor"])["donor"].to_numpy(object)
+    donors[::5] = None
+    store = relabelled(atlas, tmp_path / "a.zarr", donors, "known_donor")
+    progress = Lines()
+    config = small_finetuning(epochs=1)
+    report = finetune(
+        store, pretrained, "cell_type", tmp_path / "run", config, "known_donor=D2", progress=progress
+    )
+    assert sum(report.split.values()) == 320
+    said = "80 labelled ones without a known_donor, which are left out"
+    assert any(line.startswith("labels cell_type: ") and line.endswith(said) for line in progress.lines)
+    assert (
+        "held out: known_donor=D2; 80 labelled cells without a known_donor are left out\n"
+        in (report.model / "README.md").read_text()
+    )
 
 
 def test_a_model_that_was_read_is_fine_tuned_as_its_folder_is_but_not_an_unwritten_one(

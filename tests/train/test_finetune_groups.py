@@ -146,3 +146,20 @@ def test_the_command_takes_a_group_and_names_what_it_judged_on(donors, model, tm
     done = CliRunner().invoke(main, [*command, *options])
     assert done.exit_code == 0, done.output
     assert ": 2 types, val accuracy " in done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--labels", "cell_type", "--group", ""], "no obs column ''; there are"),
+        (["--labels", ""], "no obs column ''; there are"),
+        (["--labels", "cell_type", "--holdout", "donor="], "--holdout donor=: found no value"),
+        (["--labels", "cell_type", "--holdout", "=D3"], "--holdout =D3: found no column"),
+    ],
+)
+def test_the_command_refuses_an_empty_name_in_a_line(donors, model, tmp_path, options, message):
+    command = ["finetune", str(donors.path), "--model", str(model), "--out", str(tmp_path / "run"), *options]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 2
+    assert message in done.output
+    assert not (tmp_path / "run").exists()

@@ -148,6 +148,16 @@ def test_cells_without_a_group_are_in_no_split_and_counted():
     assert set(labelled.groups) == {"1", "2", "3", "4"}
 
 
+def test_a_cell_without_a_group_and_without_the_held_out_value_is_counted_once():
+    obs = obs_of((["T"] * 4 + ["B"] * 4) * 15, ["D1", "D2", None, "D3"] * 30).assign(
+        lab=["x", "y", None, None] * 30
+    )
+    labelled = split(obs, "lab=y")
+    assert (labelled.n_without_group, labelled.n_without_value) == (30, 30)
+    assert labelled.groups_of("test") == ["D2"]
+    assert labelled.groups_of("train") == ["D1"]
+
+
 def test_samples_are_groups():
     obs = obs_of(["T", "B"] * 60, samples=np.repeat([f"s{i}" for i in range(6)], 20))
     labelled = split(obs, group="sample")
@@ -165,6 +175,7 @@ def test_samples_are_groups():
         ),
         ("donor", "--group donor: found 1 groups among the labelled cells of toy.zarr"),
         ("plate", "no obs column"),
+        ("", "no obs column"),
     ],
 )
 def test_a_column_without_groups_is_refused(group, message):

@@ -30,7 +30,7 @@ ODD = [
     "x" * 3000,
     "na",
     "-1",
-    "3.0",
+    "1e1",
 ]
 
 
@@ -134,7 +134,7 @@ def test_labels_of_two_kinds_in_two_samples_are_read_as_texts(atlas, pretrained,
     walk(IslandStore.open(store.path), pretrained, tmp_path, expected)
 
 
-NAMES = st.text(max_size=8).map(str.strip)
+NAMES = st.text(max_size=8).map(str.strip).filter(lambda name: not name.endswith(".0"))
 
 
 @settings(max_examples=6)

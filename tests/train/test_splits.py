@@ -133,8 +133,25 @@ def test_a_whole_donor_tests_and_the_others_are_split_by_type():
 
 def test_a_held_out_value_may_be_a_whole_number_from_a_column_with_gaps():
     folds = pd.Series([0, 1, 2, None] * 10)
-    labelled = split(obs_of(["T", "B"] * 20, folds), "donor=1")
+    labelled = split(obs_of(["T", "B", "B", "T"] * 10, folds), "donor=1")
     assert labelled.of("test").tolist() == list(range(1, 40, 4))
+
+
+@pytest.mark.parametrize("missing", [None, "", " NA "])
+def test_cells_without_the_value_that_is_held_out_are_in_no_split_and_counted(missing):
+    donors = ["D1", "D2", missing, "D3"] * 20
+    labelled = split(obs_of(["T", "B", None, "B", "B", "T", "T", "T"] * 10, donors), "donor=D2")
+    assert labelled.of("test").tolist() == list(range(1, 80, 4))
+    assert labelled.cells.tolist() == [cell for cell in range(80) if cell % 4 != 2]
+    assert (labelled.n_without_label, labelled.n_without_value, labelled.n_without_group) == (10, 10, 0)
+
+
+def test_a_column_that_marks_the_held_out_cells_alone_leaves_none_to_train_on_and_says_why():
+    marked = ["yes", None, None, None] * 10
+    with pytest.raises(
+        InputError, match=r"--holdout donor=yes: 0 .*where 30 cells without a value are left out"
+    ):
+        split(obs_of(["T", "B"] * 20, marked), "donor=yes")
 
 
 def test_types_that_are_held_out_whole_have_codes_below_zero_each_its_own():
@@ -161,7 +178,9 @@ def test_codes_are_looked_up_by_cell_in_any_order():
     ("holdout", "message"),
     [
         ("donor=D9", "--holdout donor=D9: no labelled cell of toy.zarr has donor 'D9'; there are D1, D2"),
-        ("donor=", "has donor ''; there are D1, D2"),
+        ("donor=", "--holdout donor=: found no value; expected column=value, as donor=D5, or a share"),
+        ("donor= NA", "found no value"),
+        ("=D2", "--holdout =D2: found no column; expected column=value"),
         ("lab=x", "no obs column"),
         (1.0, "expected a share from 0 up to 1, or column=value"),
         (-0.1, "expected a share"),
@@ -172,6 +191,18 @@ def test_codes_are_looked_up_by_cell_in_any_order():
 def test_a_holdout_that_is_none_is_refused(holdout, message):
     with pytest.raises(InputError, match=message):
         split(obs_of(["T", "B"] * 20, ["D1", "D2"] * 20), holdout)
+
+
+def test_a_column_without_a_name_is_refused():
+    with pytest.raises(InputError, match="no obs column"):
+        split(obs_of(["T", "B"] * 20), labels="")
+
+
+def test_a_value_is_held_out_however_its_letters_are_composed():
+    composed, apart = "Zo\u00eb", "Zoe\u0308"
+    obs = obs_of(["T", "T", "B", "B"] * 10, [composed, "D2"] * 20)
+    for spelling in (composed, apart):
+        assert split(obs, f"donor={spelling}").of("test").tolist() == list(range(0, 40, 2))
 
 
 def test_a_holdout_has_one_spelling():
