@@ -29,7 +29,8 @@ class ConfidenceOptions:
     novel_threshold: confidence below which a cell is novel, the paper's rule, in place of both; 0 calls none novel
     novel_adapt: take what the median score of each sample is above that of the calib cells off its scores; assumes that
         few of its cells are novel, and that its types are about as frequent as in the calib cells
-    min_open: cells with fewer open islands are Unassigned_low_depth, and never novel
+    min_open: cells with fewer open islands are Unassigned_low_depth, and never novel; sets and rates go by calib cells
+        that have as many
     """
 
     coverage: float | None = None
@@ -102,7 +103,7 @@ class ConfidenceRule:
         elif rate is None:
             rate = info.novel_rate or DEFAULT_RATE
         if rate is not None:
-            _check_rate(model, n_calib, rate)
+            _check_rate(model, options.min_open, rate)
         if options.novel_adapt and (rate is None or novelty not in DISTANCES):
             raise ConfigError(
                 f"--novel-adapt: found the novelty score {novelty}{'' if rate else ' and a threshold'}; expected "
@@ -127,13 +128,18 @@ class ConfidenceRule:
         return f"past the {self.novelty} score that {self.novel_rate:.4g} of known cells pass"
 
 
-def _check_rate(model: "Model", n_calib: int, rate: float) -> None:
-    if not n_calib:
+def _check_rate(model: "Model", min_open: int, rate: float) -> None:
+    if model.known is None or not model.known.n_calib:
         raise ModelError(_no_calib(model, "a novel rate"))
+    n_calib = model.known.of_depth(min_open).n_calib
     if n_calib < fewest_calib(rate):
+        deep, lower = (
+            (f" with at least {min_open:,} open islands", "a lower --min-open, ") if min_open else ("", "")
+        )
         raise ModelError(
-            f"--novel-rate {rate:g}: {model.path or 'the model'} keeps the scores of {n_calib:,} calib cells, expected "
-            f"at least {fewest_calib(rate):,} to tell what is so rare; ask for a higher rate or label more cells"
+            f"--novel-rate {rate:g}: {model.path or 'the model'} keeps the scores of {n_calib:,} calib cells{deep}, "
+            f"expected at least {fewest_calib(rate):,} to tell what is so rare; ask for {lower}a higher rate or label "
+            "more cells"
         )
 
 

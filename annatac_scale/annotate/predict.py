@@ -223,8 +223,8 @@ class _Predictor:
         It is taken over 16 blocks, evenly spaced: one part's memory and time, and a function of the sample alone. Cells
         that the model was trained on score low and are left out, as are closed ones and those of low depth.
         """
-        rule, known = self._rule.rule, self._rule.known
-        if not rule.novel_adapt or known is None:
+        rule, calib = self._rule.rule, self._rule.calib
+        if not rule.novel_adapt or calib is None:
             return 0.0
         blocks = np.unique(
             np.linspace(0, sample.n_blocks - 1, min(SHARD_BLOCKS, sample.n_blocks)).astype(int)
@@ -243,7 +243,7 @@ class _Predictor:
                 f"expected at least {ADAPT_CELLS}; its novelty scores stay as they are"
             )
             return 0.0
-        return float(np.median(scores) - np.median(known.scores[rule.novelty]))
+        return float(np.median(scores) - np.median(calib.scores[rule.novelty]))
 
     def _outputs(self, first_cell: int, cells: NDArray[np.int64], rows: OpenIslands) -> Outputs:
         """What the model says of some cells of a sample. first_cell: the sample's first id; rows: of those cells."""

@@ -3,7 +3,7 @@
 means, whitening, references        what the distances are taken to
 trend.<distance>                    float32 [5]: intercept, slope, spread, low, high of its depth trend
 calib.code, calib.chance            int32, float32 [n]: true type of each calib cell, and its probability
-calib.<score>                       float32 [n]: the calib cells' novelty scores, increasing
+calib.<score>, calib.n_open         float32, int32 [n]: its novelty scores and its open islands
 """
 
 from dataclasses import astuple
@@ -15,6 +15,7 @@ from annatac_scale.model.novelty import DISTANCES, SCORES, DepthTrend, KnownCell
 
 KNOWN_FILE = "known_cells.safetensors"
 _N_TREND = 5
+_INTEGERS = ("calib.code", "calib.n_open")
 
 
 def encoded(known: KnownCells) -> bytes:
@@ -25,6 +26,7 @@ def encoded(known: KnownCells) -> bytes:
         "references": known.references,
         "calib.code": known.codes,
         "calib.chance": known.chances,
+        "calib.n_open": known.n_open,
         **{f"trend.{name}": np.array(astuple(known.trends[name]), np.float32) for name in DISTANCES},
         **{f"calib.{name}": known.scores[name] for name in SCORES},
     }
@@ -42,19 +44,20 @@ def decoded(data: bytes, n_types: int, n_channels: int) -> KnownCells:
         "references": (max(n_references, 1), n_channels),
         "calib.code": (n_calib,),
         "calib.chance": (n_calib,),
+        "calib.n_open": (n_calib,),
         **{f"trend.{name}": (_N_TREND,) for name in DISTANCES},
         **{f"calib.{name}": (n_calib,) for name in SCORES},
     }
     for name, shape in shapes.items():
-        kind = "int32" if name == "calib.code" else "float32"
+        kind = "int32" if name in _INTEGERS else "float32"
         found = tensors[name]
         if found.shape != shape or found.dtype != kind:
             raise ValueError(f"{KNOWN_FILE}: {name} is {found.dtype} {found.shape}, expected {kind} {shape}")
     codes = tensors["calib.code"]
     scores = {name: tensors[f"calib.{name}"] for name in SCORES}
-    in_order = all((np.diff(values) >= 0).all() for values in scores.values())
-    if not in_order or (n_calib and not (codes.min() >= 0 and codes.max() < n_types)):
-        raise ValueError(f"{KNOWN_FILE}: scores out of order, or types that the model does not know")
+    finite = all(np.isfinite(values).all() for values in scores.values())
+    if not finite or not ((codes >= 0) & (codes < n_types)).all():
+        raise ValueError(f"{KNOWN_FILE}: scores that are no numbers, or types that the model does not know")
     return KnownCells(
         means=tensors["means"],
         whitening=tensors["whitening"],
@@ -63,4 +66,5 @@ def decoded(data: bytes, n_types: int, n_channels: int) -> KnownCells:
         chances=tensors["calib.chance"],
         codes=codes,
         scores=scores,
+        n_open=tensors["calib.n_open"],
     )

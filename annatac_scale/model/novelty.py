@@ -13,7 +13,7 @@ it: 0 is usual for a known cell of that depth. The other two are as published.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -95,7 +95,7 @@ class KnownCells:
     references: float32 [R, M], embeddings of some training cells of each type
     trends: the depth trend of each of DISTANCES, fitted on the val cells
     chances: float32 [n], the probability of the true type of each calib cell; codes: int32 [n], those types
-    scores: float32 [n] for each of SCORES, of the calib cells, increasing
+    scores: float32 [n] for each of SCORES, of the calib cells; n_open: int32 [n], theirs
     """
 
     means: Floats
@@ -105,11 +105,23 @@ class KnownCells:
     chances: Floats
     codes: NDArray[np.int32]
     scores: Mapping[str, Floats]
+    n_open: NDArray[np.int32]
 
     @property
     def n_calib(self) -> int:
         """Calib cells."""
         return len(self.codes)
+
+    def of_depth(self, min_open: int) -> "KnownCells":
+        """The same with the calib cells that have ``min_open`` open islands or more."""
+        deep = self.n_open >= min_open
+        return replace(
+            self,
+            chances=self.chances[deep],
+            codes=self.codes[deep],
+            scores={name: scores[deep] for name, scores in self.scores.items()},
+            n_open=self.n_open[deep],
+        )
 
     def score(self, name: str, outputs: Outputs, chances: Floats, temperature: float) -> Floats:
         """A score of n cells, float32 [n].

@@ -87,11 +87,12 @@ def small_known(n_calib: int, types: tuple[str, ...] = TYPES, channels: int = 6,
         chances=rng.uniform(0, 1, n_calib).astype(np.float32),
         codes=rng.integers(0, len(types), n_calib).astype(np.int32),
         scores={
-            name: np.sort(
-                rng.uniform(0, 1, n_calib) if name == "max_probability" else draw(n_calib) * 3
-            ).astype(np.float32)
+            name: (rng.uniform(0, 1, n_calib) if name == "max_probability" else draw(n_calib) * 3).astype(
+                np.float32
+            )
             for name in SCORES
         },
+        n_open=rng.integers(0, N_ISLANDS, n_calib).astype(np.int32),
     )
 
 

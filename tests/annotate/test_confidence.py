@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from small_atlas import NOVEL_THRESHOLD, small_known, small_model
 
@@ -115,6 +116,16 @@ def test_a_rate_that_is_too_rare_for_the_calib_cells_is_refused(model: Model) ->
         ModelError, match="the scores of 2 calib cells, expected at least 3"
     ):  # 1 / 0.3 - 1 is 2.3
         rule_of(replace(model, known=small_known(2)), novel_rate=0.3)
+
+
+def test_calib_cells_of_low_depth_do_not_count_for_a_rate(model: Model) -> None:
+    known = replace(small_known(60), n_open=np.repeat([4, 5], [41, 19]).astype(np.int32))
+    assert rule_of(replace(model, known=known), novel_rate=0.05, min_open=5).novel_rate == 0.05
+    with pytest.raises(
+        ModelError,
+        match=r"of 19 calib cells with at least 5 open islands, expected at least 99.* ask for a lower --min-open",
+    ):
+        rule_of(replace(model, known=known), novel_rate=0.01, min_open=5)
 
 
 def test_the_rule_says_in_words_what_makes_a_cell_novel(model: Model) -> None:

@@ -152,12 +152,39 @@ def test_shallow_cells_are_unassigned_and_never_novel(
     assert report.n_low_depth == report.labels[LOW_DEPTH] >= low.sum()
 
 
-def plain_shift(table: pd.DataFrame, name: str) -> float:
+@pytest.mark.parametrize("per_class", [False, True])
+@pytest.mark.parametrize("name", ["mahalanobis", "knn"])
+def test_calib_cells_of_low_depth_set_no_limit(
+    tmp_path: Path, store: IslandStore, careful: Path, name: str, per_class: bool
+) -> None:
+    least, rate, coverage = 12, 0.3, 0.6
+    options: dict[str, Any] = {"coverage": coverage, "coverage_per_class": per_class, "min_open": least}
+    predict(store, careful, tmp_path / "labels", novelty=name, novel_rate=rate, **options)
+    table = rows_of(tmp_path / "labels")
+    deep = [cell for cell in range(80) if KNOWN.n_open[cell] >= least]
+    assert 20 < len(deep) < 70
+    calib = [float(KNOWN.scores[name][cell]) for cell in deep]
+    counts = [1 + sum(one >= score for one in calib) for score in table["novelty_score"].tolist()]
+    np.testing.assert_allclose(table["novelty_p"], np.array(counts) / (len(deep) + 1), rtol=1e-6)
+    rare = [Fraction(n, len(deep) + 1) <= Fraction(str(rate)) for n in counts]
+    assert table["novel"].tolist() == (np.array(rare) & (table["n_open"] >= least)).tolist()
+    assert 0 < table["novel"].sum() < len(table)
+    for code, type_name in enumerate(TYPES):
+        own = [cell for cell in deep if not per_class or KNOWN.codes[cell] == code]
+        rank = math.ceil((len(own) + 1) * Fraction(str(coverage)))
+        least_chance = sorted((float(KNOWN.chances[cell]) for cell in own), reverse=True)[rank - 1]
+        inside = np.stack(table["probabilities"].to_list())[:, code] >= np.float32(least_chance)
+        assert [type_name in one for one in table["set"]] == inside.tolist()
+
+
+def plain_shift(table: pd.DataFrame, name: str, min_open: int = 1) -> float:
     """How far the median of the cells that have open islands and did not train is above that of the calib cells."""
-    ordered = sorted(table["novelty_score"][(table["n_open"] > 0) & (table["split"] != "train")].tolist())
+    taken = (table["n_open"] >= min_open) & (table["split"] != "train")
+    ordered = sorted(table["novelty_score"][taken].tolist())
     n = len(ordered)
     median = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
-    return median - float(np.median(KNOWN.scores[name]))
+    calib = KNOWN.scores[name] if min_open == 1 else KNOWN.scores[name][KNOWN.n_open >= min_open]
+    return median - float(np.median(calib))
 
 
 def test_adapting_takes_each_samples_own_median_off_its_scores(
@@ -186,6 +213,18 @@ def test_adapting_takes_each_samples_own_median_off_its_scores(
     for name in few:
         pd.testing.assert_frame_equal(rows_of(tmp_path / "plain", name), rows_of(tmp_path / "adapted", name))
         assert any(line.startswith(f"{name}: --novel-adapt: found") for line in lines)
+
+
+def test_adapting_compares_cells_that_are_deep_enough_with_calib_cells_that_are(
+    tmp_path: Path, store: IslandStore, careful: Path
+) -> None:
+    options: dict[str, Any] = {"novelty": "knn", "min_open": 8}
+    predict(store, careful, tmp_path / "plain", **options)
+    predict(store, careful, tmp_path / "adapted", novel_adapt=True, **options)
+    plain, adapted = rows_of(tmp_path / "plain"), rows_of(tmp_path / "adapted")
+    shift = plain_shift(plain, "knn", 8)
+    assert abs(shift - plain_shift(plain, "knn")) > 0.1
+    np.testing.assert_allclose(adapted["novelty_score"], plain["novelty_score"] - shift, rtol=1e-4, atol=1e-4)
 
 
 def test_adapted_scores_do_not_depend_on_which_parts_were_there(tmp_path: Path, careful: Path) -> None:

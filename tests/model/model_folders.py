@@ -94,7 +94,8 @@ def toy_known(n_types: int, channels: int, n_calib: int = 12) -> KnownCells:
         trends={name: DepthTrend(*map(float, draw(5))) for name in DISTANCES},
         chances=draw(n_calib),
         codes=rng.integers(0, n_types, n_calib).astype(np.int32),
-        scores={name: np.sort(draw(n_calib)) for name in SCORES},
+        scores={name: draw(n_calib) for name in SCORES},
+        n_open=rng.integers(0, N_SPACE, n_calib).astype(np.int32),
     )
 
 

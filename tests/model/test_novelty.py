@@ -1,6 +1,7 @@
 """Novelty scores equal plain loops, grow with distance, and stand at 0 for cells as usual at any depth."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,7 +40,14 @@ def without_calib(
     means: np.ndarray, whitening: np.ndarray, references: np.ndarray, trends: dict[str, DepthTrend]
 ) -> KnownCells:
     return KnownCells(
-        means, whitening, references, trends, np.empty(0, np.float32), np.empty(0, np.int32), {}
+        means,
+        whitening,
+        references,
+        trends,
+        np.empty(0, np.float32),
+        np.empty(0, np.int32),
+        {},
+        np.empty(0, np.int32),
     )
 
 
@@ -156,6 +164,23 @@ def test_cells_far_from_all_known_ones_score_higher_than_known_ones() -> None:
     strange = (10 + rng.normal(size=(50, 4))).astype(np.float32)
     for name in DISTANCES:
         assert known.distance(name, embedding[100:]).max() < known.distance(name, strange).min()
+
+
+def test_calib_cells_of_a_depth_are_those_with_as_many_open_islands_and_all_that_is_kept_of_them() -> None:
+    known = replace(
+        drawn_known(10),
+        chances=np.array([0.1, 0.2, 0.3, 0.4], np.float32),
+        codes=np.array([2, 0, 1, 0], np.int32),
+        scores={name: np.array([4, 3, 2, 1], np.float32) + number for number, name in enumerate(SCORES)},
+        n_open=np.array([7, 0, 5, 4], np.int32),
+    )
+    assert known.of_depth(0).n_calib == 4
+    deep = known.of_depth(5)
+    assert (deep.n_calib, deep.codes.tolist(), deep.n_open.tolist()) == (2, [2, 1], [7, 5])
+    assert deep.chances.tolist() == known.chances[[0, 2]].tolist()
+    assert [deep.scores[name].tolist() for name in SCORES] == [[4 + n, 2 + n] for n in range(4)]
+    assert deep.references is known.references
+    assert known.of_depth(8).n_calib == 0
 
 
 def test_names_that_are_no_score_are_refused() -> None:
