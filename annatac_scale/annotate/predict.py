@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from annatac_scale.annotate.confidence import ConfidenceOptions, ConfidenceRule
+from annatac_scale.annotate.confidence import ConfidenceOptions, ConfidenceRule, few_for_sets
 from annatac_scale.annotate.labels import (
     PART_CELLS,
     LabelsFolder,
@@ -176,6 +176,8 @@ class _Predictor:
         model.check_store(store)
         info = model.info
         rule = ConfidenceRule.of(model, options)
+        if too_few := few_for_sets(model, rule):
+            progress.say(too_few)
         self._store = store
         self._progress = progress
         lineage = _lineage_threshold(model, hierarchy_threshold)

@@ -43,6 +43,16 @@ def careful(tmp_path: Path) -> Path:
     return tmp_path / "careful"
 
 
+class Lines(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
 def rows_of(labels: Path, name: str = "many") -> pd.DataFrame:
     return pd.concat([pd.read_parquet(file) for file in sorted(labels.glob(f"{name}-*.parquet"))])
 
@@ -129,6 +139,16 @@ def test_the_set_holds_the_types_likely_enough_the_likeliest_first(
     assert len(set(table["set_size"])) > 1
 
 
+def test_where_every_set_holds_all_types_it_is_said(tmp_path: Path, store: IslandStore) -> None:
+    for n_calib, n_lines in ((8, 1), (9, 0)):
+        small_model(tmp_path / f"{n_calib}", known=small_known(n_calib))
+        progress = Lines()
+        predict(store, tmp_path / f"{n_calib}", tmp_path / f"labels{n_calib}", progress=progress)
+        said = [line for line in progress.lines if line.endswith("; every set holds all types")]
+        assert len(said) == n_lines
+        assert (rows_of(tmp_path / f"labels{n_calib}")["set_size"] == len(TYPES)).all() == bool(n_lines)
+
+
 def test_without_known_cells_sets_and_p_values_are_null_and_scores_are_there(
     tmp_path: Path, store: IslandStore, model: Path
 ) -> None:
@@ -190,18 +210,13 @@ def plain_shift(table: pd.DataFrame, name: str, min_open: int = 1) -> float:
 def test_adapting_takes_each_samples_own_median_off_its_scores(
     tmp_path: Path, store: IslandStore, careful: Path
 ) -> None:
-    lines: list[str] = []
-
-    class Lines(Silent):
-        def say(self, line: str) -> None:
-            lines.append(line)
-
+    progress = Lines()
     trained = [("many", f"many-{i}", "train" if i < 100 else "test") for i in range(150)]
     write_split(
         tmp_path / "split.parquet", trained, {n: sample.x_sha256 for n, sample in store.samples.items()}
     )
     predict(store, careful, tmp_path / "plain", novelty="knn")
-    predict(store, careful, tmp_path / "adapted", novelty="knn", novel_adapt=True, progress=Lines())
+    predict(store, careful, tmp_path / "adapted", novelty="knn", novel_adapt=True, progress=progress)
     plain, adapted = rows_of(tmp_path / "plain"), rows_of(tmp_path / "adapted")
     shift = plain_shift(plain, "knn")
     assert abs(shift) > 0.1
@@ -212,7 +227,7 @@ def test_adapting_takes_each_samples_own_median_off_its_scores(
     assert few
     for name in few:
         pd.testing.assert_frame_equal(rows_of(tmp_path / "plain", name), rows_of(tmp_path / "adapted", name))
-        assert any(line.startswith(f"{name}: --novel-adapt: found") for line in lines)
+        assert any(line.startswith(f"{name}: --novel-adapt: found") for line in progress.lines)
 
 
 def test_adapting_compares_cells_that_are_deep_enough_with_calib_cells_that_are(
