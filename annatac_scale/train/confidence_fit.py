@@ -87,9 +87,10 @@ class _Training:
         _, codes = np.unique(self.codes[chosen], return_inverse=True)
         embedding = self.embedding[chosen]
         means, whitening = means_and_whitening(embedding, codes, int(codes.max()) + 1)
-        stored = embedding[_first(self.places[chosen], codes, REFERENCES)]
+        stored = _first(self.places[chosen], codes, REFERENCES)
         none, no_codes = np.empty(0, np.float32), np.empty(0, np.int32)
-        return KnownCells(means, whitening, stored, {}, none, no_codes, {}, no_codes)
+        references = embedding[stored], codes[stored].astype(np.int32)
+        return KnownCells(means, whitening, *references, {}, none, no_codes, {}, no_codes)
 
 
 def fit_confidence(

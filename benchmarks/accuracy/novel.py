@@ -28,7 +28,8 @@ def known_of(fit: Outputs, codes: Ints, aside: Outputs) -> KnownCells:
     means, whitening = means_and_whitening(fit.embedding, codes, int(codes.max()) + 1)
     stored = np.concatenate([np.flatnonzero(codes == code)[:REFERENCES] for code in np.unique(codes)])
     none, no_codes = np.empty(0, np.float32), np.empty(0, np.int32)
-    known = KnownCells(means, whitening, fit.embedding[stored], {}, none, no_codes, {}, no_codes)
+    references = fit.embedding[stored], codes[stored].astype(np.int32)
+    known = KnownCells(means, whitening, *references, {}, none, no_codes, {}, no_codes)
     trends = {name: DepthTrend.fit(known.distance(name, aside.embedding), aside.n_open) for name in DISTANCES}
     return replace(known, trends=trends)
 

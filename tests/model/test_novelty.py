@@ -13,7 +13,6 @@ from sklearn.neighbors import NearestNeighbors
 from annatac_scale.errors import ConfigError, ModelError
 from annatac_scale.model.novelty import (
     DISTANCES,
-    NEIGHBOURS,
     SCORES,
     DepthTrend,
     KnownCells,
@@ -37,12 +36,17 @@ def chances_of(outputs: Outputs) -> np.ndarray:
 
 
 def without_calib(
-    means: np.ndarray, whitening: np.ndarray, references: np.ndarray, trends: dict[str, DepthTrend]
+    means: np.ndarray,
+    whitening: np.ndarray,
+    references: np.ndarray,
+    reference_codes: np.ndarray,
+    trends: dict[str, DepthTrend],
 ) -> KnownCells:
     return KnownCells(
         means,
         whitening,
         references,
+        reference_codes.astype(np.int32),
         trends,
         np.empty(0, np.float32),
         np.empty(0, np.int32),
@@ -58,7 +62,9 @@ def drawn_known(seed: int, channels: int = 4) -> KnownCells:
         return rng.normal(size=shape).astype(np.float32)
 
     trends = {"mahalanobis": DepthTrend(2.0, -0.5, 0.25, 1.0, 5.0), "knn": DepthTrend(0, 0, 1, 0, 9)}
-    return without_calib(draw(3, channels), draw(channels, channels), draw(40, channels), trends)
+    return without_calib(
+        draw(3, channels), draw(channels, channels), draw(40, channels), np.arange(40) % 3, trends
+    )
 
 
 def test_the_plain_scores_equal_their_formulas() -> None:
@@ -84,19 +90,41 @@ def test_mahalanobis_is_the_distance_to_the_nearest_mean_in_units_of_the_spread(
 
 
 @settings(max_examples=20)
-@given(seed=st.integers(0, 99), n_references=st.integers(1, 40), n=st.integers(0, 30))
-def test_knn_is_the_distance_to_the_tenth_nearest_or_the_farthest_of_fewer(
-    seed: int, n_references: int, n: int
+@given(
+    seed=st.integers(0, 99), sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4), n=st.integers(0, 30)
+)
+def test_knn_is_the_distance_within_which_a_twentieth_of_some_type_lies(
+    seed: int, sizes: list[int], n: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    references = rng.normal(size=(n_references, 3)).astype(np.float32)
+    codes = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    references = rng.normal(size=(len(codes), 3)).astype(np.float32)
     cells = rng.normal(size=(n, 3)).astype(np.float32)
-    found = knn(cells, references)
-    k = min(NEIGHBOURS, n_references)
+    found = knn(cells, references, codes)
     assert found.shape == (n,)
     if n:
-        expected = NearestNeighbors(n_neighbors=k).fit(references).kneighbors(cells)[0][:, -1]
+        of_types = [
+            NearestNeighbors(n_neighbors=math.ceil(size / 20))
+            .fit(references[codes == code])
+            .kneighbors(cells)[0]
+            for code, size in enumerate(sizes)
+        ]
+        expected = np.min([distances[:, -1] for distances in of_types], axis=0)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_stored", [5, 9, 15])
+def test_the_cells_of_a_rare_type_are_about_as_near_as_those_of_a_frequent_one(n_stored: int) -> None:
+    rng = np.random.default_rng(11)
+    centres = 8 * np.eye(3, 10)
+    codes = np.repeat([0, 1, 2], [200, 200, n_stored])
+    references = (centres[codes] + rng.normal(size=(len(codes), 10))).astype(np.float32)
+    asked = np.repeat([0, 1, 2], 500)
+    cells = (centres[asked] + rng.normal(size=(1500, 10))).astype(np.float32)
+    found = knn(cells, references, codes)
+    limit = np.quantile(found[asked < 2], 0.95)
+    assert (found[asked == 2] > limit).mean() < 0.25
+    assert (knn(cells - 8, references, codes) > limit).mean() > 0.99
 
 
 def test_many_cells_score_as_each_alone() -> None:
@@ -160,7 +188,8 @@ def test_cells_far_from_all_known_ones_score_higher_than_known_ones() -> None:
     centres = rng.normal(0, 3, (3, 4))
     embedding = (centres[rng.integers(0, 3, 200)] + rng.normal(size=(200, 4))).astype(np.float32)
     trends = {name: DepthTrend(0, 0, 1, 0, 9) for name in DISTANCES}
-    known = without_calib(centres.astype(np.float32), np.eye(4, dtype=np.float32), embedding[:100], trends)
+    whitening, codes = np.eye(4, dtype=np.float32), np.arange(100) % 3
+    known = without_calib(centres.astype(np.float32), whitening, embedding[:100], codes, trends)
     strange = (10 + rng.normal(size=(50, 4))).astype(np.float32)
     for name in DISTANCES:
         assert known.distance(name, embedding[100:]).max() < known.distance(name, strange).min()

@@ -96,6 +96,11 @@ def test_stored_cells_are_training_cells_at_most_so_many_of_a_type(atlas, pretra
     assert len(model.known.references) == 18
     nearest = [np.abs(embedding - one).max(axis=1).min() for one in model.known.references]
     assert max(nearest) < 1e-4
+    assert np.bincount(model.known.reference_codes).tolist() == [9, 9]
+    cells = np.flatnonzero(split == "train")
+    types = atlas.obs(["cell_type"])["cell_type"].to_numpy(str)[cells]
+    of_which = [np.abs(embedding - one).max(axis=1).argmin() for one in model.known.references]
+    assert types[of_which].tolist() == [model.info.labels[code] for code in model.known.reference_codes]
 
 
 def test_calibration_errors_stand_in_the_folder_and_on_the_card(tuned):
