@@ -36,6 +36,9 @@ ONE_IN = 20
 One number for all types would reach across a type of few cells, or into another.
 """
 
+FEWEST_FOR_SLOPE = 20
+"""Cells that a depth trend with a slope takes: of fewer the slope is mostly noise, and a line through two is exact."""
+
 _CHUNK = 512  # Cells that are compared with the stored cells of a type at a time: bounds the memory.
 
 Floats = NDArray[np.float32]
@@ -72,13 +75,19 @@ class DepthTrend:
 
     @classmethod
     def fit(cls, scores: NDArray[np.float64], n_open: NDArray[np.int64]) -> "DepthTrend":
-        """By least squares. scores: [n], at least one; n_open: [n]. Without a spread of either, the line is level."""
+        """By least squares. scores: [n], at least one; n_open: [n].
+
+        The line is level where all cells are as deep, or where there are fewer than FEWEST_FOR_SLOPE.
+        """
         depth = np.log1p(n_open.astype(np.float64))
         off = depth - depth.mean()
-        square = float(off @ off)
-        slope = float(off @ scores) / square if square > 0 else 0.0
+        # By the counts: of equal depths the mean may be a rounding off.
+        sloped = len(scores) >= FEWEST_FOR_SLOPE and n_open.min() < n_open.max()
+        slope = float(off @ scores) / float(off @ off) if sloped else 0.0
         intercept = float(scores.mean()) - slope * float(depth.mean())
-        spread = float(np.std(scores - intercept - slope * depth))
+        residuals = scores - intercept - slope * depth
+        # Less one for each number that the line has of its own; one cell has no spread.
+        spread = float(np.sqrt(residuals @ residuals / max(len(scores) - (2 if sloped else 1), 1)))
         # Where all cells score the same, their score is 0 and any other is far off.
         fitted = (intercept, slope, max(spread, 1e-6), depth.min(), depth.max())
         return cls(*(float(np.float32(number)) for number in fitted))

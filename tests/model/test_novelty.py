@@ -156,14 +156,34 @@ def test_the_trend_is_the_least_squares_line() -> None:
     expected = linregress(np.log1p(n_open), scores)
     assert (found.intercept, found.slope) == pytest.approx((expected.intercept, expected.slope), rel=1e-5)
     residuals = scores - expected.intercept - expected.slope * np.log1p(n_open)
-    assert found.spread == pytest.approx(residuals.std(), rel=1e-5)
+    assert found.spread == pytest.approx(residuals.std(ddof=2), rel=1e-5)
     corrected = found.corrected(scores, n_open)
-    assert (corrected.mean(), corrected.std()) == pytest.approx((0, 1), abs=1e-4)
+    assert (corrected.mean(), corrected.std(ddof=2)) == pytest.approx((0, 1), abs=1e-4)
     assert abs(np.corrcoef(corrected, np.log1p(n_open))[0, 1]) < 1e-4
 
 
+@pytest.mark.parametrize("n", [2, 3, 8, 19])
+def test_of_few_cells_the_trend_is_level_and_its_spread_is_theirs(n: int) -> None:
+    rng = np.random.default_rng(n)
+    for _ in range(20):
+        scores, n_open = rng.normal(5, 0.2, n), rng.integers(1, 3000, n)
+        found = DepthTrend.fit(scores, n_open)
+        assert found.slope == 0
+        assert (found.intercept, found.spread) == pytest.approx((scores.mean(), scores.std(ddof=1)), rel=1e-5)
+
+
+def test_of_enough_cells_the_spread_is_as_wide_among_others() -> None:
+    rng = np.random.default_rng(12)
+    squares = []
+    for _ in range(2000):
+        fitted = DepthTrend.fit(rng.normal(5, 0.2, 20), rng.integers(1, 3000, 20))
+        squares.append(fitted.spread**2)
+    assert np.mean(squares) == pytest.approx(0.2**2, rel=0.03)
+
+
 def test_beyond_the_depths_that_it_was_fitted_on_the_trend_is_level() -> None:
-    found = DepthTrend.fit(np.array([3.0, 2.0, 1.5]), np.array([10, 100, 1000]))
+    found = DepthTrend.fit(np.repeat([3.0, 2.0, 1.5], 7), np.repeat([10, 100, 1000], 7))
+    assert found.slope < 0
     same = np.array([2.0, 2.0])
     deep = found.corrected(same, np.array([1000, 10**6]))
     assert deep[0] == pytest.approx(deep[1])
@@ -173,8 +193,8 @@ def test_beyond_the_depths_that_it_was_fitted_on_the_trend_is_level() -> None:
 
 @pytest.mark.parametrize(
     ("scores", "n_open"),
-    [([2.0], [7]), ([2.0, 2.0], [7, 9]), ([1.0, 3.0], [7, 7])],
-    ids=["one", "flat", "depth"],
+    [([2.0], [7]), ([2.0, 2.0], [7, 9]), ([1.0, 3.0], [7, 7]), ([1.0, 3.0] * 10, [7] * 20)],
+    ids=["one", "flat", "depth", "depth of many"],
 )
 def test_cells_without_a_spread_have_a_trend(scores: list[float], n_open: list[int]) -> None:
     found = DepthTrend.fit(np.array(scores), np.array(n_open))
