@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from predicted import assert_same_bytes
 from scipy.special import logsumexp
 from small_atlas import (
@@ -25,7 +27,7 @@ from small_atlas import (
 )
 
 from annatac_scale.annotate.labels import MANIFEST
-from annatac_scale.annotate.predict import ADAPT_CELLS, predict
+from annatac_scale.annotate.predict import ADAPT_CELLS, evenly_spaced, predict
 from annatac_scale.errors import ConfigError, InputError
 from annatac_scale.model.folder import read_model, write_model
 from annatac_scale.model.labels import LOW_DEPTH, NOVEL
@@ -246,6 +248,33 @@ def test_adapting_compares_cells_that_are_deep_enough_with_calib_cells_that_are(
     shift = plain_shift(plain, "knn", 8)
     assert abs(shift - plain_shift(plain, "knn")) > 0.05
     np.testing.assert_allclose(adapted["novelty_score"], plain["novelty_score"] - shift, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_that_were_mostly_trained_on_are_adapted_by_their_other_cells(
+    tmp_path: Path, careful: Path
+) -> None:
+    store = small_store(tmp_path / "atlas.zarr", {"big": draw_sample(8100, 1)})
+    others = range(260, 480)  # all in one block
+    rows = [("big", f"big-{i}", "test" if i in others else "train") for i in range(8100)]
+    write_split(tmp_path / "split.parquet", rows, {"big": store.samples["big"].x_sha256})
+    predict(store, careful, tmp_path / "plain", novelty="knn")
+    predict(store, careful, tmp_path / "adapted", novelty="knn", novel_adapt=True)
+    plain, adapted = rows_of(tmp_path / "plain", "big"), rows_of(tmp_path / "adapted", "big")
+    shift = plain_shift(plain, "knn")
+    assert abs(shift) > 0.1
+    np.testing.assert_allclose(adapted["novelty_score"], plain["novelty_score"] - shift, rtol=1e-4, atol=1e-4)
+
+
+@given(n=st.integers(0, 300), most=st.integers(1, 100))
+def test_evenly_spaced_cells_are_all_or_so_many_at_about_equal_distances(n: int, most: int) -> None:
+    cells = np.arange(n) * 3 + 7
+    found = evenly_spaced(cells, most)
+    assert len(found) == min(n, most)
+    assert set(found.tolist()) <= set(cells.tolist())
+    if len(found) > 1:
+        steps = np.diff(found) // 3
+        assert steps.min() >= 1
+        assert steps.max() - steps.min() <= 1
 
 
 def test_adapted_scores_do_not_depend_on_which_parts_were_there(tmp_path: Path, careful: Path) -> None:
