@@ -7,7 +7,7 @@ Cells are dealt one by one, or by whole groups (donors, batches), so that figure
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,8 @@ class LabelledCells:
     groups: object, the group of each cell, where groups are kept whole; else None
     whole: the splits that consist of whole groups; the rest is dealt among the cells of the groups that train
     n_without_group: cells with a label that are in no split because nobody knows their group
+    beside: int64 ids, increasing, of the cells in no split that may be looked at without labels: none of the value that
+        is held out, and, where groups are kept whole, those of groups that train alone
     """
 
     cells: NDArray[np.int64]
@@ -60,6 +62,7 @@ class LabelledCells:
     groups: Texts | None = None
     whole: tuple[str, ...] = ()
     n_without_group: int = 0
+    beside: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     def of(self, split: str) -> NDArray[np.int64]:
         """Cell ids of a split."""
@@ -175,8 +178,11 @@ def split_cells(
     taking_part = labelled if groups is None else labelled & (groups != "")
     cells = np.flatnonzero(taking_part)
     split = np.full(store.n_cells, "train", object)
+    beside = ~taking_part
     if rule.held_out is not None:
-        split[_held_out(store, rule, label_texts(obs[rule.held_out[0]]), cells)] = "test"
+        values = label_texts(obs[rule.held_out[0]])
+        split[_held_out(store, rule, values, cells)] = "test"
+        beside &= values != rule.held_out[1]
     shares: Mapping[str, float] = rule.shares
     whole: tuple[str, ...] = ()
     if groups is not None:
@@ -187,6 +193,8 @@ def split_cells(
     by_hash = by_hash[split[by_hash] == "train"]
     for _, members in pd.Series(by_hash).groupby(text[by_hash]):
         split[members] = _dealt(len(members), shares)
+    if groups is not None:
+        beside &= pd.Series(groups).isin(set(groups[cells][split[cells] == "train"])).to_numpy()
     types = sorted(set(text[cells][split[cells] == "train"]))
     if len(types) < FEWEST_TRAIN_TYPES:
         raise InputError(
@@ -211,6 +219,7 @@ def split_cells(
         groups=None if groups is None else groups[cells],
         whole=whole,
         n_without_group=int(labelled.sum()) - len(cells),
+        beside=np.flatnonzero(beside),
     )
 
 

@@ -314,6 +314,32 @@ def test_without_a_pretrained_pooled_layer_it_is_an_svd_of_the_cells_that_do_not
     assert reports[0].test["accuracy"] > 0.9
 
 
+def test_with_groups_the_svd_is_of_cells_of_groups_that_train(pretrained, tmp_path):
+    """Other cells without a label, the same model, unless they are of donors that train."""
+    donors = np.array([f"D{number % 8}" for number in range(600)], object)
+    donors[550:] = None
+    store = store_of(tmp_path / "a.zarr", 60, batch=donors)
+    labelled = split_cells(store, "few", SplitRule(0.2, 0.1, 0.1, 0, "batch"))
+    trains = np.isin(donors.astype(str), labelled.groups_of("train"))
+    unlabelled = np.full(600, True)
+    unlabelled[labelled.cells] = False
+    weights = []
+    for name, changed in (("a", None), ("b", unlabelled & ~trains), ("c", unlabelled & trains)):
+        if changed is not None:
+            cells = draw_cells(600, seed=5)
+            cells.levels[changed] = 0
+            cells.levels[changed, ::2] = 5
+            store = write_store(
+                tmp_path / f"{name}.zarr", {"s0": replace(cells, obs=store.samples["s0"].obs())}
+            )
+        report = finetune(store, pretrained, "few", tmp_path / name, linear(8), group="batch")
+        weights.append(files_of(report.model)["weights.safetensors"])
+    assert weights[0] == weights[1] != weights[2]
+    n_beside = int((unlabelled & trains).sum())
+    said = f"idf and SVD of the {report.split['train']} training cells and {n_beside} cells in no split, without labels"
+    assert said in (report.model / "README.md").read_text()
+
+
 def test_a_probe_reads_the_frozen_encoder_where_the_pooled_layer_does(atlas, tmp_path):
     asked = {"objective": "vector", "reads": "gate", "mask_fraction": 0.5, "pooled": 6}
     model = pretrain(atlas, tmp_path / "pre", small_pretraining(1, **asked)).model
