@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from annatac_scale.errors import ConfigError, ModelError
-from annatac_scale.model.conformal import DEFAULT_COVERAGE, fewest_calib, rank_of
+from annatac_scale.model.conformal import DEFAULT_COVERAGE, fewest_calib, fewest_covering, rank_of
 from annatac_scale.model.labels import LOW_DEPTH, NOVEL
 from annatac_scale.model.novelty import DISTANCES, PAPER_SCORE, checked_score
 
@@ -29,7 +29,8 @@ class ConfidenceOptions:
     novel_threshold: confidence below which a cell is novel, the paper's rule, in place of both; 0 calls none novel
     novel_adapt: take what the median score of each sample is above that of the calib cells off its scores; assumes that
         few of its cells are novel, and that its types are about as frequent as in the calib cells
-    min_open: cells with fewer open islands are Unassigned_low_depth, and never novel
+    min_open: cells with fewer open islands are Unassigned_low_depth, and never novel; sets and rates go by calib cells
+        that have as many
     """
 
     coverage: float | None = None
@@ -82,14 +83,14 @@ class ConfidenceRule:
     def of(cls, model: "Model", options: ConfidenceOptions) -> "ConfidenceRule":
         """The model's own rule with what was asked for over it.
 
-        Raises ModelError where the model does not keep what that needs, ConfigError where options contradict each
-        other.
+        Raises ModelError where the model does not keep what that needs, as where its calib cells are too few for a rate
+        or for a coverage that was asked for; ConfigError where options contradict each other.
         """
         info = model.info
         n_calib = 0 if model.known is None else model.known.n_calib
         coverage = options.coverage or (DEFAULT_COVERAGE if n_calib else None)
-        if not n_calib and options.coverage:
-            raise ModelError(_no_calib(model, "--coverage"))
+        if options.coverage:
+            _check_coverage(model, options.min_open, options.coverage)
         novelty, rate, threshold = (
             options.novelty or info.novelty,
             options.novel_rate,
@@ -102,7 +103,7 @@ class ConfidenceRule:
         elif rate is None:
             rate = info.novel_rate or DEFAULT_RATE
         if rate is not None:
-            _check_rate(model, n_calib, rate)
+            _check_rate(model, options.min_open, rate)
         if options.novel_adapt and (rate is None or novelty not in DISTANCES):
             raise ConfigError(
                 f"--novel-adapt: found the novelty score {novelty}{'' if rate else ' and a threshold'}; expected "
@@ -127,14 +128,49 @@ class ConfidenceRule:
         return f"past the {self.novelty} score that {self.novel_rate:.4g} of known cells pass"
 
 
-def _check_rate(model: "Model", n_calib: int, rate: float) -> None:
-    if not n_calib:
-        raise ModelError(_no_calib(model, "a novel rate"))
-    if n_calib < fewest_calib(rate):
+def few_for_sets(model: "Model", rule: ConfidenceRule) -> str:
+    """A sentence where the rule's calib cells are too few to leave any type out of a set; else empty."""
+    if rule.coverage is None:
+        return ""
+    found = _shortage(model, rule.min_open, fewest_covering(rule.coverage))
+    return (
+        found
+        and f"coverage {rule.coverage:g}: {found} to leave a type out of a set; every set holds all types"
+    )
+
+
+def _check_coverage(model: "Model", min_open: int, coverage: float) -> None:
+    if model.known is None or not model.known.n_calib:
+        raise ModelError(_no_calib(model, "--coverage"))
+    if found := _shortage(model, min_open, fewest_covering(coverage)):
         raise ModelError(
-            f"--novel-rate {rate:g}: {model.path or 'the model'} keeps the scores of {n_calib:,} calib cells, expected "
-            f"at least {fewest_calib(rate):,} to tell what is so rare; ask for a higher rate or label more cells"
+            f"--coverage {coverage:g}: {found} to leave a type out of a set; ask for "
+            f"{_lower(min_open)}a lower coverage or label more cells"
         )
+
+
+def _check_rate(model: "Model", min_open: int, rate: float) -> None:
+    if model.known is None or not model.known.n_calib:
+        raise ModelError(_no_calib(model, "a novel rate"))
+    if found := _shortage(model, min_open, fewest_calib(rate)):
+        raise ModelError(
+            f"--novel-rate {rate:g}: {found} to tell what is so rare; ask for {_lower(min_open)}a higher rate or label "
+            "more cells"
+        )
+
+
+def _shortage(model: "Model", min_open: int, fewest: int) -> str:
+    """What is found and expected where fewer calib cells than ``fewest`` are deep enough; else empty."""
+    n_calib = 0 if model.known is None else model.known.of_depth(min_open).n_calib
+    if n_calib >= fewest:
+        return ""
+    deep = f" with at least {min_open:,} open islands" if min_open else ""
+    keeps = f"{model.path or 'the model'} keeps the scores of {n_calib:,} calib cells{deep}"
+    return f"{keeps}, expected at least {fewest:,}"
+
+
+def _lower(min_open: int) -> str:
+    return "a lower --min-open, " if min_open else ""
 
 
 def _no_calib(model: "Model", what: str) -> str:

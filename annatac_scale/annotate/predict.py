@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from annatac_scale.annotate.confidence import ConfidenceOptions, ConfidenceRule
+from annatac_scale.annotate.confidence import ConfidenceOptions, ConfidenceRule, few_for_sets
 from annatac_scale.annotate.labels import (
     PART_CELLS,
     LabelsFolder,
@@ -39,7 +39,7 @@ from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.export import write_obs_into_h5ad
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.place import Location, is_url, on_disk
-from annatac_scale.store.schema import BLOCK_CELLS, SHARD_BLOCKS
+from annatac_scale.store.schema import SHARD_BLOCKS
 from annatac_scale.store.store import IslandStore, Sample
 from annatac_scale.stream.batch import Batch
 
@@ -176,6 +176,8 @@ class _Predictor:
         model.check_store(store)
         info = model.info
         rule = ConfidenceRule.of(model, options)
+        if too_few := few_for_sets(model, rule):
+            progress.say(too_few)
         self._store = store
         self._progress = progress
         lineage = _lineage_threshold(model, hierarchy_threshold)
@@ -220,30 +222,24 @@ class _Predictor:
     def _shift(self, sample: Sample, split: NDArray[np.object_]) -> float:
         """What the median novelty score of a sample's cells is above that of the calib cells.
 
-        It is taken over 16 blocks, evenly spaced: one part's memory and time, and a function of the sample alone. Cells
-        that the model was trained on score low and are left out, as are closed ones and those of low depth.
+        Cells that the model was trained on score low and have no part in it, nor have closed ones and shallow ones. Of
+        the others it looks at as many as a part has, evenly spaced: one part's memory and time, but for the blocks that
+        are read to find them, and a function of the sample alone.
         """
-        rule, known = self._rule.rule, self._rule.known
-        if not rule.novel_adapt or known is None:
+        rule, calib = self._rule.rule, self._rule.calib
+        if not rule.novel_adapt or calib is None:
             return 0.0
-        blocks = np.unique(
-            np.linspace(0, sample.n_blocks - 1, min(SHARD_BLOCKS, sample.n_blocks)).astype(int)
-        )
-        read = [sample.read_block(int(block)) for block in blocks]
-        rows = OpenIslands.concatenate(read)
-        first_of_block = blocks * BLOCK_CELLS
-        in_sample = [first + np.arange(len(some)) for first, some in zip(first_of_block, read, strict=True)]
-        cells = np.concatenate([np.empty(0, np.int64), *in_sample])
-        outputs = self._outputs(sample.first_cell, cells, rows)
-        taken = (outputs.n_open >= max(rule.min_open, 1)) & (split[cells] != "train")
-        scores = self._rule.novelty_scores(outputs)[taken]
+        cells = evenly_spaced(np.flatnonzero(split != "train"), PART_CELLS)
+        outputs = self._outputs(sample.first_cell, cells, self._store.read(sample.first_cell + cells))
+        deep = outputs.n_open >= max(rule.min_open, 1)
+        scores = self._rule.novelty_scores(outputs)[deep]
         if len(scores) < ADAPT_CELLS:
             self._progress.say(
-                f"{sample.name}: --novel-adapt: found {len(scores):,} cells that the model was not trained on, "
-                f"expected at least {ADAPT_CELLS}; its novelty scores stay as they are"
+                f"{sample.name}: --novel-adapt: found {len(scores):,} cells deep enough that the model was not trained "
+                f"on, expected at least {ADAPT_CELLS}; its novelty scores stay as they are"
             )
             return 0.0
-        return float(np.median(scores) - np.median(known.scores[rule.novelty]))
+        return float(np.median(scores) - np.median(calib.scores[rule.novelty]))
 
     def _outputs(self, first_cell: int, cells: NDArray[np.int64], rows: OpenIslands) -> Outputs:
         """What the model says of some cells of a sample. first_cell: the sample's first id; rows: of those cells."""
@@ -340,6 +336,12 @@ def _obs_columns(folder: LabelsFolder) -> pd.DataFrame:
     if "set" in told:
         table["set"] = ["|".join(types) for types in table["set"]]
     return table.set_index("barcode").add_prefix(OBS_PREFIX)
+
+
+def evenly_spaced(cells: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """All of some cells, or ``most`` of them, evenly spaced; int64."""
+    n = min(most, len(cells))
+    return cells[np.arange(n) * len(cells) // max(n, 1)]
 
 
 def cut_batches(n_tokens: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

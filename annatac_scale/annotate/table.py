@@ -47,7 +47,8 @@ class LabelRule:
             confidence: its probability
         second, second_confidence: the next type, null where the model knows but one
         novel: whether the rule calls the cell novel; novelty_score: the larger, the more novel; novelty_p: its
-            conformal p-value, the share of known cells that score as high, null where the model has no calib cells
+            conformal p-value, the share of known cells, none of low depth, that score as high, null where the model
+            has no calib cells
         set, set_size: the prediction set, the likeliest first, and its types; null where the model has no calib cells
         probabilities: of all classes, in their order
         n_open: open islands of the cell that the model has a token for
@@ -117,7 +118,7 @@ class LabelRule:
             "second_confidence": pa.nulls(n) if one_class else ranked[:, 1],
             "novel": novel,
             "novelty_score": scores,
-            "novelty_p": pa.nulls(n) if self._calib is None else p_values(scores, self._calib),
+            "novelty_p": pa.nulls(n) if self._limits is None else p_values(scores, self._limits),
             "set": sets,
             "set_size": sizes,
             "probabilities": pa.FixedSizeListArray.from_arrays(chances.ravel(), len(self.classes)),
@@ -140,27 +141,37 @@ class LabelRule:
         return self.scaling.probabilities(outputs.logits).astype(np.float32)
 
     @cached_property
-    def _calib(self) -> Floats | None:
+    def calib(self) -> KnownCells | None:
+        """The known cells with those calib cells that are not of low depth; None where the model has no calib cells.
+
+        Limits of shallow cells, which are mostly less sure, would be too wide for the cells that get a label.
+        """
+        if self.known is None or not self.known.n_calib:
+            return None
+        return self.known.of_depth(self.rule.min_open)
+
+    @cached_property
+    def _limits(self) -> Floats | None:
         """The calib cells' scores, increasing."""
-        return None if self.known is None or not self.known.n_calib else self.known.scores[self.rule.novelty]
+        return None if self.calib is None else np.sort(self.calib.scores[self.rule.novelty])
 
     @cached_property
     def _thresholds(self) -> Floats | None:
         """Probability from which each class is in the set."""
-        if self.known is None or self.rule.coverage is None:
+        if self.calib is None or self.rule.coverage is None:
             return None
-        known, per_class = self.known, self.rule.coverage_per_class
+        calib, per_class = self.calib, self.rule.coverage_per_class
         return set_thresholds(
-            known.chances, known.codes, len(self.classes), self.rule.coverage, per_class=per_class
+            calib.chances, calib.codes, len(self.classes), self.rule.coverage, per_class=per_class
         )
 
     def _novel(self, confidence: Floats, scores: Floats) -> NDArray[np.bool_]:
         if self.rule.novel_threshold is not None:
             below: NDArray[np.bool_] = confidence.astype(np.float64) < self.rule.novel_threshold
             return below
-        assert self._calib is not None  # as ConfidenceRule.of makes sure
+        assert self._limits is not None  # as ConfidenceRule.of makes sure
         assert self.rule.novel_rate is not None
-        return exceeds(scores, self._calib, self.rule.novel_rate)
+        return exceeds(scores, self._limits, self.rule.novel_rate)
 
     def _sets(
         self, chances: Floats, order: NDArray[np.int64], names: NDArray[np.object_]

@@ -43,6 +43,11 @@ def fewest_calib(rate: float) -> int:
     return math.ceil(1 / Fraction(str(float(rate)))) - 1
 
 
+def fewest_covering(coverage: float) -> int:
+    """Calib cells that it takes to leave a type out of a set: the least n with n >= 1 / (1 - coverage) - 1."""
+    return math.ceil(1 / (1 - Fraction(str(float(coverage))))) - 1
+
+
 def set_thresholds(
     chances: Floats, codes: NDArray[np.integer], n_types: int, coverage: float, *, per_class: bool
 ) -> Floats:

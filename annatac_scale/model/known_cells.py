@@ -1,9 +1,10 @@
 """KnownCells as a file of the model folder, known_cells.safetensors.
 
 means, whitening, references        what the distances are taken to
+references.code                     int32 [R]: type of each reference
 trend.<distance>                    float32 [5]: intercept, slope, spread, low, high of its depth trend
 calib.code, calib.chance            int32, float32 [n]: true type of each calib cell, and its probability
-calib.<score>                       float32 [n]: the calib cells' novelty scores, increasing
+calib.<score>, calib.n_open         float32, int32 [n]: its novelty scores and its open islands
 """
 
 from dataclasses import astuple
@@ -15,6 +16,7 @@ from annatac_scale.model.novelty import DISTANCES, SCORES, DepthTrend, KnownCell
 
 KNOWN_FILE = "known_cells.safetensors"
 _N_TREND = 5
+_INTEGERS = ("references.code", "calib.code", "calib.n_open")
 
 
 def encoded(known: KnownCells) -> bytes:
@@ -23,8 +25,10 @@ def encoded(known: KnownCells) -> bytes:
         "means": known.means,
         "whitening": known.whitening,
         "references": known.references,
+        "references.code": known.reference_codes,
         "calib.code": known.codes,
         "calib.chance": known.chances,
+        "calib.n_open": known.n_open,
         **{f"trend.{name}": np.array(astuple(known.trends[name]), np.float32) for name in DISTANCES},
         **{f"calib.{name}": known.scores[name] for name in SCORES},
     }
@@ -40,27 +44,31 @@ def decoded(data: bytes, n_types: int, n_channels: int) -> KnownCells:
         "means": (n_types, n_channels),
         "whitening": (n_channels, n_channels),
         "references": (max(n_references, 1), n_channels),
+        "references.code": (n_references,),
         "calib.code": (n_calib,),
         "calib.chance": (n_calib,),
+        "calib.n_open": (n_calib,),
         **{f"trend.{name}": (_N_TREND,) for name in DISTANCES},
         **{f"calib.{name}": (n_calib,) for name in SCORES},
     }
     for name, shape in shapes.items():
-        kind = "int32" if name == "calib.code" else "float32"
+        kind = "int32" if name in _INTEGERS else "float32"
         found = tensors[name]
         if found.shape != shape or found.dtype != kind:
             raise ValueError(f"{KNOWN_FILE}: {name} is {found.dtype} {found.shape}, expected {kind} {shape}")
-    codes = tensors["calib.code"]
+    codes, reference_codes = tensors["calib.code"], tensors["references.code"]
     scores = {name: tensors[f"calib.{name}"] for name in SCORES}
-    in_order = all((np.diff(values) >= 0).all() for values in scores.values())
-    if not in_order or (n_calib and not (codes.min() >= 0 and codes.max() < n_types)):
-        raise ValueError(f"{KNOWN_FILE}: scores out of order, or types that the model does not know")
+    finite = all(np.isfinite(values).all() for values in scores.values())
+    if not finite or not all(((of >= 0) & (of < n_types)).all() for of in (codes, reference_codes)):
+        raise ValueError(f"{KNOWN_FILE}: scores that are no numbers, or types that the model does not know")
     return KnownCells(
         means=tensors["means"],
         whitening=tensors["whitening"],
         references=tensors["references"],
+        reference_codes=reference_codes,
         trends={name: DepthTrend(*map(float, tensors[f"trend.{name}"])) for name in DISTANCES},
         chances=tensors["calib.chance"],
         codes=codes,
         scores=scores,
+        n_open=tensors["calib.n_open"],
     )

@@ -4,8 +4,8 @@
     energy            -T logsumexp(logits / T), T the temperature (Liu et al., NeurIPS 2020)
     mahalanobis       distance of the embedding to the nearest mean of a type, in units of the spread within types (Lee
                       et al., NeurIPS 2018)
-    knn               distance of the embedding to the NEIGHBOURS-th nearest of some stored training cells (Sun et al.,
-                      ICML 2022, but of embeddings as they are)
+    knn               distance of the embedding within which one in ONE_IN of the stored training cells of a type lie,
+                      of the nearest type (as Sun et al., ICML 2022, but by type and of embeddings as they are)
 
 Distances depend on a cell's depth, the number of its open islands: the embedding of a shallow cell is noisier. Both are
 therefore given as what they are above the line that held-out cells follow in log(n_open), in standard deviations around
@@ -13,7 +13,7 @@ it: 0 is usual for a known cell of that depth. The other two are as published.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -30,10 +30,16 @@ PAPER_SCORE = "max_probability"
 DISTANCES = ("mahalanobis", "knn")
 """Those that look at the embedding, corrected for depth."""
 
-NEIGHBOURS = 10
-"""Which of the nearest stored cells "knn" measures to; the farthest of them where fewer are stored."""
+ONE_IN = 20
+"""Part of a type's stored cells, rounded up, whose farthest "knn" measures to: of 200 the 10th nearest.
 
-_CHUNK = 512  # Cells that are compared with all stored cells at a time: bounds the memory.
+One number for all types would reach across a type of few cells, or into another.
+"""
+
+FEWEST_FOR_SLOPE = 20
+"""Cells that a depth trend with a slope takes: of fewer the slope is mostly noise, and a line through two is exact."""
+
+_CHUNK = 512  # Cells that are compared with the stored cells of a type at a time: bounds the memory.
 
 Floats = NDArray[np.float32]
 
@@ -69,13 +75,19 @@ class DepthTrend:
 
     @classmethod
     def fit(cls, scores: NDArray[np.float64], n_open: NDArray[np.int64]) -> "DepthTrend":
-        """By least squares. scores: [n], at least one; n_open: [n]. Without a spread of either, the line is level."""
+        """By least squares. scores: [n], at least one; n_open: [n].
+
+        The line is level where all cells are as deep, or where there are fewer than FEWEST_FOR_SLOPE.
+        """
         depth = np.log1p(n_open.astype(np.float64))
         off = depth - depth.mean()
-        square = float(off @ off)
-        slope = float(off @ scores) / square if square > 0 else 0.0
+        # By the counts: of equal depths the mean may be a rounding off.
+        sloped = len(scores) >= FEWEST_FOR_SLOPE and n_open.min() < n_open.max()
+        slope = float(off @ scores) / float(off @ off) if sloped else 0.0
         intercept = float(scores.mean()) - slope * float(depth.mean())
-        spread = float(np.std(scores - intercept - slope * depth))
+        residuals = scores - intercept - slope * depth
+        # Less one for each number that the line has of its own; one cell has no spread.
+        spread = float(np.sqrt(residuals @ residuals / max(len(scores) - (2 if sloped else 1), 1)))
         # Where all cells score the same, their score is 0 and any other is far off.
         fitted = (intercept, slope, max(spread, 1e-6), depth.min(), depth.max())
         return cls(*(float(np.float32(number)) for number in fitted))
@@ -92,24 +104,37 @@ class KnownCells:
 
     means: float32 [C, M], of the embeddings of training cells; whitening: float32 [M, M], which makes the spread within
         types the identity: distances are those of embedding @ whitening
-    references: float32 [R, M], embeddings of some training cells of each type
+    references: float32 [R, M], embeddings of some training cells of each type; reference_codes: int32 [R], those types
     trends: the depth trend of each of DISTANCES, fitted on the val cells
     chances: float32 [n], the probability of the true type of each calib cell; codes: int32 [n], those types
-    scores: float32 [n] for each of SCORES, of the calib cells, increasing
+    scores: float32 [n] for each of SCORES, of the calib cells; n_open: int32 [n], theirs
     """
 
     means: Floats
     whitening: Floats
     references: Floats
+    reference_codes: NDArray[np.int32]
     trends: Mapping[str, DepthTrend]
     chances: Floats
     codes: NDArray[np.int32]
     scores: Mapping[str, Floats]
+    n_open: NDArray[np.int32]
 
     @property
     def n_calib(self) -> int:
         """Calib cells."""
         return len(self.codes)
+
+    def of_depth(self, min_open: int) -> "KnownCells":
+        """The same with the calib cells that have ``min_open`` open islands or more."""
+        deep = self.n_open >= min_open
+        return replace(
+            self,
+            chances=self.chances[deep],
+            codes=self.codes[deep],
+            scores={name: scores[deep] for name, scores in self.scores.items()},
+            n_open=self.n_open[deep],
+        )
 
     def score(self, name: str, outputs: Outputs, chances: Floats, temperature: float) -> Floats:
         """A score of n cells, float32 [n].
@@ -126,7 +151,7 @@ class KnownCells:
         """ "mahalanobis" or "knn" before the depth trend is taken off, float64 [n]. embedding: [n, M]"""
         if name == "mahalanobis":
             return mahalanobis(embedding, self.means, self.whitening)
-        return knn(embedding, self.references)
+        return knn(embedding, self.references, self.reference_codes)
 
 
 def plain_score(name: str, outputs: Outputs, chances: Floats, temperature: float) -> Floats:
@@ -147,13 +172,21 @@ def mahalanobis(embedding: Floats, means: Floats, whitening: Floats) -> NDArray[
     return nearest
 
 
-def knn(embedding: Floats, references: Floats) -> NDArray[np.float64]:
-    """Distance of n cells to the NEIGHBOURS-th nearest of R, float64 [n]; arguments as in ``KnownCells``."""
-    place = min(NEIGHBOURS, len(references)) - 1
-    stored = references.astype(np.float64)
+def knn(embedding: Floats, references: Floats, reference_codes: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Distance of n cells within which one in ONE_IN of R cells of some type lie; arguments as in ``KnownCells``."""
+    nearest = np.full(len(embedding), np.inf)
+    for code in np.unique(reference_codes):
+        nearest = np.minimum(nearest, _squares(embedding, references[reference_codes == code]))
+    return np.sqrt(np.maximum(nearest, 0))  # rounding may leave less than 0 of a cell that is stored
+
+
+def _squares(embedding: Floats, of_type: Floats) -> NDArray[np.float64]:
+    """Squared distance of n cells within which one in ONE_IN of the stored cells of a type lie, float64 [n]."""
+    place = -(-len(of_type) // ONE_IN) - 1
+    stored = of_type.astype(np.float64)
     found = np.empty(len(embedding))
     for start in range(0, len(embedding), _CHUNK):
         cells = embedding[start : start + _CHUNK].astype(np.float64)
         squares = (cells**2).sum(axis=1)[:, None] + (stored**2).sum(axis=1) - 2 * cells @ stored.T
         found[start : start + _CHUNK] = np.partition(squares, place, axis=1)[:, place]
-    return np.sqrt(np.maximum(found, 0))  # rounding may leave less than 0 of a cell that is stored
+    return found

@@ -150,12 +150,12 @@ def _common(info: ModelInfo, vocabulary: Vocabulary) -> list[str]:
 
 
 def _pool(info: ModelInfo) -> list[str]:
-    pool = info.pooled_layer
-    return (
-        []
-        if pool is None
-        else [f"- pooled layer: {pool.pooled} channels, reads of the Linformer: {pool.reads}"]
-    )
+    pool, of = info.pooled_layer, info.provenance.get("svd_cells")
+    if pool is None:
+        return []
+    beside = f" and {of['beside']:,} cells in no split, without labels" if of and of["beside"] else ""
+    start = f"; starts from idf and SVD of the {of['training']:,} training cells{beside}" if of else ""
+    return [f"- pooled layer: {pool.pooled} channels, reads of the Linformer: {pool.reads}{start}"]
 
 
 def _figures(name: str, figures: dict[str, Any]) -> list[str]:

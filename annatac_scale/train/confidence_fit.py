@@ -89,9 +89,10 @@ class _Training:
         _, codes = np.unique(self.codes[chosen], return_inverse=True)
         embedding = self.embedding[chosen]
         means, whitening = means_and_whitening(embedding, codes, int(codes.max()) + 1)
-        stored = embedding[_first(self.places[chosen], codes, REFERENCES)]
-        none = np.empty(0, np.float32)
-        return KnownCells(means, whitening, stored, {}, none, none.astype(np.int32), {})
+        stored = _first(self.places[chosen], codes, REFERENCES)
+        none, no_codes = np.empty(0, np.float32), np.empty(0, np.int32)
+        references = embedding[stored], codes[stored].astype(np.int32)
+        return KnownCells(means, whitening, *references, {}, none, no_codes, {}, no_codes)
 
 
 def fit_confidence(
@@ -128,9 +129,8 @@ def fit_confidence(
         known,
         chances=chances[np.arange(len(codes)), codes],
         codes=codes.astype(np.int32),
-        scores={
-            name: np.sort(known.score(name, said["calib"], chances, scaling.temperature)) for name in SCORES
-        },
+        scores={name: known.score(name, said["calib"], chances, scaling.temperature) for name in SCORES},
+        n_open=said["calib"].n_open.astype(np.int32),
     )
     errors = {
         split: _errors(said[split].logits, labelled.codes_of(labelled.of(split)), scaling)

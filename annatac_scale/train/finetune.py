@@ -205,6 +205,7 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
         "holdout": work.holdout,
         "groups": _group_facts(work),
         "split": labelled.sizes,
+        "svd_cells": _start_facts(work),
         "n_without_label": labelled.n_without_label,
         "n_dropped": labelled.n_dropped,
         "n_without_value": labelled.n_without_value,
@@ -334,7 +335,7 @@ def _task(work: _Work, ranks: Ranks) -> FinetuneTask:
 def _initialise(typer: CellTyper, work: _Work, progress: Progress) -> None:
     """Start a pooled layer from the pretrained one; without one, from idf and SVD of the training cells.
 
-    Of a linear head, which needs no labels for it: from those of all cells but the ones that judge and test it.
+    Of a linear head, which needs no labels for it: from those of the cells beside them too.
     """
     if not isinstance(typer.head, PooledHead):
         return
@@ -342,16 +343,26 @@ def _initialise(typer: CellTyper, work: _Work, progress: Progress) -> None:
     if pretrained is not None:
         typer.head.pool.start_from(pretrained)
         return
-    training, vocabulary = work.labelled.of("train"), work.pretrained.vocabulary
-    if isinstance(typer.head, LinearHead):
-        set_apart = [work.labelled.of(name) for name in SPLITS if name != "train"]
-        training = np.setdiff1d(np.arange(work.store.n_cells), np.concatenate(set_apart))
-    counts = count_open(work.store, training, progress)[vocabulary.islands]
-    idf = inverse_document_frequency(counts, len(training))
+    vocabulary = work.pretrained.vocabulary
+    cells = np.union1d(work.labelled.of("train"), _cells_beside(work))
+    counts = count_open(work.store, cells, progress)[vocabulary.islands]
+    idf = inverse_document_frequency(counts, len(cells))
     rank, seed = work.config.head.pooled, work.config.train.seed
-    matrix = CellMatrix(work.store, vocabulary, training, idf)
+    matrix = CellMatrix(work.store, vocabulary, cells, idf)
     svd = truncated_svd(matrix, rank, seed, torch.get_num_threads(), progress)
     typer.head.pool.initialise(torch.from_numpy(idf), torch.from_numpy(svd.components * svd.singular_values))
+
+
+def _cells_beside(work: _Work) -> NDArray[np.int64]:
+    """The cells in no split that a pooled layer which pretraining did not make starts from; ids."""
+    return work.labelled.beside if work.config.head.kind == "linear" else np.empty(0, np.int64)
+
+
+def _start_facts(work: _Work) -> dict[str, int] | None:
+    """Of how many cells idf and SVD are; None where pretraining made the pooled layer, or there is none."""
+    if not work.config.head.pools or work.pretrained.encoder.pool is not None:
+        return None
+    return {"training": work.labelled.sizes["train"], "beside": len(_cells_beside(work))}
 
 
 def _info(work: _Work, confidence: Confidence, facts: dict[str, Any]) -> ModelInfo:

@@ -7,7 +7,7 @@ Cells are dealt one by one, or by whole groups (donors, batches), so that figure
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,8 @@ class LabelledCells:
     whole: the splits that consist of whole groups; the rest is dealt among the cells of the groups that train
     n_without_group: cells with a label that are in no split because nobody knows their group
     n_without_value: others that are in none because nobody knows whether they have the value that is held out
+    beside: int64 ids, increasing, of the cells in no split that may be looked at without labels: none that have, or may
+        have, the value that is held out, and, where groups are kept whole, those of groups that train alone
     """
 
     cells: NDArray[np.int64]
@@ -62,6 +64,7 @@ class LabelledCells:
     whole: tuple[str, ...] = ()
     n_without_group: int = 0
     n_without_value: int = 0
+    beside: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     def of(self, split: str) -> NDArray[np.int64]:
         """Cell ids of a split."""
@@ -191,8 +194,10 @@ def split_cells(
     taking_part = grouped if values is None else grouped & (values != "")
     cells = np.flatnonzero(taking_part)
     split = np.full(store.n_cells, "train", object)
-    if values is not None:
+    beside = ~taking_part
+    if values is not None and rule.held_out is not None:
         split[_held_out(store, rule, values, cells)] = "test"
+        beside &= (values != rule.held_out[1]) & (values != "")
     shares: Mapping[str, float] = rule.shares
     whole: tuple[str, ...] = ()
     if groups is not None:
@@ -203,6 +208,8 @@ def split_cells(
     by_hash = by_hash[split[by_hash] == "train"]
     for _, members in pd.Series(by_hash).groupby(text[by_hash]):
         split[members] = _dealt(len(members), shares)
+    if groups is not None:
+        beside &= pd.Series(groups).isin(set(groups[cells][split[cells] == "train"])).to_numpy()
     types = sorted(set(text[cells][split[cells] == "train"]))
     n_without_value = int(grouped.sum()) - len(cells)
     if len(types) < FEWEST_TRAIN_TYPES:
@@ -230,6 +237,7 @@ def split_cells(
         whole=whole,
         n_without_group=int((labelled & ~grouped).sum()),
         n_without_value=n_without_value,
+        beside=np.flatnonzero(beside),
     )
 
 

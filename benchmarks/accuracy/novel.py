@@ -1,6 +1,7 @@
 """Novelty: how well the package's scores (model/novelty.py) tell the cells of a type that was left out."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +27,11 @@ def known_of(fit: Outputs, codes: Ints, aside: Outputs) -> KnownCells:
     """
     means, whitening = means_and_whitening(fit.embedding, codes, int(codes.max()) + 1)
     stored = np.concatenate([np.flatnonzero(codes == code)[:REFERENCES] for code in np.unique(codes)])
-    none = np.empty(0, np.float32)
-    known = KnownCells(means, whitening, fit.embedding[stored], {}, none, none.astype(np.int32), {})
+    none, no_codes = np.empty(0, np.float32), np.empty(0, np.int32)
+    references = fit.embedding[stored], codes[stored].astype(np.int32)
+    known = KnownCells(means, whitening, *references, {}, none, no_codes, {}, no_codes)
     trends = {name: DepthTrend.fit(known.distance(name, aside.embedding), aside.n_open) for name in DISTANCES}
-    return KnownCells(means, whitening, known.references, trends, none, none.astype(np.int32), {})
+    return replace(known, trends=trends)
 
 
 def scores(known: KnownCells, asked: Outputs, temperature: float = 1.0) -> Mapping[str, Floats]:

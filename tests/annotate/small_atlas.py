@@ -82,16 +82,18 @@ def small_known(n_calib: int, types: tuple[str, ...] = TYPES, channels: int = 6,
     return KnownCells(
         means=draw(len(types), channels),
         whitening=draw(channels, channels),
-        references=draw(25, channels),
+        references=draw(60, channels),
+        reference_codes=np.repeat([0, 2, 1], [40, 19, 1]).astype(np.int32),
         trends={name: DepthTrend(1.5, -0.25, 0.75, 0.5, 3.0) for name in DISTANCES},
         chances=rng.uniform(0, 1, n_calib).astype(np.float32),
         codes=rng.integers(0, len(types), n_calib).astype(np.int32),
         scores={
-            name: np.sort(
-                rng.uniform(0, 1, n_calib) if name == "max_probability" else draw(n_calib) * 3
-            ).astype(np.float32)
+            name: (rng.uniform(0, 1, n_calib) if name == "max_probability" else draw(n_calib) * 3).astype(
+                np.float32
+            )
             for name in SCORES
         },
+        n_open=rng.integers(0, N_ISLANDS, n_calib).astype(np.int32),
     )
 
 

@@ -3,10 +3,18 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from small_atlas import NOVEL_THRESHOLD, small_known, small_model
 
-from annatac_scale.annotate.confidence import LOW_DEPTH, NOVEL, ConfidenceOptions, ConfidenceRule, named
+from annatac_scale.annotate.confidence import (
+    LOW_DEPTH,
+    NOVEL,
+    ConfidenceOptions,
+    ConfidenceRule,
+    few_for_sets,
+    named,
+)
 from annatac_scale.errors import ConfigError, ModelError
 from annatac_scale.model.folder import Model
 
@@ -115,6 +123,47 @@ def test_a_rate_that_is_too_rare_for_the_calib_cells_is_refused(model: Model) ->
         ModelError, match="the scores of 2 calib cells, expected at least 3"
     ):  # 1 / 0.3 - 1 is 2.3
         rule_of(replace(model, known=small_known(2)), novel_rate=0.3)
+
+
+def test_a_coverage_that_the_calib_cells_are_too_few_for_is_refused(model: Model) -> None:
+    assert rule_of(model, coverage=0.98).coverage == 0.98
+    with pytest.raises(
+        ModelError,
+        match=r"--coverage 0\.99: .* 60 calib cells, expected at least 99 .* ask for a lower coverage",
+    ):
+        rule_of(model, coverage=0.99)
+    assert rule_of(replace(model, known=small_known(9)), coverage=0.9).coverage == 0.9
+    with pytest.raises(ModelError, match="the scores of 8 calib cells, expected at least 9"):
+        rule_of(replace(model, known=small_known(8)), coverage=0.9)
+    known = replace(small_known(60), n_open=np.repeat([4, 5], [52, 8]).astype(np.int32))
+    with pytest.raises(
+        ModelError, match=r"of 8 calib cells with at least 5 open .* ask for a lower --min-open, a"
+    ):
+        rule_of(replace(model, known=known), coverage=0.9, min_open=5)
+
+
+def test_a_default_coverage_that_the_calib_cells_are_too_few_for_is_taken_and_said(model: Model) -> None:
+    for n_calib in (0, 9, 60):
+        enough = replace(model, known=small_known(n_calib))
+        assert few_for_sets(enough, rule_of(enough)) == ""
+    few = replace(model, known=small_known(8))
+    assert rule_of(few).coverage == 0.9
+    assert few_for_sets(few, rule_of(few)).endswith(
+        "keeps the scores of 8 calib cells, expected at least 9 to leave a type out of a set; every set holds all types"
+    )
+    known = replace(small_known(60), n_open=np.full(60, 3, np.int32))
+    shallow = replace(model, known=known)
+    assert "0 calib cells with at least 4 open islands" in few_for_sets(shallow, rule_of(shallow, min_open=4))
+
+
+def test_calib_cells_of_low_depth_do_not_count_for_a_rate(model: Model) -> None:
+    known = replace(small_known(60), n_open=np.repeat([4, 5], [41, 19]).astype(np.int32))
+    assert rule_of(replace(model, known=known), novel_rate=0.05, min_open=5).novel_rate == 0.05
+    with pytest.raises(
+        ModelError,
+        match=r"of 19 calib cells with at least 5 open islands, expected at least 99.* ask for a lower --min-open",
+    ):
+        rule_of(replace(model, known=known), novel_rate=0.01, min_open=5)
 
 
 def test_the_rule_says_in_words_what_makes_a_cell_novel(model: Model) -> None:

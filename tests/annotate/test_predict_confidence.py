@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from predicted import assert_same_bytes
 from scipy.special import logsumexp
 from small_atlas import (
@@ -25,11 +27,11 @@ from small_atlas import (
 )
 
 from annatac_scale.annotate.labels import MANIFEST
-from annatac_scale.annotate.predict import ADAPT_CELLS, predict
+from annatac_scale.annotate.predict import ADAPT_CELLS, evenly_spaced, predict
 from annatac_scale.errors import ConfigError, InputError
 from annatac_scale.model.folder import read_model, write_model
 from annatac_scale.model.labels import LOW_DEPTH, NOVEL
-from annatac_scale.model.novelty import NEIGHBOURS, KnownCells
+from annatac_scale.model.novelty import KnownCells
 from annatac_scale.progress import Silent
 from annatac_scale.store.store import IslandStore
 
@@ -41,6 +43,16 @@ def careful(tmp_path: Path) -> Path:
     """A model that keeps known cells."""
     small_model(tmp_path / "careful", known=KNOWN)
     return tmp_path / "careful"
+
+
+class Lines(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
 
 
 def rows_of(labels: Path, name: str = "many") -> pd.DataFrame:
@@ -76,7 +88,13 @@ def plain_score(name: str, z: np.ndarray, logits: np.ndarray, n_open: int, known
     if name == "mahalanobis":
         raw = min(float(np.linalg.norm((z - mean) @ known.whitening.astype(float))) for mean in known.means)
     else:
-        raw = sorted(float(np.linalg.norm(z - one)) for one in known.references)[NEIGHBOURS - 1]
+        far = {0: 2, 1: 1, 2: 1}  # a twentieth of the 40, 1 and 19 references of each type, rounded up
+        raw = min(
+            sorted(float(np.linalg.norm(z - one)) for one in known.references[known.reference_codes == code])[
+                n - 1
+            ]
+            for code, n in far.items()
+        )
     trend = known.trends[name]
     depth = min(max(math.log(1 + n_open), trend.low), trend.high)
     return (raw - trend.intercept - trend.slope * depth) / trend.spread
@@ -129,6 +147,16 @@ def test_the_set_holds_the_types_likely_enough_the_likeliest_first(
     assert len(set(table["set_size"])) > 1
 
 
+def test_where_every_set_holds_all_types_it_is_said(tmp_path: Path, store: IslandStore) -> None:
+    for n_calib, n_lines in ((8, 1), (9, 0)):
+        small_model(tmp_path / f"{n_calib}", known=small_known(n_calib))
+        progress = Lines()
+        predict(store, tmp_path / f"{n_calib}", tmp_path / f"labels{n_calib}", progress=progress)
+        said = [line for line in progress.lines if line.endswith("; every set holds all types")]
+        assert len(said) == n_lines
+        assert (rows_of(tmp_path / f"labels{n_calib}")["set_size"] == len(TYPES)).all() == bool(n_lines)
+
+
 def test_without_known_cells_sets_and_p_values_are_null_and_scores_are_there(
     tmp_path: Path, store: IslandStore, model: Path
 ) -> None:
@@ -152,29 +180,51 @@ def test_shallow_cells_are_unassigned_and_never_novel(
     assert report.n_low_depth == report.labels[LOW_DEPTH] >= low.sum()
 
 
-def plain_shift(table: pd.DataFrame, name: str) -> float:
+@pytest.mark.parametrize("per_class", [False, True])
+@pytest.mark.parametrize("name", ["mahalanobis", "knn"])
+def test_calib_cells_of_low_depth_set_no_limit(
+    tmp_path: Path, store: IslandStore, careful: Path, name: str, per_class: bool
+) -> None:
+    least, rate, coverage = 12, 0.3, 0.6
+    options: dict[str, Any] = {"coverage": coverage, "coverage_per_class": per_class, "min_open": least}
+    predict(store, careful, tmp_path / "labels", novelty=name, novel_rate=rate, **options)
+    table = rows_of(tmp_path / "labels")
+    deep = [cell for cell in range(80) if KNOWN.n_open[cell] >= least]
+    assert 20 < len(deep) < 70
+    calib = [float(KNOWN.scores[name][cell]) for cell in deep]
+    counts = [1 + sum(one >= score for one in calib) for score in table["novelty_score"].tolist()]
+    np.testing.assert_allclose(table["novelty_p"], np.array(counts) / (len(deep) + 1), rtol=1e-6)
+    rare = [Fraction(n, len(deep) + 1) <= Fraction(str(rate)) for n in counts]
+    assert table["novel"].tolist() == (np.array(rare) & (table["n_open"] >= least)).tolist()
+    assert 0 < table["novel"].sum() < len(table)
+    for code, type_name in enumerate(TYPES):
+        own = [cell for cell in deep if not per_class or KNOWN.codes[cell] == code]
+        rank = math.ceil((len(own) + 1) * Fraction(str(coverage)))
+        least_chance = sorted((float(KNOWN.chances[cell]) for cell in own), reverse=True)[rank - 1]
+        inside = np.stack(table["probabilities"].to_list())[:, code] >= np.float32(least_chance)
+        assert [type_name in one for one in table["set"]] == inside.tolist()
+
+
+def plain_shift(table: pd.DataFrame, name: str, min_open: int = 1) -> float:
     """How far the median of the cells that have open islands and did not train is above that of the calib cells."""
-    ordered = sorted(table["novelty_score"][(table["n_open"] > 0) & (table["split"] != "train")].tolist())
+    taken = (table["n_open"] >= min_open) & (table["split"] != "train")
+    ordered = sorted(table["novelty_score"][taken].tolist())
     n = len(ordered)
     median = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
-    return median - float(np.median(KNOWN.scores[name]))
+    calib = KNOWN.scores[name] if min_open == 1 else KNOWN.scores[name][KNOWN.n_open >= min_open]
+    return median - float(np.median(calib))
 
 
 def test_adapting_takes_each_samples_own_median_off_its_scores(
     tmp_path: Path, store: IslandStore, careful: Path
 ) -> None:
-    lines: list[str] = []
-
-    class Lines(Silent):
-        def say(self, line: str) -> None:
-            lines.append(line)
-
+    progress = Lines()
     trained = [("many", f"many-{i}", "train" if i < 100 else "test") for i in range(150)]
     write_split(
         tmp_path / "split.parquet", trained, {n: sample.x_sha256 for n, sample in store.samples.items()}
     )
     predict(store, careful, tmp_path / "plain", novelty="knn")
-    predict(store, careful, tmp_path / "adapted", novelty="knn", novel_adapt=True, progress=Lines())
+    predict(store, careful, tmp_path / "adapted", novelty="knn", novel_adapt=True, progress=progress)
     plain, adapted = rows_of(tmp_path / "plain"), rows_of(tmp_path / "adapted")
     shift = plain_shift(plain, "knn")
     assert abs(shift) > 0.1
@@ -185,7 +235,46 @@ def test_adapting_takes_each_samples_own_median_off_its_scores(
     assert few
     for name in few:
         pd.testing.assert_frame_equal(rows_of(tmp_path / "plain", name), rows_of(tmp_path / "adapted", name))
-        assert any(line.startswith(f"{name}: --novel-adapt: found") for line in lines)
+        assert any(line.startswith(f"{name}: --novel-adapt: found") for line in progress.lines)
+
+
+def test_adapting_compares_cells_that_are_deep_enough_with_calib_cells_that_are(
+    tmp_path: Path, store: IslandStore, careful: Path
+) -> None:
+    options: dict[str, Any] = {"novelty": "knn", "min_open": 8}
+    predict(store, careful, tmp_path / "plain", **options)
+    predict(store, careful, tmp_path / "adapted", novel_adapt=True, **options)
+    plain, adapted = rows_of(tmp_path / "plain"), rows_of(tmp_path / "adapted")
+    shift = plain_shift(plain, "knn", 8)
+    assert abs(shift - plain_shift(plain, "knn")) > 0.05
+    np.testing.assert_allclose(adapted["novelty_score"], plain["novelty_score"] - shift, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_that_were_mostly_trained_on_are_adapted_by_their_other_cells(
+    tmp_path: Path, careful: Path
+) -> None:
+    store = small_store(tmp_path / "atlas.zarr", {"big": draw_sample(8100, 1)})
+    others = range(260, 480)  # all in one block
+    rows = [("big", f"big-{i}", "test" if i in others else "train") for i in range(8100)]
+    write_split(tmp_path / "split.parquet", rows, {"big": store.samples["big"].x_sha256})
+    predict(store, careful, tmp_path / "plain", novelty="knn")
+    predict(store, careful, tmp_path / "adapted", novelty="knn", novel_adapt=True)
+    plain, adapted = rows_of(tmp_path / "plain", "big"), rows_of(tmp_path / "adapted", "big")
+    shift = plain_shift(plain, "knn")
+    assert abs(shift) > 0.1
+    np.testing.assert_allclose(adapted["novelty_score"], plain["novelty_score"] - shift, rtol=1e-4, atol=1e-4)
+
+
+@given(n=st.integers(0, 300), most=st.integers(1, 100))
+def test_evenly_spaced_cells_are_all_or_so_many_at_about_equal_distances(n: int, most: int) -> None:
+    cells = np.arange(n) * 3 + 7
+    found = evenly_spaced(cells, most)
+    assert len(found) == min(n, most)
+    assert set(found.tolist()) <= set(cells.tolist())
+    if len(found) > 1:
+        steps = np.diff(found) // 3
+        assert steps.min() >= 1
+        assert steps.max() - steps.min() <= 1
 
 
 def test_adapted_scores_do_not_depend_on_which_parts_were_there(tmp_path: Path, careful: Path) -> None:

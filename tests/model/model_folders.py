@@ -91,10 +91,12 @@ def toy_known(n_types: int, channels: int, n_calib: int = 12) -> KnownCells:
         means=draw(n_types, channels),
         whitening=draw(channels, channels),
         references=draw(7, channels),
+        reference_codes=rng.integers(0, n_types, 7).astype(np.int32),
         trends={name: DepthTrend(*map(float, draw(5))) for name in DISTANCES},
         chances=draw(n_calib),
         codes=rng.integers(0, n_types, n_calib).astype(np.int32),
-        scores={name: np.sort(draw(n_calib)) for name in SCORES},
+        scores={name: draw(n_calib) for name in SCORES},
+        n_open=rng.integers(0, N_SPACE, n_calib).astype(np.int32),
     )
 
 

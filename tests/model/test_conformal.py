@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import betabinom
 
 from annatac_scale.errors import ConfigError
-from annatac_scale.model.conformal import exceeds, p_values, rank_of, set_thresholds
+from annatac_scale.model.conformal import exceeds, fewest_covering, p_values, rank_of, set_thresholds
 
 shares = st.integers(1, 99).map(lambda percent: percent / 100)
 # Few different values, so that there are ties.
@@ -65,6 +65,15 @@ def test_a_type_with_too_few_cells_takes_the_marginal_threshold() -> None:
     assert own[0] != marginal[0]
     codes = np.repeat([0, 1], [91, 9])
     assert set_thresholds(chances, codes, 2, 0.9, per_class=True)[1] == chances[91]  # the least of its nine
+
+
+@pytest.mark.parametrize("coverage", [0.001, 0.3, 0.5, 0.58, 0.8, 0.9, 0.95, 0.99, 0.999])
+def test_the_fewest_cells_that_a_coverage_takes_are_the_first_that_leave_a_type_out(coverage: float) -> None:
+    fewest = fewest_covering(coverage)
+    assert fewest == next(n for n in range(1000) if n >= 1 / (1 - Fraction(str(coverage))) - 1)
+    for n, lets_all_in in ((fewest - 1, True), (fewest, False)):
+        found = set_thresholds(np.ones(n, np.float32), np.zeros(n, int), 2, coverage, per_class=False)
+        assert (found == 0).all() == lets_all_in
 
 
 def test_too_few_cells_let_every_type_in() -> None:

@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def assert_known_equal(found: KnownCells, expected: KnownCells) -> None:
-    for name in ("means", "whitening", "references", "chances", "codes"):
+    for name in ("means", "whitening", "references", "reference_codes", "chances", "codes", "n_open"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
     assert found.trends == expected.trends
     assert found.scores.keys() == expected.scores.keys()
@@ -110,7 +110,8 @@ def test_the_folder_holds_the_documented_files_and_no_pickle(
             size = struct.unpack("<Q", found[name][:8])[0]
             tensors = json.loads(found[name][8 : 8 + size])
             kinds = {key: entry["dtype"] for key, entry in tensors.items() if key != "__metadata__"}
-            assert kinds.pop("calib.code", "I32") == "I32"
+            integers = ("references.code", "calib.code", "calib.n_open")
+            assert {kinds.pop(name, "I32") for name in integers} == {"I32"}
             assert set(kinds.values()) == {"F32"}
         elif name.endswith(".gz"):
             assert gzip.decompress(found[name]).startswith(b"island\tchrom\tstart\tend\tgenes\n")
@@ -217,11 +218,16 @@ def test_a_model_without_known_cells_comes_back_without(tmp_path: Path) -> None:
         {"whitening": np.ones((5, 4), np.float32)},
         {"references": np.ones((0, 5), np.float32)},
         {"references": np.ones((3, 4), np.float32)},
+        {"reference_codes": np.full(7, 3, np.int32)},
+        {"reference_codes": np.full(7, -1, np.int32)},
+        {"reference_codes": np.zeros(6, np.int32)},
         {"codes": np.full(12, 3, np.int32)},
         {"codes": np.full(12, -1, np.int32)},
         {"codes": np.zeros(12, np.int64)},
         {"chances": np.ones(11, np.float32)},
-        {"scores": {name: np.arange(12, 0, -1, dtype=np.float32) for name in SCORES}},
+        {"n_open": np.ones(11, np.int32)},
+        {"n_open": np.ones(12, np.int64)},
+        {"scores": {name: np.ones(11, np.float32) for name in SCORES}},
         {"scores": {name: np.full(12, np.nan, np.float32) for name in SCORES}},
         {"trends": {name: DepthTrend(*[0.0] * 5) for name in ("knn", "mahalanobis")}, "scores": {}},
     ],

@@ -1,6 +1,7 @@
 """Novelty scores equal plain loops, grow with distance, and stand at 0 for cells as usual at any depth."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from sklearn.neighbors import NearestNeighbors
 from annatac_scale.errors import ConfigError, ModelError
 from annatac_scale.model.novelty import (
     DISTANCES,
-    NEIGHBOURS,
     SCORES,
     DepthTrend,
     KnownCells,
@@ -36,10 +36,22 @@ def chances_of(outputs: Outputs) -> np.ndarray:
 
 
 def without_calib(
-    means: np.ndarray, whitening: np.ndarray, references: np.ndarray, trends: dict[str, DepthTrend]
+    means: np.ndarray,
+    whitening: np.ndarray,
+    references: np.ndarray,
+    reference_codes: np.ndarray,
+    trends: dict[str, DepthTrend],
 ) -> KnownCells:
     return KnownCells(
-        means, whitening, references, trends, np.empty(0, np.float32), np.empty(0, np.int32), {}
+        means,
+        whitening,
+        references,
+        reference_codes.astype(np.int32),
+        trends,
+        np.empty(0, np.float32),
+        np.empty(0, np.int32),
+        {},
+        np.empty(0, np.int32),
     )
 
 
@@ -50,7 +62,9 @@ def drawn_known(seed: int, channels: int = 4) -> KnownCells:
         return rng.normal(size=shape).astype(np.float32)
 
     trends = {"mahalanobis": DepthTrend(2.0, -0.5, 0.25, 1.0, 5.0), "knn": DepthTrend(0, 0, 1, 0, 9)}
-    return without_calib(draw(3, channels), draw(channels, channels), draw(40, channels), trends)
+    return without_calib(
+        draw(3, channels), draw(channels, channels), draw(40, channels), np.arange(40) % 3, trends
+    )
 
 
 def test_the_plain_scores_equal_their_formulas() -> None:
@@ -76,19 +90,41 @@ def test_mahalanobis_is_the_distance_to_the_nearest_mean_in_units_of_the_spread(
 
 
 @settings(max_examples=20)
-@given(seed=st.integers(0, 99), n_references=st.integers(1, 40), n=st.integers(0, 30))
-def test_knn_is_the_distance_to_the_tenth_nearest_or_the_farthest_of_fewer(
-    seed: int, n_references: int, n: int
+@given(
+    seed=st.integers(0, 99), sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4), n=st.integers(0, 30)
+)
+def test_knn_is_the_distance_within_which_a_twentieth_of_some_type_lies(
+    seed: int, sizes: list[int], n: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    references = rng.normal(size=(n_references, 3)).astype(np.float32)
+    codes = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    references = rng.normal(size=(len(codes), 3)).astype(np.float32)
     cells = rng.normal(size=(n, 3)).astype(np.float32)
-    found = knn(cells, references)
-    k = min(NEIGHBOURS, n_references)
+    found = knn(cells, references, codes)
     assert found.shape == (n,)
     if n:
-        expected = NearestNeighbors(n_neighbors=k).fit(references).kneighbors(cells)[0][:, -1]
+        of_types = [
+            NearestNeighbors(n_neighbors=math.ceil(size / 20))
+            .fit(references[codes == code])
+            .kneighbors(cells)[0]
+            for code, size in enumerate(sizes)
+        ]
+        expected = np.min([distances[:, -1] for distances in of_types], axis=0)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_stored", [5, 9, 15])
+def test_the_cells_of_a_rare_type_are_about_as_near_as_those_of_a_frequent_one(n_stored: int) -> None:
+    rng = np.random.default_rng(11)
+    centres = 8 * np.eye(3, 10)
+    codes = np.repeat([0, 1, 2], [200, 200, n_stored])
+    references = (centres[codes] + rng.normal(size=(len(codes), 10))).astype(np.float32)
+    asked = np.repeat([0, 1, 2], 500)
+    cells = (centres[asked] + rng.normal(size=(1500, 10))).astype(np.float32)
+    found = knn(cells, references, codes)
+    limit = np.quantile(found[asked < 2], 0.95)
+    assert (found[asked == 2] > limit).mean() < 0.25
+    assert (knn(cells - 8, references, codes) > limit).mean() > 0.99
 
 
 def test_many_cells_score_as_each_alone() -> None:
@@ -120,14 +156,34 @@ def test_the_trend_is_the_least_squares_line() -> None:
     expected = linregress(np.log1p(n_open), scores)
     assert (found.intercept, found.slope) == pytest.approx((expected.intercept, expected.slope), rel=1e-5)
     residuals = scores - expected.intercept - expected.slope * np.log1p(n_open)
-    assert found.spread == pytest.approx(residuals.std(), rel=1e-5)
+    assert found.spread == pytest.approx(residuals.std(ddof=2), rel=1e-5)
     corrected = found.corrected(scores, n_open)
-    assert (corrected.mean(), corrected.std()) == pytest.approx((0, 1), abs=1e-4)
+    assert (corrected.mean(), corrected.std(ddof=2)) == pytest.approx((0, 1), abs=1e-4)
     assert abs(np.corrcoef(corrected, np.log1p(n_open))[0, 1]) < 1e-4
 
 
+@pytest.mark.parametrize("n", [2, 3, 8, 19])
+def test_of_few_cells_the_trend_is_level_and_its_spread_is_theirs(n: int) -> None:
+    rng = np.random.default_rng(n)
+    for _ in range(20):
+        scores, n_open = rng.normal(5, 0.2, n), rng.integers(1, 3000, n)
+        found = DepthTrend.fit(scores, n_open)
+        assert found.slope == 0
+        assert (found.intercept, found.spread) == pytest.approx((scores.mean(), scores.std(ddof=1)), rel=1e-5)
+
+
+def test_of_enough_cells_the_spread_is_as_wide_among_others() -> None:
+    rng = np.random.default_rng(12)
+    squares = []
+    for _ in range(2000):
+        fitted = DepthTrend.fit(rng.normal(5, 0.2, 20), rng.integers(1, 3000, 20))
+        squares.append(fitted.spread**2)
+    assert np.mean(squares) == pytest.approx(0.2**2, rel=0.03)
+
+
 def test_beyond_the_depths_that_it_was_fitted_on_the_trend_is_level() -> None:
-    found = DepthTrend.fit(np.array([3.0, 2.0, 1.5]), np.array([10, 100, 1000]))
+    found = DepthTrend.fit(np.repeat([3.0, 2.0, 1.5], 7), np.repeat([10, 100, 1000], 7))
+    assert found.slope < 0
     same = np.array([2.0, 2.0])
     deep = found.corrected(same, np.array([1000, 10**6]))
     assert deep[0] == pytest.approx(deep[1])
@@ -137,8 +193,8 @@ def test_beyond_the_depths_that_it_was_fitted_on_the_trend_is_level() -> None:
 
 @pytest.mark.parametrize(
     ("scores", "n_open"),
-    [([2.0], [7]), ([2.0, 2.0], [7, 9]), ([1.0, 3.0], [7, 7])],
-    ids=["one", "flat", "depth"],
+    [([2.0], [7]), ([2.0, 2.0], [7, 9]), ([1.0, 3.0], [7, 7]), ([1.0, 3.0] * 10, [7] * 20)],
+    ids=["one", "flat", "depth", "depth of many"],
 )
 def test_cells_without_a_spread_have_a_trend(scores: list[float], n_open: list[int]) -> None:
     found = DepthTrend.fit(np.array(scores), np.array(n_open))
@@ -152,10 +208,28 @@ def test_cells_far_from_all_known_ones_score_higher_than_known_ones() -> None:
     centres = rng.normal(0, 3, (3, 4))
     embedding = (centres[rng.integers(0, 3, 200)] + rng.normal(size=(200, 4))).astype(np.float32)
     trends = {name: DepthTrend(0, 0, 1, 0, 9) for name in DISTANCES}
-    known = without_calib(centres.astype(np.float32), np.eye(4, dtype=np.float32), embedding[:100], trends)
+    whitening, codes = np.eye(4, dtype=np.float32), np.arange(100) % 3
+    known = without_calib(centres.astype(np.float32), whitening, embedding[:100], codes, trends)
     strange = (10 + rng.normal(size=(50, 4))).astype(np.float32)
     for name in DISTANCES:
         assert known.distance(name, embedding[100:]).max() < known.distance(name, strange).min()
+
+
+def test_calib_cells_of_a_depth_are_those_with_as_many_open_islands_and_all_that_is_kept_of_them() -> None:
+    known = replace(
+        drawn_known(10),
+        chances=np.array([0.1, 0.2, 0.3, 0.4], np.float32),
+        codes=np.array([2, 0, 1, 0], np.int32),
+        scores={name: np.array([4, 3, 2, 1], np.float32) + number for number, name in enumerate(SCORES)},
+        n_open=np.array([7, 0, 5, 4], np.int32),
+    )
+    assert known.of_depth(0).n_calib == 4
+    deep = known.of_depth(5)
+    assert (deep.n_calib, deep.codes.tolist(), deep.n_open.tolist()) == (2, [2, 1], [7, 5])
+    assert deep.chances.tolist() == known.chances[[0, 2]].tolist()
+    assert [deep.scores[name].tolist() for name in SCORES] == [[4 + n, 2 + n] for n in range(4)]
+    assert deep.references is known.references
+    assert known.of_depth(8).n_calib == 0
 
 
 def test_names_that_are_no_score_are_refused() -> None:

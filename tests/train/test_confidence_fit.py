@@ -58,6 +58,7 @@ def test_the_calib_cells_scores_are_those_of_each_alone(tuned):
     known, temperature = model.known, model.info.temperature
     assert known.n_calib == len(codes) > 20
     assert known.codes.tolist() == codes.tolist()
+    assert known.n_open.tolist() == n_open.tolist()
     chances = softmax(logits / temperature, axis=1)
     np.testing.assert_allclose(known.chances, chances[np.arange(len(codes)), codes], atol=1e-4)
     expected = {
@@ -70,7 +71,7 @@ def test_the_calib_cells_scores_are_those_of_each_alone(tuned):
         raw = known.distance(name, embedding.astype(np.float32))
         expected[name] = (raw - trend.intercept - trend.slope * depth) / trend.spread
     for name, scores in expected.items():
-        np.testing.assert_allclose(known.scores[name], np.sort(scores), rtol=1e-2, atol=1e-2, err_msg=name)
+        np.testing.assert_allclose(known.scores[name], scores, rtol=1e-2, atol=1e-2, err_msg=name)
 
 
 def test_means_are_of_training_cells_and_trends_of_val_cells(tuned):
@@ -95,6 +96,11 @@ def test_stored_cells_are_training_cells_at_most_so_many_of_a_type(atlas, pretra
     assert len(model.known.references) == 18
     nearest = [np.abs(embedding - one).max(axis=1).min() for one in model.known.references]
     assert max(nearest) < 1e-4
+    assert np.bincount(model.known.reference_codes).tolist() == [9, 9]
+    cells = np.flatnonzero(split == "train")
+    types = atlas.obs(["cell_type"])["cell_type"].to_numpy(str)[cells]
+    of_which = [np.abs(embedding - one).max(axis=1).argmin() for one in model.known.references]
+    assert types[of_which].tolist() == [model.info.labels[code] for code in model.known.reference_codes]
 
 
 def test_calibration_errors_stand_in_the_folder_and_on_the_card(tuned):

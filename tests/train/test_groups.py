@@ -48,6 +48,17 @@ def test_no_group_is_on_two_sides_and_each_labelled_cell_is_in_one_split(
     assert "val" not in labelled.whole or len(training) >= 2
 
 
+@given(cells, st.integers(0, 3))
+def test_of_the_cells_in_no_split_those_of_groups_that_train_may_be_looked_at(drawn, seed):
+    labels, donors = zip(*drawn, *extra, strict=True)
+    without = [("", donor) for donor in (*donors, "D10", None)] + [("T", None), ("B", "")]
+    obs = obs_of([*labels, *(label for label, _ in without)], [*donors, *(donor for _, donor in without)])
+    labelled = split(obs, seed=seed)
+    training = donors_of(obs, labelled, "train")
+    expected = [len(donors) + i for i, (_, donor) in enumerate(without) if donor in training]
+    assert labelled.beside.tolist() == expected
+
+
 @given(st.permutations(range(90)), st.integers(0, 2))
 def test_the_split_of_a_group_does_not_depend_on_the_order_of_samples_and_cells(order, seed):
     donors = [f"D{number % 6}" for number in range(90)]

@@ -112,6 +112,13 @@ def test_cells_without_a_label_are_left_out_and_counted():
     assert labelled.n_without_label == 4
 
 
+def test_cells_in_no_split_may_be_looked_at_unless_they_have_or_may_have_the_value_that_is_held_out():
+    labels = ["T", "B", None, "T", "B", "", "T", "B", None]
+    donors = ["D1", "D1", "D1", "D2", "D2", "D2", "D1", "D1", None]
+    assert split(obs_of(labels, donors)).beside.tolist() == [2, 5, 8]
+    assert split(obs_of(labels, donors), holdout="donor=D2").beside.tolist() == [2]
+
+
 @pytest.mark.parametrize("dtype", [object, float, "Int64", "category"], ids=str)
 def test_whole_numbers_are_labels_even_from_a_column_with_gaps(dtype):
     obs = obs_of([3, 10, None, 3, 10, 3])
