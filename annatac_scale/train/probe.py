@@ -2,7 +2,7 @@
 
 They err differently: the vector knows which islands go together in the unlabelled cells, the other knows each island on
 its own. The mean of their logits is mostly better than either, and than the pooled layer trained whole
-(docs/accuracy.md). Weights of the two that were fitted out of fold did worse on donors and libraries that nobody had
+(benchmarks/accuracy/PROTOCOL.md). Weights of the two that were fitted out of fold did worse on donors and libraries that nobody had
 seen. No cell is set aside to choose the strengths or the temperature: each training cell is judged by a fit that did
 not see it, out of fold.
 """
