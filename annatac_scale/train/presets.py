@@ -17,7 +17,7 @@ from annatac_scale.train.train_options import TrainOptions
 
 PRESETS = ("tiny", "small", "paper")
 MOST_FITTED = 12_000
-"""Training cells up to which the linear head is the default: it was tried on up to 10,335 (benchmarks/accuracy/PROTOCOL.md)."""
+"""Training cells up to which the linear head is the default: it was tried on up to 10,335 of them."""
 CALIBRATIONS = ("temperature", "vector")
 PAPER_NOVEL_THRESHOLD = 0.5
 """annATAC's rule: a cell whose largest probability is below it is of a novel type."""

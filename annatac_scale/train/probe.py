@@ -1,10 +1,10 @@
 """The linear head's fit: two logistic regressions, on a cell's frozen vector and on its islands, averaged.
 
 They err differently: the vector knows which islands go together in the unlabelled cells, the other knows each island on
-its own. The mean of their logits is mostly better than either, and than the pooled layer trained whole
-(benchmarks/accuracy/PROTOCOL.md). Weights of the two that were fitted out of fold did worse on donors and libraries that nobody had
-seen. No cell is set aside to choose the strengths or the temperature: each training cell is judged by a fit that did
-not see it, out of fold.
+its own. The mean of their logits was mostly better than either, and than the pooled layer trained whole, on the sets of
+benchmarks/accuracy/PROTOCOL.md. Weights of the two that were fitted out of fold did worse on donors and libraries that
+nobody had seen. No cell is set aside to choose the strengths or the temperature: each training cell is judged by a fit
+that did not see it, out of fold.
 """
 
 from collections.abc import Iterator, Sequence
