@@ -20,9 +20,9 @@ SCRIPTS = sorted([*JOBS.glob("*/*.sh"), *JOBS.glob("slurm/*.sbatch")])
 PAGES = sorted(JOBS.rglob("*.md"))
 
 # What a script finds in its PATH in place of the real thing: each writes down its words. A Ray node runs until it is
-# ended, so that a script that forgets to end one is found out.
+# ended, so that a script that forgets to end one is found out; annatac begins when the nodes in WAITS_FOR have begun.
 STAND_IN = f"""#!{sys.executable}
-import json, os, sys
+import json, os, sys, time
 name = os.path.basename(sys.argv[0])
 with open(os.environ["WORDS"], "a") as file:
     file.write(json.dumps([name, *sys.argv[1:]]) + "\\n")
@@ -33,6 +33,10 @@ if "--block" in sys.argv:
     signal.pause()
 if name == "squeue":
     print("RUNNING")
+while name == "annatac" and not all(
+    f'"{{word}}"' in open(os.environ["WORDS"]).read() for word in os.environ.get("WAITS_FOR", "").split()
+):
+    time.sleep(0.05)
 if name == "annatac":
     sys.exit(int(os.environ.get("STATUS", 0)))
 """
@@ -153,7 +157,8 @@ def test_every_folder_of_jobs_has_a_page_and_its_links_lead_somewhere() -> None:
 def test_pretraining_on_slurm_starts_a_ray_node_on_each_machine_and_asks_for_all_workers(
     tmp_path: Path,
 ) -> None:
-    called = words_of(JOBS / "slurm" / "pretrain.sbatch", tmp_path, ADDRESS="10.0.0.1", PER_NODE="4")
+    asked = {"ADDRESS": "10.0.0.1", "PER_NODE": "4", "WAITS_FOR": "--head srun"}
+    called = words_of(JOBS / "slurm" / "pretrain.sbatch", tmp_path, **asked)
     (head,) = [words for words in called if words[:3] == ["ray", "start", "--head"]]
     assert {"--node-ip-address=10.0.0.1", "--port=20123", "--num-cpus=8"} <= set(head)
     (others,) = [words for words in called if words[0] == "srun"]
