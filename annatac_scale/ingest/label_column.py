@@ -16,7 +16,7 @@ from annatac_scale.errors import InputError
 from annatac_scale.genome.rows import complaint, read_lines, shown
 from annatac_scale.ingest.h5ad import open_hdf5
 from annatac_scale.ingest.local_copy import local_copy
-from annatac_scale.ingest.tables import MISSING
+from annatac_scale.ingest.tables import MISSING, wrong_number_of_fields
 from annatac_scale.store.elements import read_elem
 from annatac_scale.store.place import Location
 
@@ -85,12 +85,9 @@ def _from_text(path: Path, column: str, kind: str) -> pd.DataFrame:
     values: dict[str, list[str]] = {ours: [] for ours in places}
     for number, fields in rows:
         if len(fields) != len(header):
-            raise complaint(
-                path,
-                number,
-                f"{len(fields)} fields",
-                f"{len(header)}, as the header has, separated by {_SEPARATOR_NAMES[kind]}",
-                _remedy(len(fields), len(header)),
+            remedy = _remedy(len(fields), len(header))
+            raise wrong_number_of_fields(
+                path, number, len(fields), len(header), _SEPARATOR_NAMES[kind], remedy
             )
         for ours, place in places.items():
             values[ours].append(fields[place].strip())

@@ -40,18 +40,21 @@ def read_table(path: Path, needed: tuple[str, ...]) -> pd.DataFrame:
         )
     for number, fields in rows[1:]:
         if len(fields) != len(header):
-            raise complaint(
-                path,
-                number,
-                f"{len(fields)} fields",
-                f"{len(header)}, as the header has, separated by tabs",
-                "mend the line",
-            )
+            raise wrong_number_of_fields(path, number, len(fields), len(header), "tabs", "mend the line")
     if len(rows) == 1:
         raise InputError(
             f"{path}: found a header line alone; expected at least one line below it; check the file"
         )
     return pd.DataFrame([fields for _, fields in rows[1:]], columns=header, dtype=object)
+
+
+def wrong_number_of_fields(
+    path: Path, line: int, found: int, expected: int, separators: str, remedy: str
+) -> InputError:
+    """The error for a row of another length than the header; separators: as "tabs"."""
+    return complaint(
+        path, line, f"{found} fields", f"{expected}, as the header has, separated by {separators}", remedy
+    )
 
 
 def typed(column: pd.Series) -> pd.Series:

@@ -242,7 +242,7 @@ def _chosen(
     judged = folds.judged
     parts = [(folds.number != fold, folds.number == fold) for fold in range(folds.n)]
     logits = {strength: np.zeros((len(codes), int(codes.max()) + 1)) for strength in strengths}
-    with progress.task(f"Fitting {name}", len(strengths) * len(parts), "fits") as advance:
+    with progress.task(f"Fitting {name}", len(strengths) * (len(parts) + 1), "fits") as advance:
         for fitted, out in parts:
             for strength, linear in _path(x[fitted], codes[fitted], weights[fitted], strengths):
                 logits[strength][out] = linear.logits(x[out])
@@ -252,7 +252,11 @@ def _chosen(
             for strength in strengths
         }
         best = min(losses, key=lambda strength: losses[strength])
-    *_, (_, linear) = _path(x, codes, weights, [one for one in strengths if one <= best])
+        needed = [strength for strength in strengths if strength <= best]
+        for _, fit in _path(x, codes, weights, needed):
+            linear = fit
+            advance(1)
+        advance(len(strengths) - len(needed))
     return Regression(linear, best, losses, logits[best])
 
 
