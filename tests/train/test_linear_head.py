@@ -234,7 +234,7 @@ def test_the_head_that_is_asked_for_is_trained(pooled, tmp_path):
         ({"settings": ["linear_up_to=71"]}, "pooled"),
         ({"settings": ["linear_up_to=72", "train.seed=3", "class_weights=none"]}, "linear"),
         ({"epochs": 1}, "pooled"),
-        ({"freeze_encoder": True, "settings": ["train.epochs=1"]}, "pooled"),
+        ({"freeze_encoder": True}, "pooled"),
         ({"settings": ["label_smoothing=0.1"]}, "pooled"),
         ({"settings": ["head.island_dropout=0.1"]}, "pooled"),
     ],
