@@ -370,7 +370,7 @@ def finetune(store: "Location", **options: Any) -> None:
 @_place("--model", required=True, help="The fine-tuned model.")
 @_folder("--out", required=True, help="Folder for the labels, a Parquet data set.")
 @click.option(
-    "--novelty", type=click.Choice(["max_probability", "energy", "mahalanobis", "knn"]),
+    "--novelty", type=click.Choice(["max_probability", "energy", "mahalanobis", "knn", "profile", "joint"]),
     help="Score of how unlike the known cells a cell is; default: the model's own.",
 )  # fmt: skip
 @click.option(

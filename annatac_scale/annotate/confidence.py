@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from annatac_scale.errors import ConfigError, ModelError
 from annatac_scale.model.conformal import DEFAULT_COVERAGE, fewest_calib, fewest_covering, rank_of
 from annatac_scale.model.labels import LOW_DEPTH, NOVEL
-from annatac_scale.model.novelty import DISTANCES, PAPER_SCORE, checked_score
+from annatac_scale.model.novelty import PAPER_SCORE, SHIFTING, checked_score
 
 if TYPE_CHECKING:
     from annatac_scale.model.folder import Model
@@ -104,10 +104,10 @@ class ConfidenceRule:
             rate = info.novel_rate or DEFAULT_RATE
         if rate is not None:
             _check_rate(model, options.min_open, rate)
-        if options.novel_adapt and (rate is None or novelty not in DISTANCES):
+        if options.novel_adapt and (rate is None or novelty not in SHIFTING):
             raise ConfigError(
                 f"--novel-adapt: found the novelty score {novelty}{'' if rate else ' and a threshold'}; expected "
-                f"--novelty {' or '.join(DISTANCES)}: the other scores say how sure the model is, which does not shift "
+                f"--novelty {' or '.join(SHIFTING)}: the other scores say how sure the model is, which does not shift "
                 "with a sample alone"
             )
         return cls(

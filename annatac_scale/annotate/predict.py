@@ -34,7 +34,7 @@ from annatac_scale.model.cell_typer import CellTyper
 from annatac_scale.model.folder import Model, read_model
 from annatac_scale.model.hierarchy import DEFAULT_THRESHOLD
 from annatac_scale.model.labels import LOW_DEPTH, NOVEL
-from annatac_scale.model.novelty import Outputs
+from annatac_scale.model.novelty import PROFILED, Outputs
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.export import write_obs_into_h5ad
 from annatac_scale.store.open_islands import OpenIslands
@@ -182,6 +182,7 @@ class _Predictor:
         self._progress = progress
         lineage = _lineage_threshold(model, hierarchy_threshold)
         self._rule = LabelRule(info.labels, info.scaling, rule, model.known, info.hierarchy, lineage)
+        self._profiles = model.known.profiles if model.known and rule.novelty in PROFILED else None
         self._attend = model.attend
         self._lister = model.lister(store)
         self._new_of_old = model.vocabulary.new_of_old()
@@ -244,14 +245,18 @@ class _Predictor:
     def _outputs(self, first_cell: int, cells: NDArray[np.int64], rows: OpenIslands) -> Outputs:
         """What the model says of some cells of a sample. first_cell: the sample's first id; rows: of those cells."""
         rows = rows.renumber(self._new_of_old)
-        classifier = self._typer.head.classifier
+        classifier, profiles = self._typer.head.classifier, self._profiles
+        fit = None if profiles is None else np.empty(len(rows), np.float32)
         logits = np.empty((len(rows), classifier.out_features), np.float32)
         embedding = np.empty((len(rows), classifier.in_features), np.float32)
         for chosen in cut_batches(self._n_tokens(first_cell, rows)):
-            batch = Batch.from_open(first_cell + cells[chosen], rows.take(chosen))
+            opened = rows.take(chosen)
+            batch = Batch.from_open(first_cell + cells[chosen], opened)
             said = self._typer.predict_with_embedding(self._lister(batch))
             logits[chosen], embedding[chosen] = said
-        return Outputs(logits, embedding, rows.n_open)
+            if profiles is not None and fit is not None:
+                fit[chosen] = profiles.fit(opened)
+        return Outputs(logits, embedding, rows.n_open, fit)
 
     def _n_tokens(self, first_cell: int, rows: OpenIslands) -> NDArray[np.int64]:
         """Tokens that the lister will give each cell."""

@@ -51,7 +51,7 @@ from annatac_scale.stream.tokens import TokenLister
 from annatac_scale.stream.vocabulary import Vocabulary
 
 FORMAT = "annatac_scale.model"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 POSITIONS = "positions"
 _POSITIONS_KEY = "linformer.positions"
 _CONFIG, _CARD = "config.json", "README.md"
@@ -441,7 +441,8 @@ def _read_known(folder: _Folder, model: Model) -> KnownCells | None:
     if KNOWN_FILE not in folder.config["files"] or model.typer is None:
         return None
     classifier = model.typer.head.classifier
-    return decoded(folder.read(KNOWN_FILE), classifier.out_features, classifier.in_features)
+    n_islands = len(model.vocabulary)
+    return decoded(folder.read(KNOWN_FILE), classifier.out_features, classifier.in_features, n_islands)
 
 
 def _read_vocabulary(folder: _Folder, info: ModelInfo) -> tuple[Vocabulary, pd.DataFrame]:

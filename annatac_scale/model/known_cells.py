@@ -2,7 +2,8 @@
 
 means, whitening, references        what the distances are taken to
 references.code                     int32 [R]: type of each reference
-trend.<distance>                    float32 [5]: intercept, slope, spread, low, high of its depth trend
+profiles                            float32 [N, C]: log share of each island in the profile of each type
+trend.<score>                       float32 [5]: intercept, slope, spread, low, high of its depth trend
 calib.code, calib.chance            int32, float32 [n]: true type of each calib cell, and its probability
 calib.<score>, calib.n_open         float32, int32 [n]: its novelty scores and its open islands
 """
@@ -12,7 +13,8 @@ from dataclasses import astuple
 import numpy as np
 from safetensors.numpy import load, save
 
-from annatac_scale.model.novelty import DISTANCES, SCORES, DepthTrend, KnownCells
+from annatac_scale.model.novelty import SCORES, TRENDED, DepthTrend, KnownCells
+from annatac_scale.model.profiles import Profiles
 
 KNOWN_FILE = "known_cells.safetensors"
 _N_TREND = 5
@@ -26,17 +28,18 @@ def encoded(known: KnownCells) -> bytes:
         "whitening": known.whitening,
         "references": known.references,
         "references.code": known.reference_codes,
+        "profiles": known.profiles.log_shares,
         "calib.code": known.codes,
         "calib.chance": known.chances,
         "calib.n_open": known.n_open,
-        **{f"trend.{name}": np.array(astuple(known.trends[name]), np.float32) for name in DISTANCES},
+        **{f"trend.{name}": np.array(astuple(known.trends[name]), np.float32) for name in TRENDED},
         **{f"calib.{name}": known.scores[name] for name in SCORES},
     }
     data: bytes = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
     return data
 
 
-def decoded(data: bytes, n_types: int, n_channels: int) -> KnownCells:
+def decoded(data: bytes, n_types: int, n_channels: int, n_islands: int) -> KnownCells:
     """What ``encoded`` wrote. Raises ValueError, KeyError or SafetensorError where it is something else."""
     tensors = load(data)
     n_calib, n_references = len(tensors["calib.code"]), len(tensors["references"])
@@ -45,10 +48,11 @@ def decoded(data: bytes, n_types: int, n_channels: int) -> KnownCells:
         "whitening": (n_channels, n_channels),
         "references": (max(n_references, 1), n_channels),
         "references.code": (n_references,),
+        "profiles": (n_islands, n_types),
         "calib.code": (n_calib,),
         "calib.chance": (n_calib,),
         "calib.n_open": (n_calib,),
-        **{f"trend.{name}": (_N_TREND,) for name in DISTANCES},
+        **{f"trend.{name}": (_N_TREND,) for name in TRENDED},
         **{f"calib.{name}": (n_calib,) for name in SCORES},
     }
     for name, shape in shapes.items():
@@ -58,15 +62,16 @@ def decoded(data: bytes, n_types: int, n_channels: int) -> KnownCells:
             raise ValueError(f"{KNOWN_FILE}: {name} is {found.dtype} {found.shape}, expected {kind} {shape}")
     codes, reference_codes = tensors["calib.code"], tensors["references.code"]
     scores = {name: tensors[f"calib.{name}"] for name in SCORES}
-    finite = all(np.isfinite(values).all() for values in scores.values())
+    finite = all(np.isfinite(values).all() for values in (tensors["profiles"], *scores.values()))
     if not finite or not all(((of >= 0) & (of < n_types)).all() for of in (codes, reference_codes)):
-        raise ValueError(f"{KNOWN_FILE}: scores that are no numbers, or types that the model does not know")
+        raise ValueError(f"{KNOWN_FILE}: scores or profiles that are no numbers, or types that the model does not know")
     return KnownCells(
         means=tensors["means"],
         whitening=tensors["whitening"],
         references=tensors["references"],
         reference_codes=reference_codes,
-        trends={name: DepthTrend(*map(float, tensors[f"trend.{name}"])) for name in DISTANCES},
+        profiles=Profiles(tensors["profiles"]),
+        trends={name: DepthTrend(*map(float, tensors[f"trend.{name}"])) for name in TRENDED},
         chances=tensors["calib.chance"],
         codes=codes,
         scores=scores,

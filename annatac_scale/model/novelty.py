@@ -1,4 +1,4 @@
-"""How unlike the known cells a cell is: four scores, each larger for more novel cells.
+"""How unlike the known cells a cell is: six scores, each larger for more novel cells.
 
     max_probability   1 - the largest probability: what annATAC's rule looks at (Hendrycks and Gimpel, ICLR 2017)
     energy            -T logsumexp(logits / T), T the temperature (Liu et al., NeurIPS 2020)
@@ -6,10 +6,14 @@
                       et al., NeurIPS 2018)
     knn               distance of the embedding within which one in ONE_IN of the stored training cells of a type lie,
                       of the nearest type (as Sun et al., ICML 2022, but by type and of embeddings as they are)
+    profile           how badly a cell's open islands fit the profile of the type that they fit best (model/profiles.py)
+    joint             the sum of energy and profile: the one sees a cell that stands between the types, the other one
+                      that is far from all of them
 
-Distances depend on a cell's depth, the number of its open islands: the embedding of a shallow cell is noisier. Both are
-therefore given as what they are above the line that held-out cells follow in log(n_open), in standard deviations around
-it: 0 is usual for a known cell of that depth. The other two are as published.
+Distances depend on a cell's depth, the number of its open islands: the embedding of a shallow cell is noisier. Those
+of DISTANCES are therefore given as what they are above the line that held-out cells follow in log(n_open), in standard
+deviations around it: 0 is usual for a known cell of that depth. "joint" adds energy in the same units. The first two
+are as published.
 """
 
 from collections.abc import Mapping
@@ -22,13 +26,20 @@ from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
 
 from annatac_scale.errors import ConfigError, ModelError
+from annatac_scale.model.profiles import Profiles
 
-SCORES = ("max_probability", "energy", "mahalanobis", "knn")
+SCORES = ("max_probability", "energy", "mahalanobis", "knn", "profile", "joint")
 PAPER_SCORE = "max_probability"
 """The score that a novel threshold is of: 1 - confidence."""
 
-DISTANCES = ("mahalanobis", "knn")
-"""Those that look at the embedding, corrected for depth."""
+DISTANCES = ("mahalanobis", "knn", "profile")
+"""Those that look at the cell itself and not at how sure the model is, corrected for depth."""
+SHIFTING = (*DISTANCES, "joint")
+"""Those that shift as a whole with a donor or a batch, so that a sample's own median can be taken off."""
+TRENDED = ("energy", *DISTANCES)
+"""Those of which there is a depth trend."""
+PROFILED = ("profile", "joint")
+"""Those that look at the profiles."""
 
 ONE_IN = 20
 """Part of a type's stored cells, rounded up, whose farthest "knn" measures to: of 200 the 10th nearest.
@@ -52,11 +63,15 @@ def checked_score(name: str) -> str:
 
 
 class Outputs(NamedTuple):
-    """What a model says of n cells: logits float32 [n, C], embedding float32 [n, M]; and their n_open int64 [n]."""
+    """What a model says of n cells: logits float32 [n, C], embedding float32 [n, M]; and their n_open int64 [n].
+
+    fit: float32 [n], how well they fit the nearest profile; None where no score looks at it
+    """
 
     logits: Floats
     embedding: Floats
     n_open: NDArray[np.int64]
+    fit: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +120,8 @@ class KnownCells:
     means: float32 [C, M], of the embeddings of training cells; whitening: float32 [M, M], which makes the spread within
         types the identity: distances are those of embedding @ whitening
     references: float32 [R, M], embeddings of some training cells of each type; reference_codes: int32 [R], those types
-    trends: the depth trend of each of DISTANCES, fitted on the val cells
+    profiles: of the training cells
+    trends: the depth trend of each of TRENDED, fitted on the val cells
     chances: float32 [n], the probability of the true type of each calib cell; codes: int32 [n], those types
     scores: float32 [n] for each of SCORES, of the calib cells; n_open: int32 [n], theirs
     """
@@ -114,6 +130,7 @@ class KnownCells:
     whitening: Floats
     references: Floats
     reference_codes: NDArray[np.int32]
+    profiles: Profiles
     trends: Mapping[str, DepthTrend]
     chances: Floats
     codes: NDArray[np.int32]
@@ -142,16 +159,27 @@ class KnownCells:
         chances: float32 [n, C], the calibrated probabilities; temperature: T of "energy". Raises ConfigError for a name
         that is not in SCORES.
         """
-        if name not in DISTANCES:
-            return plain_score(name, outputs, chances, temperature)
-        raw = self.distance(name, outputs.embedding)
-        return self.trends[name].corrected(raw, outputs.n_open).astype(np.float32)
+        if name == "joint":
+            found = self._corrected("energy", outputs, temperature)
+            return (found + self._corrected("profile", outputs, temperature)).astype(np.float32)
+        if name in DISTANCES:
+            return self._corrected(name, outputs, temperature).astype(np.float32)
+        return plain_score(name, outputs, chances, temperature)
 
-    def distance(self, name: str, embedding: Floats) -> NDArray[np.float64]:
-        """ "mahalanobis" or "knn" before the depth trend is taken off, float64 [n]. embedding: [n, M]"""
+    def _corrected(self, name: str, outputs: Outputs, temperature: float) -> NDArray[np.float64]:
+        corrected = self.trends[name].corrected(self.raw(name, outputs, temperature), outputs.n_open)
+        return np.where(np.isnan(corrected), 0.0, corrected)
+
+    def raw(self, name: str, outputs: Outputs, temperature: float) -> NDArray[np.float64]:
+        """One of TRENDED before the depth trend is taken off, float64 [n]; a NaN stands on the trend."""
+        if name == "energy":
+            return energy(outputs.logits, temperature)
         if name == "mahalanobis":
-            return mahalanobis(embedding, self.means, self.whitening)
-        return knn(embedding, self.references, self.reference_codes)
+            return mahalanobis(outputs.embedding, self.means, self.whitening)
+        if name == "knn":
+            return knn(outputs.embedding, self.references, self.reference_codes)
+        assert outputs.fit is not None, "asked for without fit"
+        return -outputs.fit.astype(np.float64)
 
 
 def plain_score(name: str, outputs: Outputs, chances: Floats, temperature: float) -> Floats:
@@ -159,9 +187,14 @@ def plain_score(name: str, outputs: Outputs, chances: Floats, temperature: float
     if checked_score(name) == "max_probability":
         return (1 - chances.max(axis=1)).astype(np.float32)
     if name == "energy":
-        scaled = outputs.logits.astype(np.float64) / temperature
-        return (-temperature * logsumexp(scaled, axis=1)).astype(np.float32)
+        return energy(outputs.logits, temperature).astype(np.float32)
     raise ModelError(f"novelty score {name}: the model keeps no cells to measure to; finetune it again")
+
+
+def energy(logits: NDArray[np.floating], temperature: float) -> NDArray[np.float64]:
+    """-T logsumexp(logits / T) of n cells, float64 [n]; logits: [n, C]"""
+    found: NDArray[np.float64] = -temperature * logsumexp(logits.astype(np.float64) / temperature, axis=1)
+    return found
 
 
 def mahalanobis(embedding: Floats, means: Floats, whitening: Floats) -> NDArray[np.float64]:

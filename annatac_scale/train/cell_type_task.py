@@ -16,6 +16,7 @@ from annatac_scale.model.cell_typer import CellTyper
 from annatac_scale.model.encoder import batch_tokens
 from annatac_scale.model.heads import LossSum
 from annatac_scale.model.novelty import Outputs
+from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.batch import Batch
 from annatac_scale.stream.selection import sequential
@@ -82,6 +83,11 @@ class FinetuneTask:
         self._store = store
         self._labelled = labelled
 
+    @property
+    def n_islands(self) -> int:
+        """Islands of the model."""
+        return len(self._lister.vocabulary)
+
     def parameter_groups(self, options: TrainOptions) -> list[dict[str, Any]]:
         """The head, its tables, and the encoder with what reads it, each at its rate."""
         typer = self.module.typer
@@ -133,13 +139,19 @@ class FinetuneTask:
         rows = [self.module.typer.unit_rows(piece) for piece, _ in self._pieces(cells)]
         return sparse.csr_array(sparse.vstack(rows, format="csr"))
 
+    def opened(self, cells: NDArray[np.int64]) -> Iterator[OpenIslands]:
+        """The open islands of cells in order of their ids, by the model's numbers, some cells at a time."""
+        return (rows for _, rows in self._read(cells))
+
+    def _read(self, cells: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], OpenIslands]]:
+        new_of_old = self._lister.vocabulary.new_of_old()
+        return ((ids, rows.renumber(new_of_old)) for ids, rows in sequential(self._store, cells))
+
     def _pieces(
         self, cells: NDArray[np.int64], after_batch: Callable[[], None] = lambda: None
     ) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
         """The cells in order of their ids, some at a time, with their tokens listed, and the n_open of each."""
-        new_of_old = self._lister.vocabulary.new_of_old()
-        for ids, rows in sequential(self._store, cells):
-            read = rows.renumber(new_of_old)
+        for ids, read in self._read(cells):
             batch, start = self._lister(Batch.from_open(ids, read)), 0
             for piece in micro_batches(batch, self._config.train.micro_tokens):
                 yield piece, read.n_open[start : start + len(piece)]

@@ -1,12 +1,12 @@
 """What a fine-tuning run learns of its own confidence, at its end: scaling, and what the model keeps of known cells.
 
-train cells: means of the types, spread within them, and the stored references; at most MOST_CELLS of a type
-val cells: the scaling of the logits, and the depth trends of the distances; where a linear head has none, its training
-    cells, each by a fit and by distances that leave its fold out
+train cells: means of the types, spread within them, profiles, and the stored references; at most MOST_CELLS of a type
+val cells: the scaling of the logits, and the depth trends; where a linear head has none, its training cells, each by a
+    fit, by distances and by profiles that leave its fold out
 calib cells: their scores alone, so that they stay exchangeable with cells that are still to come
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,9 +24,13 @@ from annatac_scale.model.calibration import (
     fits_vector,
 )
 from annatac_scale.model.conformal import fewest_calib
-from annatac_scale.model.novelty import DISTANCES, PAPER_SCORE, SCORES, DepthTrend, KnownCells, Outputs
+from annatac_scale.model.novelty import SCORES, TRENDED, DepthTrend, KnownCells, Outputs
+from annatac_scale.model.profiles import Profiles
+from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.store import IslandStore
+from annatac_scale.train.cell_type_task import FinetuneTask
 from annatac_scale.train.presets import CALIBRATIONS, FinetuneConfig
+from annatac_scale.train.probe import IN_ALL
 from annatac_scale.train.splits import LabelledCells, cell_hashes
 
 MOST_CELLS = 2000
@@ -76,8 +80,12 @@ class Confidence:
 
 @dataclass(frozen=True, eq=False)
 class _Training:
-    """The training cells that are looked at, in order of their ids; places: in the order of hashes, int64 [n]."""
+    """The training cells that are looked at, in order of their ids; places: in the order of hashes, int64 [n].
 
+    task: reads their open islands
+    """
+
+    task: FinetuneTask
     cells: NDArray[np.int64]
     codes: Codes
     embedding: Floats
@@ -87,16 +95,26 @@ class _Training:
     def measure(self, chosen: NDArray[np.bool_]) -> KnownCells:
         """What distances are taken to, of some of the cells, bool [n]; no trends and no calib cells yet."""
         _, codes = np.unique(self.codes[chosen], return_inverse=True)
+        profiles = Profiles.of(self._counts(self.cells[chosen], codes))
         embedding = self.embedding[chosen]
         means, whitening = means_and_whitening(embedding, codes, int(codes.max()) + 1)
         stored = _first(self.places[chosen], codes, REFERENCES)
         none, no_codes = np.empty(0, np.float32), np.empty(0, np.int32)
         references = embedding[stored], codes[stored].astype(np.int32)
-        return KnownCells(means, whitening, *references, {}, none, no_codes, {}, no_codes)
+        return KnownCells(means, whitening, *references, profiles, {}, none, no_codes, {}, no_codes)
+
+    def _counts(self, cells: NDArray[np.int64], codes: Codes) -> NDArray[np.int32]:
+        """Cells of each type in which each island is open, int32 [N, C]."""
+        counts, start = np.zeros((self.task.n_islands, int(codes.max()) + 1), np.int32), 0
+        for rows in self.task.opened(cells):
+            of_cells = np.repeat(codes[start : start + len(rows)], rows.n_open)
+            np.add.at(counts, (rows.islands, of_cells), 1)
+            start += len(rows)
+        return counts
 
 
 def fit_confidence(
-    outputs: Callable[[NDArray[np.int64]], Outputs],
+    task: FinetuneTask,
     store: IslandStore,
     labelled: LabelledCells,
     config: FinetuneConfig,
@@ -105,43 +123,44 @@ def fit_confidence(
 ) -> Confidence:
     """Fit all of it.
 
-    outputs: what the model says of labelled cells, in order of their ids
+    task: says what the model makes of labelled cells, and which of its islands are open in them
     config: its calibration "vector" is taken only with VECTOR_CELLS judged cells of each type, else the temperature,
         and its novel_rate only with enough calib cells to tell what is so rare, else the paper's rule
-    said: what the model says of the val, calib and test cells
+    said: what the model says of the val, calib and test cells; nothing of profiles yet
     """
     truth = labelled.codes_of(judged.cells)
     scaling = fit_scaling(judged.logits, truth, config.calibration)
     notes = []
     if scaling.kind != config.calibration:
         notes.append(_no_vector(judged.on, truth, labelled.types))
-    training = _training(outputs, store, labelled, config.train.seed)
+    training = _training(task, store, labelled, config.train.seed)
     known = training.measure(np.full(len(training.cells), True))
     if judged.folds is None:
-        distances, n_open = _distances(known, said["val"].embedding), said["val"].n_open
+        val = _with_fit(said["val"], known.profiles, task.opened(judged.cells))
+        raw, n_open = _raw(known, val, scaling.temperature), val.n_open
     else:
-        distances, n_open = _out_of_fold(training, judged.cells, judged.folds)
-    trends = {name: DepthTrend.fit(distances[name], n_open) for name in DISTANCES}
-    known = replace(known, trends=trends)
-    codes = labelled.codes_of(labelled.of("calib"))
-    chances = scaling.probabilities(said["calib"].logits).astype(np.float32)
+        raw, n_open = _out_of_fold(training, judged, scaling.temperature)
+    known = replace(known, trends={name: _trend(raw[name], n_open) for name in TRENDED})
+    cells = labelled.of("calib")
+    codes, calib = labelled.codes_of(cells), _with_fit(said["calib"], known.profiles, task.opened(cells))
+    chances = scaling.probabilities(calib.logits).astype(np.float32)
     known = replace(
         known,
         chances=chances[np.arange(len(codes)), codes],
         codes=codes.astype(np.int32),
-        scores={name: known.score(name, said["calib"], chances, scaling.temperature) for name in SCORES},
-        n_open=said["calib"].n_open.astype(np.int32),
+        scores={name: known.score(name, calib, chances, scaling.temperature) for name in SCORES},
+        n_open=calib.n_open.astype(np.int32),
     )
     errors = {
         split: _errors(said[split].logits, labelled.codes_of(labelled.of(split)), scaling)
         for split in ("calib", "test")
     }
-    novelty, rate = config.novelty, config.novel_rate
+    rate = config.novel_rate
     if rate is not None and known.n_calib < fewest_calib(rate):
         notes.append(_no_rate(rate, known.n_calib))
-        novelty, rate = PAPER_SCORE, None
+        rate = None
     told = {split: found for split, found in errors.items() if found}
-    return Confidence(scaling, known, novelty, rate, told, notes)
+    return Confidence(scaling, known, config.novelty, rate, told, notes)
 
 
 def _no_vector(judged_on: str, codes: Codes, types: tuple[str, ...]) -> str:
@@ -168,25 +187,47 @@ def fit_scaling(logits: NDArray[np.floating], codes: Codes, calibration: str) ->
     return Scaling(fit_temperature(logits, codes))
 
 
-def _distances(known: KnownCells, embedding: Floats) -> dict[str, NDArray[np.float64]]:
-    return {name: known.distance(name, embedding) for name in DISTANCES}
+def _with_fit(outputs: Outputs, profiles: Profiles, rows: Iterable[OpenIslands]) -> Outputs:
+    """With how well the cells fit the profiles; rows: their open islands, some cells at a time."""
+    return outputs._replace(fit=np.concatenate([np.empty(0, np.float32), *map(profiles.fit, rows)]))
+
+
+def _raw(known: KnownCells, outputs: Outputs, temperature: float) -> dict[str, NDArray[np.float64]]:
+    return {name: known.raw(name, outputs, temperature) for name in TRENDED}
+
+
+def _trend(raw: NDArray[np.float64], n_open: NDArray[np.int64]) -> DepthTrend:
+    """The trend of the cells that have a score: one without open islands has no fit."""
+    found = ~np.isnan(raw)
+    if not found.any():
+        return DepthTrend.fit(np.zeros(1), np.zeros(1, np.int64))
+    return DepthTrend.fit(raw[found], n_open[found])
 
 
 def _out_of_fold(
-    training: _Training, cells: NDArray[np.int64], folds: NDArray[np.int64]
+    training: _Training, judged: Judged, temperature: float
 ) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.int64]]:
-    """Distances of judged training cells to what is left of the training cells without their fold, and their n_open.
+    """Scores of judged training cells beside what is left of the training cells without their fold, and their n_open.
 
-    cells, folds: as in ``Judged``; those of the cells that are not looked at have no part in it.
+    Judged cells that are not looked at have no part in it.
     """
-    fold_of = pd.Series(folds, cells).reindex(training.cells).to_numpy()  # NaN for a cell that is in all fits
-    distances = {name: np.full(len(fold_of), np.nan) for name in DISTANCES}
-    for fold in set(folds.tolist()):
+    assert judged.folds is not None
+    place = (
+        pd.Series(np.arange(len(judged.cells)), judged.cells)
+        .reindex(training.cells, fill_value=-1)
+        .to_numpy()
+    )
+    fold_of = np.where(place >= 0, judged.folds[place], IN_ALL)
+    raw = {name: np.full(len(fold_of), np.nan) for name in TRENDED}
+    for fold in set(judged.folds.tolist()):
         out = fold_of == fold
-        for name, found in _distances(training.measure(~out), training.embedding[out]).items():
-            distances[name][out] = found
-    is_judged = ~np.isnan(fold_of)
-    return {name: found[is_judged] for name, found in distances.items()}, training.n_open[is_judged]
+        known = training.measure(~out)
+        said = Outputs(judged.logits[place[out]], training.embedding[out], training.n_open[out])
+        said = _with_fit(said, known.profiles, training.task.opened(training.cells[out]))
+        for name, found in _raw(known, said, temperature).items():
+            raw[name][out] = found
+    is_judged = fold_of != IN_ALL
+    return {name: found[is_judged] for name, found in raw.items()}, training.n_open[is_judged]
 
 
 def means_and_whitening(embedding: Floats, codes: Codes, n_types: int) -> tuple[Floats, Floats]:
@@ -205,15 +246,13 @@ def means_and_whitening(embedding: Floats, codes: Codes, n_types: int) -> tuple[
     return means.astype(np.float32), (axes / np.sqrt(variances)).astype(np.float32)
 
 
-def _training(
-    outputs: Callable[[NDArray[np.int64]], Outputs], store: IslandStore, labelled: LabelledCells, seed: int
-) -> _Training:
+def _training(task: FinetuneTask, store: IslandStore, labelled: LabelledCells, seed: int) -> _Training:
     cells = labelled.of("train")
     codes = labelled.codes_of(cells)
     places = np.argsort(np.argsort(cell_hashes(store.obs([]).iloc[cells], seed), kind="stable"))
     drawn = _first(places, codes, MOST_CELLS)
-    said = outputs(cells[drawn])
-    return _Training(cells[drawn], codes[drawn], said.embedding, said.n_open, places[drawn])
+    said = task.outputs(cells[drawn])
+    return _Training(task, cells[drawn], codes[drawn], said.embedding, said.n_open, places[drawn])
 
 
 def _first(places: NDArray[np.int64], codes: Codes, most: int) -> NDArray[np.bool_]:

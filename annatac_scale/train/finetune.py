@@ -195,7 +195,7 @@ def _finetune(work: _Work, run: RunFolder, progress: Progress) -> None:
         figures = _train(work, task, run, ranks, progress)
     said = {split: task.outputs(labelled.of(split)) for split in HELDOUT_SPLITS}
     judged = judged or Judged("val", labelled.of("val"), said["val"].logits)
-    confidence = fit_confidence(task.outputs, work.store, labelled, config, judged, said)
+    confidence = fit_confidence(task, work.store, labelled, config, judged, said)
     for note in confidence.notes:
         progress.say(note)
     validated = confidence.scaling.scaled(judged.logits), labelled.codes_of(judged.cells)

@@ -8,7 +8,7 @@ from annatac_scale.model.cell_typer import HeadConfig
 from annatac_scale.model.folder import PoolConfig
 from annatac_scale.model.heads import objectives_of
 from annatac_scale.model.linformer import EncoderConfig
-from annatac_scale.model.novelty import PAPER_SCORE, checked_score
+from annatac_scale.model.novelty import checked_score
 from annatac_scale.model.pool import READS
 from annatac_scale.stream.masking import MaskingOptions
 from annatac_scale.train.cell_weights import CLASS_WEIGHTS, GROUP_WEIGHTS
@@ -129,9 +129,10 @@ class FinetuneConfig:
     calibration: str = "temperature"
     """How cells that the fit did not see scale the logits: by one "temperature", or "vector", where they are enough."""
     novelty: str = "max_probability"
-    """The model's novelty score: one of model.novelty.SCORES."""
+    """The score that a rate is of: one of model.novelty.SCORES."""
     novel_rate: float | None = None
-    """Share of known cells that the model may call novel by it; None: ``novel_threshold`` decides."""
+    """Share of known cells that the model calls novel by it, where ``predict`` is not asked for another rate; None:
+    ``novel_threshold`` decides there."""
     novel_threshold: float = PAPER_NOVEL_THRESHOLD
     """Confidence below which the model calls a cell novel, where there is no rate."""
 
@@ -140,11 +141,6 @@ class FinetuneConfig:
         if self.calibration not in CALIBRATIONS:
             raise ConfigError(
                 f"calibration: found {self.calibration!r}, expected {' or '.join(CALIBRATIONS)}"
-            )
-        if self.novel_rate is None and self.novelty != PAPER_SCORE:
-            raise ConfigError(
-                f"novelty: found {self.novelty!r} and no novel_rate, expected one, as novel_rate=0.05: the threshold "
-                "is of max_probability alone"
             )
         rate = self.novel_rate
         if not 0 <= self.novel_threshold <= 1 or (rate is not None and not 0 < rate < 1):
@@ -257,7 +253,8 @@ def finetune_preset(name: str, head: str | None = None, pool: PoolConfig | None 
             warmup_steps=10,
             patience=6,
         )
-        return FinetuneConfig(chosen, train, linear_up_to=MOST_FITTED if head is None else 0)
+        linear_up_to = MOST_FITTED if head is None else 0
+        return FinetuneConfig(chosen, train, linear_up_to=linear_up_to, novelty="joint")
     train = TrainOptions(
         epochs=99,
         global_batch_size=450,

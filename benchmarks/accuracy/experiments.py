@@ -16,11 +16,14 @@ from outside import tell_outside
 from paired import Told
 from protocol import DIGESTS, Problem, Split, digest_of, folds, splits
 from rows import digest
+from scipy import sparse
 from sets import SETS, Ints
 
 from annatac_scale.annotate.metrics import evaluate_labels
 from annatac_scale.errors import InputError
 from annatac_scale.model.novelty import SCORES, KnownCells, Outputs
+from annatac_scale.model.profiles import Profiles
+from annatac_scale.store.open_islands import OpenIslands
 
 Config = Mapping[str, Any]
 Figures = dict[str, Any]
@@ -240,7 +243,7 @@ def _scores(
         settings = {**params, **next(iter(params["settings"].values()))}
         model = tuned_model(problem, problem.train, settings, lab.models)
         assert model.known is not None
-        lots = [Outputs(*lab.models.states(model, problem.store, cells)) for cells in asked]
+        lots = [lab.models.states(model, problem.store, cells) for cells in asked]
         return [scores(model.known, one, model.info.temperature) for one in lots]
     # The linear control: components of the training cells, and regression on them.
     vectors = unit_rows(svd(problem.levels, problem.train, 0, params["values"][0]), problem.train)
@@ -249,17 +252,25 @@ def _scores(
     done = tuned_on(rows, problem.types, problem.train, everything, FEW_STRENGTHS)
     assert done.chances is not None
     logits = np.log(np.maximum(done.chances, SMALLEST)).astype(np.float32)
-    n_open = np.diff(problem.levels.indptr)
+    fit, codes = problem.train, np.unique(problem.types[problem.train], return_inverse=True)[1]
+    opened = OpenIslands.from_csr(problem.levels)
+    profiles = Profiles.of(_counts(problem.levels[fit], codes))
     of_lots = np.split(logits, np.cumsum([len(cells) for cells in asked])[:-1])
     lots = [
-        Outputs(one, vectors[cells].astype(np.float32), n_open[cells])
+        Outputs(
+            one, vectors[cells].astype(np.float32), opened.n_open[cells], profiles.fit(opened.take(cells))
+        )
         for one, cells in zip(of_lots, asked, strict=True)
     ]
-    fit, codes = problem.train, np.unique(problem.types[problem.train], return_inverse=True)[1]
-    known: KnownCells = known_of(
-        Outputs(logits[:0], vectors[fit].astype(np.float32), n_open[fit]), codes, lots[0]
-    )
+    trained = Outputs(logits[:0], vectors[fit].astype(np.float32), opened.n_open[fit])
+    known: KnownCells = known_of(trained, codes, profiles, lots[0])
     return [scores(known, one) for one in lots]
+
+
+def _counts(levels: sparse.csr_matrix, codes: Ints) -> Ints:
+    """Cells of each type in which each island is open, int64 [N, C]."""
+    of_type = sparse.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))))
+    return (of_type @ (levels > 0)).toarray().T.astype(np.int64)
 
 
 def _logits(problem: Problem, config: Config, lab: Lab, classes: NDArray[np.str_]) -> NDArray[np.floating]:

@@ -71,7 +71,7 @@ def _finetuned(problem: Problem, params: Params, models: Models) -> Predicted:
 
     def fitted(cells: Ints, asked: Ints, settings: Params) -> Any:
         model = tuned_model(problem, cells, settings, models)
-        logits, _, _ = models.states(model, problem.store, asked)
+        logits = models.states(model, problem.store, asked).logits
         return probabilities(logits, model.info.temperature), tuple(model.info.labels)
 
     candidates: dict[str, Candidate] = {

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rows import digest
-from sets import Stores
+from sets import Stores, alone
 
 from annatac_scale.config import from_dict
 from annatac_scale.model.encoder import Encoder
@@ -26,7 +26,9 @@ from annatac_scale.model.folder import (
     vocabulary_islands,
     write_model,
 )
+from annatac_scale.model.novelty import Outputs
 from annatac_scale.progress import Silent
+from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.batch import CLOSED_TOKEN, Batch
 from annatac_scale.stream.selection import sequential
@@ -76,16 +78,17 @@ class Models:
         key = {"store": store, "select": select, "pretrain": config, "trained": trained}
         folder = self.stores.work / "models" / digest(key)
         took = folder.with_suffix(".json")
-        if not took.exists():
-            clock = Clock()
-            with clock.on("pretrain"):
-                opened, whole = self.stores.open(store, select), from_dict(PretrainConfig, config)
-                if trained:
-                    pretrain(opened, folder, whole)
-                    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-                else:
-                    _write_untrained(opened, folder / "model", whole)
-            took.write_text(json.dumps({**key, "seconds": clock.seconds}, indent=1))
+        with alone(folder.with_suffix(".lock")):
+            if not took.exists():
+                clock = Clock()
+                with clock.on("pretrain"):
+                    opened, whole = self.stores.open(store, select), from_dict(PretrainConfig, config)
+                    if trained:
+                        pretrain(opened, folder, whole)
+                        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+                    else:
+                        _write_untrained(opened, folder / "model", whole)
+                took.write_text(json.dumps({**key, "seconds": clock.seconds}, indent=1))
         self.clock.seconds |= json.loads(took.read_text())["seconds"]
         return folder / "model"
 
@@ -95,12 +98,15 @@ class Models:
         if whole.encoder.pool is not None:
             return model
         folder = model.with_name("model_with_pool")
-        if not folder.exists():
-            other = read_model(Models(self.stores, Clock()).pretrained(store, select, start, trained=False))
-            info = replace(whole.info, pool=other.info.pool)
-            encoder = Encoder(whole.encoder.linformer, other.encoder.pool)
-            made = Model(info, whole.vocabulary, whole.islands, encoder)
-            write_model(folder, made, pretrained_card(info, made.vocabulary))
+        with alone(folder.with_suffix(".lock")):
+            if not folder.exists():
+                other = read_model(
+                    Models(self.stores, Clock()).pretrained(store, select, start, trained=False)
+                )
+                info = replace(whole.info, pool=other.info.pool)
+                encoder = Encoder(whole.encoder.linformer, other.encoder.pool)
+                made = Model(info, whole.vocabulary, whole.islands, encoder)
+                write_model(folder, made, pretrained_card(info, made.vocabulary))
         return folder
 
     def finetuned(
@@ -125,19 +131,19 @@ class Models:
         shutil.rmtree(out)
         return made
 
-    def states(self, model: Model, store: IslandStore, cells: Ints) -> tuple[Floats, Floats, Ints]:
-        """Logits [n, types], the embeddings that they are linear in, [n, channels], and n_open [n] of cells in any
-        order."""
+    def states(self, model: Model, store: IslandStore, cells: Ints) -> Outputs:
+        """What a fine-tuned model says of cells in any order."""
         assert model.typer is not None
+        assert model.known is not None
         typer, order = model.typer, np.argsort(cells)
+        told = []
         with self.clock.on("predict"):
-            told = [
-                (*typer.predict_with_embedding(batch), _n_open(batch))
-                for batch in _batches(model, store, cells[order])
-            ]
+            for batch in _batches(model, store, cells[order]):
+                opened = _opened(batch)
+                fit = model.known.profiles.fit(opened)
+                told.append((*typer.predict_with_embedding(batch), opened.n_open, fit))
         back = np.argsort(order)
-        logits, embeddings, n_open = (np.concatenate(parts)[back] for parts in zip(*told, strict=True))
-        return logits, embeddings, n_open
+        return Outputs(*(np.concatenate(parts)[back] for parts in zip(*told, strict=True)))
 
     def types(self, model: Model, store: IslandStore, cells: Ints) -> NDArray[np.str_]:
         """The likeliest type of each cell."""
@@ -154,10 +160,11 @@ class Models:
         return np.concatenate(parts)
 
 
-def _n_open(batch: Batch) -> Ints:
+def _opened(batch: Batch) -> OpenIslands:
     """Open islands of each cell, among the tokens that are listed."""
-    before = np.concatenate([[0], np.cumsum(batch.tokens > CLOSED_TOKEN)])
-    return np.diff(before[batch.offsets])
+    is_open = batch.tokens > CLOSED_TOKEN
+    before = np.concatenate([[0], np.cumsum(is_open)])
+    return OpenIslands(before[batch.offsets], batch.islands[is_open], batch.tokens[is_open])
 
 
 def _batches(model: Model, store: IslandStore, cells: Ints) -> Iterator[Batch]:

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from annatac_scale.annotate.reliability import novelty_figures
 from annatac_scale.model.calibration import probabilities
 from annatac_scale.model.conformal import exceeds
-from annatac_scale.model.novelty import DISTANCES, SCORES, DepthTrend, KnownCells, Outputs
+from annatac_scale.model.novelty import SCORES, TRENDED, DepthTrend, KnownCells, Outputs
+from annatac_scale.model.profiles import Profiles
 from annatac_scale.train.confidence_fit import REFERENCES, means_and_whitening
 
 FALSE_RATE = 0.05
@@ -19,18 +20,19 @@ Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
 
 
-def known_of(fit: Outputs, codes: Ints, aside: Outputs) -> KnownCells:
-    """What a fine-tuned model keeps, for a method that only gives embeddings.
+def known_of(fit: Outputs, codes: Ints, profiles: Profiles, aside: Outputs) -> KnownCells:
+    """What a fine-tuned model keeps, for a method that only gives logits and embeddings.
 
     fit, codes: the training cells and their types, 0 to C - 1, in the order in which they are to be stored
-    aside: cells that did not train, whose distances tell the depth trends
+    profiles: of the training cells
+    aside: cells that did not train, whose scores tell the depth trends
     """
     means, whitening = means_and_whitening(fit.embedding, codes, int(codes.max()) + 1)
     stored = np.concatenate([np.flatnonzero(codes == code)[:REFERENCES] for code in np.unique(codes)])
     none, no_codes = np.empty(0, np.float32), np.empty(0, np.int32)
     references = fit.embedding[stored], codes[stored].astype(np.int32)
-    known = KnownCells(means, whitening, *references, {}, none, no_codes, {}, no_codes)
-    trends = {name: DepthTrend.fit(known.distance(name, aside.embedding), aside.n_open) for name in DISTANCES}
+    known = KnownCells(means, whitening, *references, profiles, {}, none, no_codes, {}, no_codes)
+    trends = {name: DepthTrend.fit(known.raw(name, aside, 1.0), aside.n_open) for name in TRENDED}
     return replace(known, trends=trends)
 
 

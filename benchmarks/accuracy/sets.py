@@ -7,7 +7,9 @@ granja_d6, granja_d5, snareseq_ah, hg19
                      unlabelled, to pretrain on: one donor, the libraries that train, and D6 together with bm0828
 """
 
+import fcntl
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +87,15 @@ PRETRAINING = {
 """The store that models of a set are pretrained on: granja's and snareseq's hold no cell that tests."""
 
 
+@contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """Wait until no other row makes what ``file`` stands for: rows run side by side on the same stores and models."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # given back with the file, also by a process that is killed
+        yield
+
+
 @dataclass(frozen=True)
 class Stores:
     """Where the labelled files are, and the stores made of them."""
@@ -106,9 +117,12 @@ class Stores:
         if name.startswith(OWN):
             return IslandStore.open(Path(name.removeprefix(OWN)))
         path = self.work / "stores" / f"{name}-{select}.zarr"
-        if not (path / "zarr.json").exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _convert(self, name, select, path)
+        done = path.with_suffix(".done")
+        with alone(self.work / "stores.lock"):
+            if not done.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _convert(self, name, select, path)
+                done.touch()
         return IslandStore.open(path)
 
 

@@ -17,7 +17,8 @@ from annatac_scale.model.cell_typer import CellTyper, HeadConfig, build_head
 from annatac_scale.model.encoder import Encoder
 from annatac_scale.model.folder import Model, ModelInfo, vocabulary_islands, write_model
 from annatac_scale.model.linformer import EncoderConfig, Linformer
-from annatac_scale.model.novelty import DISTANCES, SCORES, DepthTrend, KnownCells
+from annatac_scale.model.novelty import SCORES, TRENDED, DepthTrend, KnownCells
+from annatac_scale.model.profiles import Profiles
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import SampleWriter, create_store
@@ -84,7 +85,7 @@ def small_known(n_calib: int, types: tuple[str, ...] = TYPES, channels: int = 6,
         whitening=draw(channels, channels),
         references=draw(60, channels),
         reference_codes=np.repeat([0, 2, 1], [40, 19, 1]).astype(np.int32),
-        trends={name: DepthTrend(1.5, -0.25, 0.75, 0.5, 3.0) for name in DISTANCES},
+        trends={name: DepthTrend(1.5, -0.25, 0.75, 0.5, 3.0) for name in TRENDED},
         chances=rng.uniform(0, 1, n_calib).astype(np.float32),
         codes=rng.integers(0, len(types), n_calib).astype(np.int32),
         scores={
@@ -94,6 +95,7 @@ def small_known(n_calib: int, types: tuple[str, ...] = TYPES, channels: int = 6,
             for name in SCORES
         },
         n_open=rng.integers(0, N_ISLANDS, n_calib).astype(np.int32),
+        profiles=Profiles(draw(len(VOCABULARY), len(types)) - 5),
     )
 
 

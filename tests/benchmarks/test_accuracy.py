@@ -236,7 +236,7 @@ def test_a_quick_run_gives_figures_of_every_row_and_runs_none_twice(tmp_path: Pa
     data.mkdir()
     shipped = ROOT / "annatac_scale" / "data" / "cerebellum.h5ad"
     shutil.copyfile(shipped, data / sets.SETS["cerebellum"].file)
-    done = _run(data, tmp_path / "work", "--quick")
+    done = _run(data, tmp_path / "work", "--quick", "--jobs", "2")  # the first two want the same store
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     configs = grid.quick_configs() + plans.quick_configs()

@@ -15,7 +15,8 @@ from annatac_scale.model.cell_typer import CellTyper, HeadConfig, build_head
 from annatac_scale.model.encoder import Encoder
 from annatac_scale.model.folder import Model, ModelInfo, vocabulary_islands
 from annatac_scale.model.linformer import EncoderConfig, Linformer
-from annatac_scale.model.novelty import DISTANCES, SCORES, DepthTrend, KnownCells
+from annatac_scale.model.novelty import SCORES, TRENDED, DepthTrend, KnownCells
+from annatac_scale.model.profiles import Profiles
 from annatac_scale.stream.batch import Batch
 from annatac_scale.stream.vocabulary import Vocabulary
 
@@ -76,11 +77,11 @@ def toy_model(head: HeadConfig | None, labels: tuple[str, ...] = LABELS, **encod
         calibration_errors={"calib": {"before": 0.25, "after": 0.125}} if head is not None else {},
         provenance={"seed": 3, "figures": {"accuracy": 0.1}, "stores": ["atlas.zarr"]},
     )
-    known = None if typer is None else toy_known(len(labels), typer.head.classifier.in_features)
+    known = None if typer is None else toy_known(len(labels), typer.head.classifier.in_features, len(vocabulary))
     return Model(info, vocabulary, vocabulary_islands(space, vocabulary), encoder, typer, known=known)
 
 
-def toy_known(n_types: int, channels: int, n_calib: int = 12) -> KnownCells:
+def toy_known(n_types: int, channels: int, n_islands: int, n_calib: int = 12) -> KnownCells:
     """Random values, none of them alike, so that none can be lost or swapped unnoticed."""
     rng = np.random.default_rng(5)
 
@@ -92,7 +93,8 @@ def toy_known(n_types: int, channels: int, n_calib: int = 12) -> KnownCells:
         whitening=draw(channels, channels),
         references=draw(7, channels),
         reference_codes=rng.integers(0, n_types, 7).astype(np.int32),
-        trends={name: DepthTrend(*map(float, draw(5))) for name in DISTANCES},
+        profiles=Profiles(draw(n_islands, n_types)),
+        trends={name: DepthTrend(*map(float, draw(5))) for name in TRENDED},
         chances=draw(n_calib),
         codes=rng.integers(0, n_types, n_calib).astype(np.int32),
         scores={name: draw(n_calib) for name in SCORES},

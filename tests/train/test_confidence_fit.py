@@ -151,7 +151,7 @@ def test_a_rate_that_is_too_rare_for_the_calib_cells_leaves_the_papers_rule_and_
     config = small_finetuning("pooled", 1, novelty="knn", novel_rate=0.01)
     report = finetune(atlas, pretrained, "cell_type", tmp_path / "run", config, progress=lines)
     info = read_model(report.model).info
-    assert (info.novelty, info.novel_rate) == ("max_probability", None)
+    assert (info.novelty, info.novel_rate) == ("knn", None)
     (line,) = [line for line in lines.lines if "novel_rate=0.01" in line]
     assert f"found {report.split['calib']} calib cells, expected at least 99" in line
 
@@ -161,7 +161,6 @@ def test_a_rate_that_is_too_rare_for_the_calib_cells_leaves_the_papers_rule_and_
     [
         ({"calibration": "isotonic"}, "calibration: found 'isotonic', expected temperature or vector"),
         ({"novelty": "entropy", "novel_rate": 0.1}, "novelty score: found 'entropy'"),
-        ({"novelty": "knn"}, "novelty: found 'knn' and no novel_rate"),
         ({"novel_rate": 0.0}, r"found 0\.5, 0\.0, expected shares"),
         ({"novel_threshold": 1.5}, r"found 1\.5, None, expected shares"),
     ],
