@@ -64,7 +64,9 @@ def decoded(data: bytes, n_types: int, n_channels: int, n_islands: int) -> Known
     scores = {name: tensors[f"calib.{name}"] for name in SCORES}
     finite = all(np.isfinite(values).all() for values in (tensors["profiles"], *scores.values()))
     if not finite or not all(((of >= 0) & (of < n_types)).all() for of in (codes, reference_codes)):
-        raise ValueError(f"{KNOWN_FILE}: scores or profiles that are no numbers, or types that the model does not know")
+        raise ValueError(
+            f"{KNOWN_FILE}: scores or profiles that are no numbers, or types that the model does not know"
+        )
     return KnownCells(
         means=tensors["means"],
         whitening=tensors["whitening"],

@@ -105,14 +105,14 @@ def _fit_cnn(
     steps_an_epoch = -(-len(cells) // BATCH_CELLS)
     epochs = 2 if quick else max(EPOCHS, -(-FEWEST_STEPS // steps_an_epoch))
     parameters = [*vectors.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, RATE, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(parameters, RATE, weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps_an_epoch)
     for _ in range(epochs):
         order = rng.permutation(len(cells))
         for at in np.array_split(order, steps_an_epoch):
             logits = _logits(vectors, head, levels[cells[at]], rng if dropout else None, dropout)
             loss = functional.cross_entropy(logits, torch.from_numpy(codes[at]), weights)
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()

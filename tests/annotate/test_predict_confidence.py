@@ -31,7 +31,7 @@ from annatac_scale.annotate.predict import ADAPT_CELLS, evenly_spaced, predict
 from annatac_scale.errors import ConfigError, InputError
 from annatac_scale.model.folder import read_model, write_model
 from annatac_scale.model.labels import LOW_DEPTH, NOVEL
-from annatac_scale.model.novelty import KnownCells
+from annatac_scale.model.novelty import SCORES, SHIFTING, KnownCells
 from annatac_scale.progress import Silent
 from annatac_scale.store.store import IslandStore
 
@@ -78,14 +78,28 @@ def embeddings_and_logits(model_path: Path, sample: SmallSample) -> tuple[np.nda
     return np.array([z for z, _ in found], float), np.array([logits for _, logits in found], float)
 
 
-def plain_score(name: str, z: np.ndarray, logits: np.ndarray, n_open: int, known: KnownCells) -> float:
-    """A score of one cell by its formula."""
+def plain_score(name: str, z: np.ndarray, logits: np.ndarray, opened: list[int], known: KnownCells) -> float:
+    """A score of one cell by its formula. opened: its open islands, by the model's numbers"""
     if name == "max_probability":
         powers = np.exp((logits - logits.max()) / TEMPERATURE)
         return 1 - float((powers / powers.sum()).max())
+    if name == "joint":
+        return sum(above_trend(part, z, logits, opened, known) for part in ("energy", "profile"))
     if name == "energy":
         return -TEMPERATURE * float(logsumexp(logits / TEMPERATURE))
-    if name == "mahalanobis":
+    return above_trend(name, z, logits, opened, known)
+
+
+def above_trend(name: str, z: np.ndarray, logits: np.ndarray, opened: list[int], known: KnownCells) -> float:
+    if name == "energy":
+        raw = plain_score(name, z, logits, opened, known)
+    elif name == "profile":
+        if not opened:
+            return 0.0
+        raw = -max(
+            math.fsum(shares[i] for i in opened) / len(opened) for shares in known.profiles.log_shares.T
+        )
+    elif name == "mahalanobis":
         raw = min(float(np.linalg.norm((z - mean) @ known.whitening.astype(float))) for mean in known.means)
     else:
         far = {0: 2, 1: 1, 2: 1}  # a twentieth of the 40, 1 and 19 references of each type, rounded up
@@ -96,11 +110,11 @@ def plain_score(name: str, z: np.ndarray, logits: np.ndarray, n_open: int, known
             for code, n in far.items()
         )
     trend = known.trends[name]
-    depth = min(max(math.log(1 + n_open), trend.low), trend.high)
+    depth = min(max(math.log(1 + len(opened)), trend.low), trend.high)
     return (raw - trend.intercept - trend.slope * depth) / trend.spread
 
 
-@pytest.mark.parametrize("name", ["max_probability", "energy", "mahalanobis", "knn"])
+@pytest.mark.parametrize("name", SCORES)
 def test_novel_cells_are_those_whose_score_few_calib_cells_reach(
     tmp_path: Path, store: IslandStore, samples: dict[str, SmallSample], careful: Path, name: str
 ) -> None:
@@ -108,8 +122,9 @@ def test_novel_cells_are_those_whose_score_few_calib_cells_reach(
     report = predict(store, careful, tmp_path / "labels", novelty=name, novel_rate=rate)
     table = rows_of(tmp_path / "labels")
     z, logits = embeddings_and_logits(careful, samples["many"])
-    n_open = (samples["many"].levels[:, VOCABULARY] > 0).sum(1)
-    expected = [plain_score(name, *cell, KNOWN) for cell in zip(z, logits, n_open.tolist(), strict=True)]
+    opened = [np.flatnonzero(row).tolist() for row in samples["many"].levels[:, VOCABULARY]]
+    assert [] in opened
+    expected = [plain_score(name, *cell, KNOWN) for cell in zip(z, logits, opened, strict=True)]
     np.testing.assert_allclose(table["novelty_score"], expected, rtol=1e-3, atol=2e-4)
     calib = KNOWN.scores[name].tolist()
     counts = [1 + sum(one >= score for one in calib) for score in table["novelty_score"].tolist()]
@@ -181,7 +196,7 @@ def test_shallow_cells_are_unassigned_and_never_novel(
 
 
 @pytest.mark.parametrize("per_class", [False, True])
-@pytest.mark.parametrize("name", ["mahalanobis", "knn"])
+@pytest.mark.parametrize("name", SHIFTING)
 def test_calib_cells_of_low_depth_set_no_limit(
     tmp_path: Path, store: IslandStore, careful: Path, name: str, per_class: bool
 ) -> None:

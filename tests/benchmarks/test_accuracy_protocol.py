@@ -268,19 +268,21 @@ def test_scores_of_novelty_of_a_linear_method_are_larger_far_from_its_training_c
     centres = (np.eye(3) * 6).astype(np.float32)
     codes = rng.integers(0, 3, 400)
     z = (centres[codes] + rng.normal(0, 1, (400, 3))).astype(np.float32)
-    depth = rng.integers(50, 200, 400)
+    depth, fits = rng.integers(50, 200, 400), rng.normal(-8, 0.1, 400).astype(np.float32)
     fit, aside = (
-        novel.Outputs(z[part] @ centres.T, z[part], depth[part]) for part in (slice(300), slice(300, 400))
+        novel.Outputs(z[part] @ centres.T, z[part], depth[part], fits[part])
+        for part in (slice(300), slice(300, 400))
     )
-    known = novel.known_of(fit, codes[:300], aside)
-    near = novel.scores(known, novel.Outputs(centres @ centres.T, centres, np.full(3, 100)))
+    known = novel.known_of(fit, codes[:300], novel.Profiles(np.zeros((5, 3), np.float32)), aside)
+    hundred, well, badly = np.full(3, 100), *(np.full(3, level, np.float32) for level in (-7, -9))
+    near = novel.scores(known, novel.Outputs(centres @ centres.T, centres, hundred, well))
     away = np.full((3, 3), -6, np.float32)
-    far = novel.scores(known, novel.Outputs(np.zeros((3, 3), np.float32), away, np.full(3, 100)))
+    far = novel.scores(known, novel.Outputs(np.zeros((3, 3), np.float32), away, hundred, badly))
     assert list(near) == list(novel.SCORES)
     for name, found in near.items():
         assert far[name].min() > found.max(), name
     of_aside = novel.scores(known, aside)
-    for name in ("mahalanobis", "knn"):  # what is above the trend of the cells kept aside
+    for name in novel.TRENDED[1:]:  # what is above the trend of the cells kept aside
         assert of_aside[name].mean() == pytest.approx(0, abs=1e-3)
         assert of_aside[name].std(ddof=2) == pytest.approx(1, abs=1e-3)
 
@@ -288,7 +290,9 @@ def test_scores_of_novelty_of_a_linear_method_are_larger_far_from_its_training_c
 def test_the_open_islands_of_a_cell_are_counted_and_not_its_other_tokens() -> None:
     tokens = np.array([1, 0, 3, 0, 0, 2], np.uint8)
     batch = Batch(np.arange(4), np.array([0, 3, 5, 5, 6]), np.array([0, 1, 2, 0, 1, 4], np.int32), tokens)
-    assert models._n_open(batch).tolist() == [2, 0, 0, 1]
+    opened = models._opened(batch)
+    assert opened.n_open.tolist() == [2, 0, 0, 1]
+    assert (opened.islands.tolist(), opened.levels.tolist()) == ([0, 2, 4], [1, 3, 2])
 
 
 def test_a_peer_without_an_environment_says_so(tmp_path: Path) -> None:

@@ -77,7 +77,9 @@ def toy_model(head: HeadConfig | None, labels: tuple[str, ...] = LABELS, **encod
         calibration_errors={"calib": {"before": 0.25, "after": 0.125}} if head is not None else {},
         provenance={"seed": 3, "figures": {"accuracy": 0.1}, "stores": ["atlas.zarr"]},
     )
-    known = None if typer is None else toy_known(len(labels), typer.head.classifier.in_features, len(vocabulary))
+    known = (
+        None if typer is None else toy_known(len(labels), typer.head.classifier.in_features, len(vocabulary))
+    )
     return Model(info, vocabulary, vocabulary_islands(space, vocabulary), encoder, typer, known=known)
 
 

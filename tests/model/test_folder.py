@@ -29,7 +29,8 @@ from annatac_scale.errors import ModelError
 from annatac_scale.model.cell_typer import HeadConfig, batch_tokens
 from annatac_scale.model.folder import read_model, write_model
 from annatac_scale.model.known_cells import KNOWN_FILE, encoded
-from annatac_scale.model.novelty import SCORES, DepthTrend, KnownCells
+from annatac_scale.model.novelty import SCORES, TRENDED, DepthTrend, KnownCells
+from annatac_scale.model.profiles import Profiles
 from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import create_store
 
@@ -185,8 +186,8 @@ def resign(folder: Path, config: dict) -> None:
         ("files", {}, r"config\.json: cut short or edited"),
         ("n_space", 3, r"islands\.tsv\.gz: not the vocabulary"),
         ("vocabulary_sha256", "0", r"islands\.tsv\.gz: not the vocabulary"),
-        ("version", 2, "format annatac_scale.model 2, expected annatac_scale.model 4; train"),
-        ("format", "other", "format other 4, expected"),
+        ("version", 2, "format annatac_scale.model 2, expected annatac_scale.model 5; train"),
+        ("format", "other", "format other 5, expected"),
     ],
 )
 def test_folders_that_contradict_themselves_are_refused(
@@ -229,7 +230,9 @@ def test_a_model_without_known_cells_comes_back_without(tmp_path: Path) -> None:
         {"n_open": np.ones(12, np.int64)},
         {"scores": {name: np.ones(11, np.float32) for name in SCORES}},
         {"scores": {name: np.full(12, np.nan, np.float32) for name in SCORES}},
-        {"trends": {name: DepthTrend(*[0.0] * 5) for name in ("knn", "mahalanobis")}, "scores": {}},
+        {"trends": {name: DepthTrend(*[0.0] * 5) for name in TRENDED}, "scores": {}},
+        {"profiles": Profiles(np.ones((2, 3), np.float32))},
+        {"profiles": Profiles(np.full((20, 3), np.nan, np.float32))},
     ],
 )
 def test_known_cells_that_cannot_be_are_refused_although_well_signed(

@@ -14,6 +14,7 @@ from annatac_scale.errors import ConfigError, ModelError
 from annatac_scale.model.novelty import (
     DISTANCES,
     SCORES,
+    TRENDED,
     DepthTrend,
     KnownCells,
     Outputs,
@@ -22,12 +23,14 @@ from annatac_scale.model.novelty import (
     mahalanobis,
     plain_score,
 )
+from annatac_scale.model.profiles import Profiles
 
 
 def drawn_outputs(seed: int, n: int = 30, n_types: int = 3, channels: int = 4) -> Outputs:
     rng = np.random.default_rng(seed)
     logits, embedding = rng.normal(0, 3, (n, n_types)), rng.normal(size=(n, channels))
-    return Outputs(logits.astype(np.float32), embedding.astype(np.float32), rng.integers(0, 500, n))
+    n_open, fit = rng.integers(0, 500, n), rng.normal(-8, 1, n)
+    return Outputs(*(part.astype(np.float32) for part in (logits, embedding)), n_open, fit.astype(np.float32))
 
 
 def chances_of(outputs: Outputs) -> np.ndarray:
@@ -47,6 +50,7 @@ def without_calib(
         whitening,
         references,
         reference_codes.astype(np.int32),
+        Profiles(np.empty((0, 3), np.float32)),
         trends,
         np.empty(0, np.float32),
         np.empty(0, np.int32),
@@ -61,7 +65,12 @@ def drawn_known(seed: int, channels: int = 4) -> KnownCells:
     def draw(*shape: int) -> np.ndarray:
         return rng.normal(size=shape).astype(np.float32)
 
-    trends = {"mahalanobis": DepthTrend(2.0, -0.5, 0.25, 1.0, 5.0), "knn": DepthTrend(0, 0, 1, 0, 9)}
+    trends = {
+        "energy": DepthTrend(-1.0, -2.0, 0.5, 0.0, 4.0),
+        "mahalanobis": DepthTrend(2.0, -0.5, 0.25, 1.0, 5.0),
+        "knn": DepthTrend(0, 0, 1, 0, 9),
+        "profile": DepthTrend(9.0, 0.1, 0.75, 2.0, 6.0),
+    }
     return without_calib(
         draw(3, channels), draw(channels, channels), draw(40, channels), np.arange(40) % 3, trends
     )
@@ -129,10 +138,10 @@ def test_the_cells_of_a_rare_type_are_about_as_near_as_those_of_a_frequent_one(n
 
 def test_many_cells_score_as_each_alone() -> None:
     known, outputs = drawn_known(3), drawn_outputs(4, n=1100)
-    for name in DISTANCES:
-        found = known.distance(name, outputs.embedding)
+    for name in TRENDED:
+        found = known.raw(name, outputs, 2.0)
         for cell in (0, 511, 512, 1099):
-            alone = known.distance(name, outputs.embedding[cell : cell + 1])[0]
+            alone = known.raw(name, Outputs(*(part[cell : cell + 1] for part in outputs)), 2.0)[0]
             assert found[cell] == pytest.approx(alone, rel=1e-9)
 
 
@@ -142,10 +151,36 @@ def test_distances_are_given_above_the_trend_of_their_depth(name: str) -> None:
     trend = known.trends[name]
     found = known.score(name, outputs, chances_of(outputs), 1.0)
     assert found.dtype == np.float32
-    for cell, distance in enumerate(known.distance(name, outputs.embedding)):
-        depth = min(max(math.log(1 + outputs.n_open[cell]), trend.low), trend.high)
-        usual = trend.intercept + trend.slope * depth
+    for cell, distance in enumerate(known.raw(name, outputs, 1.0)):
+        usual = usual_of(trend, outputs.n_open[cell])
         assert found[cell] == pytest.approx((distance - usual) / trend.spread, rel=1e-4, abs=1e-4)
+
+
+def usual_of(trend: DepthTrend, n_open: int) -> float:
+    return trend.intercept + trend.slope * min(max(math.log(1 + n_open), trend.low), trend.high)
+
+
+def test_joint_is_the_sum_of_energy_and_misfit_each_above_its_trend_in_its_spread() -> None:
+    known, outputs = drawn_known(13), drawn_outputs(14)
+    found = known.score("joint", outputs, chances_of(outputs), 2.5)
+    assert found.dtype == np.float32
+    for cell, n_open in enumerate(outputs.n_open.tolist()):
+        energy = -2.5 * math.log(sum(math.exp(x / 2.5) for x in outputs.logits[cell].tolist()))
+        parts = {"energy": energy, "profile": -float(outputs.fit[cell])}
+        trends = known.trends
+        expected = [
+            (raw - usual_of(trends[name], n_open)) / trends[name].spread for name, raw in parts.items()
+        ]
+        assert found[cell] == pytest.approx(sum(expected), rel=1e-4, abs=1e-4)
+
+
+def test_a_cell_that_fits_nothing_as_nothing_is_open_is_as_usual() -> None:
+    known, outputs = drawn_known(15), drawn_outputs(16, n=2)
+    outputs = outputs._replace(n_open=np.array([0, 9]), fit=np.array([np.nan, -8], np.float32))
+    assert known.score("profile", outputs, chances_of(outputs), 1.0)[0] == 0
+    energy = known.raw("energy", outputs, 1.0)[0]
+    above = (energy - usual_of(known.trends["energy"], 0)) / known.trends["energy"].spread
+    assert known.score("joint", outputs, chances_of(outputs), 1.0)[0] == pytest.approx(above, rel=1e-5)
 
 
 def test_the_trend_is_the_least_squares_line() -> None:
@@ -207,12 +242,15 @@ def test_cells_far_from_all_known_ones_score_higher_than_known_ones() -> None:
     rng = np.random.default_rng(8)
     centres = rng.normal(0, 3, (3, 4))
     embedding = (centres[rng.integers(0, 3, 200)] + rng.normal(size=(200, 4))).astype(np.float32)
-    trends = {name: DepthTrend(0, 0, 1, 0, 9) for name in DISTANCES}
+    trends = {name: DepthTrend(0, 0, 1, 0, 9) for name in TRENDED}
     whitening, codes = np.eye(4, dtype=np.float32), np.arange(100) % 3
     known = without_calib(centres.astype(np.float32), whitening, embedding[:100], codes, trends)
     strange = (10 + rng.normal(size=(50, 4))).astype(np.float32)
-    for name in DISTANCES:
-        assert known.distance(name, embedding[100:]).max() < known.distance(name, strange).min()
+    for distance in (
+        lambda cells: mahalanobis(cells, known.means, known.whitening),
+        lambda cells: knn(cells, known.references, known.reference_codes),
+    ):
+        assert distance(embedding[100:]).max() < distance(strange).min()
 
 
 def test_calib_cells_of_a_depth_are_those_with_as_many_open_islands_and_all_that_is_kept_of_them() -> None:
@@ -227,7 +265,7 @@ def test_calib_cells_of_a_depth_are_those_with_as_many_open_islands_and_all_that
     deep = known.of_depth(5)
     assert (deep.n_calib, deep.codes.tolist(), deep.n_open.tolist()) == (2, [2, 1], [7, 5])
     assert deep.chances.tolist() == known.chances[[0, 2]].tolist()
-    assert [deep.scores[name].tolist() for name in SCORES] == [[4 + n, 2 + n] for n in range(4)]
+    assert [deep.scores[name].tolist() for name in SCORES] == [[4 + n, 2 + n] for n in range(len(SCORES))]
     assert deep.references is known.references
     assert known.of_depth(8).n_calib == 0
 

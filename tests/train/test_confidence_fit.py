@@ -13,6 +13,7 @@ from sklearn.covariance import ledoit_wolf
 from annatac_scale.errors import ConfigError
 from annatac_scale.model.calibration import VECTOR_CELLS, expected_calibration_error
 from annatac_scale.model.folder import read_model
+from annatac_scale.model.novelty import DISTANCES, TRENDED, Outputs
 from annatac_scale.train import confidence_fit
 from annatac_scale.train.confidence_fit import fit_scaling, means_and_whitening
 from annatac_scale.train.finetune import finetune
@@ -37,24 +38,58 @@ def one_by_one(model, store, cells):
     return np.array(logits, float), np.array(embedding, float), np.array(n_open)
 
 
+def opened_of(model, store, split, name):
+    """Open islands of the cells of a split, by the model's numbers."""
+    rows = store.read(np.flatnonzero(split == name)).to_csr(store.n_islands).toarray()
+    return [np.flatnonzero(row).tolist() for row in rows[:, model.vocabulary.islands]]
+
+
+def outputs_of(tuned, name):
+    """What the model says of the cells of a split, with how well they fit the profiles."""
+    model, said, _, opened = tuned
+    logits, embedding, n_open, _ = said[name]
+    shares = model.known.profiles.log_shares
+    fit = [
+        max(np.mean([column[i] for i in islands]) for column in shares.T) if islands else np.nan
+        for islands in opened[name]
+    ]
+    return Outputs(logits.astype(np.float32), embedding.astype(np.float32), n_open, np.array(fit))
+
+
 @pytest.fixture(scope="module")
 def tuned(atlas, pretrained, tmp_path_factory):
-    """A fine-tuned model with its run folder, and what it says of each cell of each split alone."""
+    """A fine-tuned model, what it says of each cell of each split alone, its run folder, and these cells' islands."""
     run = tmp_path_factory.mktemp("tuned") / "run"
     model = read_model(finetune(atlas, pretrained, "cell_type", run, small_finetuning("cnn", 2)).model)
     split = pq.read_table(run / "split.parquet").to_pandas()["split"].to_numpy(str)
     types = atlas.obs(["cell_type"])["cell_type"].to_numpy(str)
     codes = np.array([model.info.labels.index(name) for name in types])
-    said = {}
+    said, opened = {}, {}
     for name in ("train", "val", "calib", "test"):
         cells = np.flatnonzero(split == name)
         said[name] = (*one_by_one(model, atlas, cells), codes[cells])
-    return model, said, run
+        opened[name] = opened_of(model, atlas, split, name)
+    return model, said, run, opened
+
+
+def test_profiles_are_the_shares_of_islands_among_those_open_in_training_cells(tuned):
+    model, said, _, opened = tuned
+    n_islands, codes = len(model.vocabulary), said["train"][3].tolist()
+    counts = [[0] * n_islands for _ in range(2)]
+    for islands, code in zip(opened["train"], codes, strict=True):
+        for island in islands:
+            counts[code][island] += 1
+    everywhere = [a + b + 0.5 for a, b in zip(*counts, strict=True)]
+    for code in range(2):
+        lent = [200 * n / sum(everywhere) for n in everywhere]
+        own = np.add(counts[code], lent)
+        found = np.exp(model.known.profiles.log_shares[:, code].astype(float))
+        np.testing.assert_allclose(found, own / own.sum(), rtol=1e-4)
 
 
 def test_the_calib_cells_scores_are_those_of_each_alone(tuned):
-    model, said, _ = tuned
-    logits, embedding, n_open, codes = said["calib"]
+    model, said, _, _ = tuned
+    logits, _, n_open, codes = said["calib"]
     known, temperature = model.known, model.info.temperature
     assert known.n_calib == len(codes) > 20
     assert known.codes.tolist() == codes.tolist()
@@ -65,26 +100,31 @@ def test_the_calib_cells_scores_are_those_of_each_alone(tuned):
         "max_probability": 1 - chances.max(axis=1),
         "energy": -temperature * np.log(np.exp(logits / temperature).sum(axis=1)),
     }
-    for name in ("mahalanobis", "knn"):
+    above = {}
+    for name in TRENDED:
         trend = known.trends[name]
         depth = np.clip(np.log1p(n_open), trend.low, trend.high)
-        raw = known.distance(name, embedding.astype(np.float32))
-        expected[name] = (raw - trend.intercept - trend.slope * depth) / trend.spread
+        raw = known.raw(name, outputs_of(tuned, "calib"), temperature)
+        above[name] = (raw - trend.intercept - trend.slope * depth) / trend.spread
+    expected |= {name: above[name] for name in DISTANCES} | {"joint": above["energy"] + above["profile"]}
     for name, scores in expected.items():
         np.testing.assert_allclose(known.scores[name], scores, rtol=1e-2, atol=1e-2, err_msg=name)
 
 
 def test_means_are_of_training_cells_and_trends_of_val_cells(tuned):
-    model, said, _ = tuned
+    model, said, _, _ = tuned
     _, embedding, _, codes = said["train"]
     means = np.stack([embedding[codes == code].mean(axis=0) for code in range(2)])
     np.testing.assert_allclose(model.known.means, means, rtol=1e-3, atol=1e-4)
-    _, embedding, n_open, _ = said["val"]
+    n_open = said["val"][2]
+    assert model.known.trends.keys() == set(TRENDED)
     for name, trend in model.known.trends.items():
-        raw = model.known.distance(name, embedding.astype(np.float32))
-        slope, intercept = np.polyfit(np.log1p(n_open), raw, 1)
+        raw = model.known.raw(name, outputs_of(tuned, "val"), model.info.temperature)
+        seen = ~np.isnan(raw)  # a cell without open islands fits no profile
+        depth = np.log1p(n_open[seen])
+        slope, intercept = np.polyfit(depth, raw[seen], 1)
         assert (trend.slope, trend.intercept) == pytest.approx((slope, intercept), rel=1e-2, abs=1e-2)
-        assert (trend.low, trend.high) == pytest.approx((np.log1p(n_open.min()), np.log1p(n_open.max())))
+        assert (trend.low, trend.high) == pytest.approx((depth.min(), depth.max()))
 
 
 def test_stored_cells_are_training_cells_at_most_so_many_of_a_type(atlas, pretrained, tmp_path, monkeypatch):
@@ -104,7 +144,7 @@ def test_stored_cells_are_training_cells_at_most_so_many_of_a_type(atlas, pretra
 
 
 def test_calibration_errors_stand_in_the_folder_and_on_the_card(tuned):
-    model, said, run = tuned
+    model, said, run, _ = tuned
     found = model.info.calibration_errors
     for name in ("calib", "test"):
         logits, _, _, codes = said[name]

@@ -18,6 +18,7 @@ from annatac_scale import api
 from annatac_scale.errors import ConfigError, InputError
 from annatac_scale.model.calibration import fit_temperature
 from annatac_scale.model.folder import read_model
+from annatac_scale.model.novelty import TRENDED
 from annatac_scale.stream.batch import Batch
 from annatac_scale.stream.selection import sequential
 from annatac_scale.train.finetune import finetune
@@ -160,23 +161,31 @@ def test_depth_trends_are_of_training_cells_whose_fold_is_left_out(pooled, tmp_p
     z = z_of(pooled, store)[training]
     rows = z - z.mean(0)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    n_open = store.read(training).to_csr(store.n_islands)[:, model.vocabulary.islands].getnnz(axis=1)
-    distances = {"mahalanobis": np.empty(len(rows)), "knn": np.empty(len(rows))}
+    opened = store.read(training).to_csr(store.n_islands)[:, model.vocabulary.islands].toarray() > 0
+    n_open = opened.sum(axis=1)
+    raws = {name: np.empty(len(rows)) for name in TRENDED}
+    logits = probe_of(pooled, store, training, codes).logits / model.info.temperature
+    raws["energy"] = -model.info.temperature * np.log(np.exp(logits).sum(axis=1))
     for cell in range(len(rows)):
         rest = folds != folds[cell]
         means = np.stack([rows[rest & (codes == code)].mean(0) for code in range(2)])
         spread, _ = ledoit_wolf(rows[rest] - means[codes[rest]], assume_centered=True)
         off = rows[cell] - means
-        distances["mahalanobis"][cell] = np.sqrt(
-            np.einsum("ij,jk,ik->i", off, np.linalg.inv(spread), off)
-        ).min()
+        raws["mahalanobis"][cell] = np.sqrt(np.einsum("ij,jk,ik->i", off, np.linalg.inv(spread), off)).min()
         of_types = [np.linalg.norm(rows[rest & (codes == code)] - rows[cell], axis=1) for code in range(2)]
-        distances["knn"][cell] = min(np.sort(far)[math.ceil(len(far) / 20) - 1] for far in of_types)
-    for name, raw in distances.items():
-        slope, intercept = np.polyfit(np.log1p(n_open), raw, 1)
+        raws["knn"][cell] = min(np.sort(far)[math.ceil(len(far) / 20) - 1] for far in of_types)
+        counts = np.stack([opened[rest & (codes == code)].sum(axis=0) for code in range(2)]).astype(float)
+        everywhere = counts.sum(axis=0) + 0.5
+        shares = counts + 200 * everywhere / everywhere.sum()
+        likelihoods = np.log(shares / shares.sum(axis=1, keepdims=True)) @ opened[cell]
+        raws["profile"][cell] = -likelihoods.max() / n_open[cell] if n_open[cell] else np.nan
+    for name, of_cells in raws.items():
+        has_one = ~np.isnan(of_cells)
+        raw, depth = of_cells[has_one], np.log1p(n_open[has_one])
+        slope, intercept = np.polyfit(depth, raw, 1)
         trend = model.known.trends[name]
         assert (trend.slope, trend.intercept) == pytest.approx((slope, intercept), rel=2e-2, abs=2e-2), name
-        spread = np.std(raw - intercept - slope * np.log1p(n_open), ddof=2)
+        spread = np.std(raw - intercept - slope * depth, ddof=2)
         assert trend.spread == pytest.approx(spread, rel=1e-2), name
     assert model.known.n_calib == labelled.sizes["calib"]
 
