@@ -46,15 +46,16 @@ def told_apart(held_out: Floats, like: Floats, known: Floats, novel: Floats) -> 
     """Figures of one score of four lots of cells, the first three of known types.
 
     held_out: sets the threshold that a share FALSE_RATE of them is above; like: others of the same donors
-    auroc, fpr95: of novel against known; false_within, false_share: like and known cells above the threshold
+    auroc, fpr95: of novel against known; false_within, false_share: like and known cells above the threshold;
+    false_adapted: known cells above it where the asked cells' median is taken for usual, as ``--novel-adapt`` does
     """
-    found = novelty_figures(
-        np.concatenate([known, novel]), np.repeat([False, True], [len(known), len(novel)])
-    )
-    limits = np.sort(held_out)
+    limits, asked = np.sort(held_out), np.concatenate([known, novel])
+    shift = np.median(asked) - np.median(held_out)
+    found = novelty_figures(asked, np.repeat([False, True], [len(known), len(novel)]))
     return {
         "auroc": found.auroc,
         "fpr95": found.fpr_at_95_tpr,
         "false_within": float(exceeds(like, limits, FALSE_RATE).mean()),
         "false_share": float(exceeds(known, limits, FALSE_RATE).mean()),
+        "false_adapted": float(exceeds(known - shift, limits, FALSE_RATE).mean()),
     }

@@ -3,6 +3,7 @@ predictions, each beside a plain loop or a library."""
 
 import importlib
 import json
+import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -252,7 +253,7 @@ def test_calibration_is_judged_by_temperature_and_limits_of_the_other_cells() ->
 def test_novel_cells_are_told_apart_as_plain_loops_tell() -> None:
     rng = np.random.default_rng(0)
     held_out, like = rng.normal(0, 1, 199), rng.normal(0, 1, 80)
-    known, strange = rng.normal(0, 1, 60), rng.normal(1, 1, 40)
+    known, strange = rng.normal(0.8, 1, 60), rng.normal(2, 1, 40)
     found = novel.told_apart(held_out, like, known, strange)
     loop = np.mean([float(s > k) + 0.5 * (s == k) for s in strange for k in known])
     assert found["auroc"] == pytest.approx(loop)
@@ -261,6 +262,10 @@ def test_novel_cells_are_told_apart_as_plain_loops_tell() -> None:
     limit = np.sort(held_out)[-10]  # 5% of 200, one of them the cell that is asked
     assert found["false_within"] == pytest.approx(np.mean(like > limit))
     assert found["false_share"] == pytest.approx(np.mean(known > limit))
+    above_usual = statistics.median([*known, *strange]) - statistics.median(held_out)
+    assert found["false_adapted"] == pytest.approx(np.mean(known - above_usual > limit))
+    assert above_usual > 0.2
+    assert found["false_adapted"] < found["false_share"]
 
 
 def test_scores_of_novelty_of_a_linear_method_are_larger_far_from_its_training_cells() -> None:
