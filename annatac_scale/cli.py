@@ -371,7 +371,7 @@ def finetune(store: "Location", **options: Any) -> None:
 @_folder("--out", required=True, help="Folder for the labels, a Parquet data set.")
 @click.option(
     "--novelty", type=click.Choice(["max_probability", "energy", "mahalanobis", "knn", "profile", "joint"]),
-    help="Score of how unlike the known cells a cell is; default: the model's own.",
+    help="Score of how unlike the known cells a cell is; default: the model's own with a rate, else max_probability.",
 )  # fmt: skip
 @click.option(
     "--novel-rate", metavar="SHARE", type=float,

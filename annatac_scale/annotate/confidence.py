@@ -25,7 +25,8 @@ class ConfidenceOptions:
 
     coverage: share of the cells whose prediction set holds the true type
     coverage_per_class: that share of the cells of each type, whatever the mixture of types; else of all cells together
-    novelty: a score (model/novelty.py); novel_rate: share of known cells that it may call novel
+    novelty: a score (model/novelty.py), without a rate 5% or the model's; novel_rate: share of known cells that the
+        score, else the model's, may call novel; without either and without a rate of the model's its threshold decides
     novel_threshold: confidence below which a cell is novel, the paper's rule, in place of both; 0 calls none novel
     novel_adapt: take what the median score of each sample is above that of the calib cells off its scores; assumes that
         few of its cells are novel, and that its types are about as frequent as in the calib cells

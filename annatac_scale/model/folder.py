@@ -102,9 +102,10 @@ class ModelInfo:
     novel_threshold: float = 0.5
     """Confidence below which a cell is novel, where ``novel_rate`` is None: the paper's rule."""
     novelty: str = "max_probability"
-    """The novelty score (model/novelty.py) that ``predict`` gives unless it is asked for another."""
+    """The novelty score (model/novelty.py) that a rate is of, unless ``predict`` is asked for another."""
     novel_rate: float | None = None
-    """Share of known cells that may be called novel by that score; None: ``novel_threshold`` decides."""
+    """Share of known cells that may be called novel by that score; None: until ``predict`` is asked for one,
+    ``novel_threshold`` decides, and the score is 1 - confidence."""
     calibration_errors: dict[str, dict[str, float]] = field(default_factory=dict)
     """Expected calibration error of the calib and test cells, "before" and "after" scaling."""
     linformer_trained: bool = True
@@ -383,7 +384,9 @@ def _parsed(file: Location, text: bytes) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise ModelError(f"{file}: found no JSON object; fetch or train the model again")
-    if config.get("format") != FORMAT or config.get("version") != FORMAT_VERSION:
+    # Version 5 changed what a model keeps of known cells, and nothing in a model that knows no types yet.
+    versions = (FORMAT_VERSION, 4) if config.get("head") is None else (FORMAT_VERSION,)
+    if config.get("format") != FORMAT or config.get("version") not in versions:
         raise ModelError(
             f"{file}: format {config.get('format')} {config.get('version')}, expected {FORMAT} {FORMAT_VERSION}; "
             "train the model again, or use the version of annatac_scale that wrote it"

@@ -3,7 +3,7 @@
 means, whitening, references        what the distances are taken to
 references.code                     int32 [R]: type of each reference
 profiles                            float32 [N, C]: log share of each island in the profile of each type
-trend.<score>                       float32 [5]: intercept, slope, spread, low, high of its depth trend
+trend.<score>                       float32 [6]: intercept, slope, spread, narrowing, low, high of its depth trend
 calib.code, calib.chance            int32, float32 [n]: true type of each calib cell, and its probability
 calib.<score>, calib.n_open         float32, int32 [n]: its novelty scores and its open islands
 """
@@ -17,7 +17,8 @@ from annatac_scale.model.novelty import SCORES, TRENDED, DepthTrend, KnownCells
 from annatac_scale.model.profiles import Profiles
 
 KNOWN_FILE = "known_cells.safetensors"
-_N_TREND = 5
+_N_TREND = 6
+_MOST_NARROWING = 10.0  # Far from any that was fitted, and no power of a depth overflows.
 _INTEGERS = ("references.code", "calib.code", "calib.n_open")
 
 
@@ -62,18 +63,26 @@ def decoded(data: bytes, n_types: int, n_channels: int, n_islands: int) -> Known
             raise ValueError(f"{KNOWN_FILE}: {name} is {found.dtype} {found.shape}, expected {kind} {shape}")
     codes, reference_codes = tensors["calib.code"], tensors["references.code"]
     scores = {name: tensors[f"calib.{name}"] for name in SCORES}
-    finite = all(np.isfinite(values).all() for values in (tensors["profiles"], *scores.values()))
-    if not finite or not all(((of >= 0) & (of < n_types)).all() for of in (codes, reference_codes)):
-        raise ValueError(
-            f"{KNOWN_FILE}: scores or profiles that are no numbers, or types that the model does not know"
-        )
+    finite = all(np.isfinite(values).all() for values in tensors.values())
+    trends = {name: DepthTrend(*map(float, tensors[f"trend.{name}"])) for name in TRENDED}
+    possible = (
+        all(trend.spread > 0 and abs(trend.narrowing) <= _MOST_NARROWING for trend in trends.values())
+        and (tensors["profiles"] <= 0).all()
+        and (tensors["calib.n_open"] >= 0).all()
+    )
+    if (
+        not finite
+        or not possible
+        or not all(((of >= 0) & (of < n_types)).all() for of in (codes, reference_codes))
+    ):
+        raise ValueError(f"{KNOWN_FILE}: numbers that cannot be, or types that the model does not know")
     return KnownCells(
         means=tensors["means"],
         whitening=tensors["whitening"],
         references=tensors["references"],
         reference_codes=reference_codes,
         profiles=Profiles(tensors["profiles"]),
-        trends={name: DepthTrend(*map(float, tensors[f"trend.{name}"])) for name in TRENDED},
+        trends=trends,
         chances=tensors["calib.chance"],
         codes=codes,
         scores=scores,

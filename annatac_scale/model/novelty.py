@@ -12,8 +12,8 @@
 
 Distances depend on a cell's depth, the number of its open islands: the embedding of a shallow cell is noisier. Those
 of DISTANCES are therefore given as what they are above the line that held-out cells follow in log(n_open), in standard
-deviations around it: 0 is usual for a known cell of that depth. "joint" adds energy in the same units. The first two
-are as published.
+deviations around it: 0 is usual for a known cell of that depth. Of "profile" the deviation too is that of cells as
+deep. "joint" adds energy in the same units. The first two are as published.
 """
 
 from collections.abc import Mapping
@@ -49,7 +49,12 @@ One number for all types would reach across a type of few cells, or into another
 
 FEWEST_FOR_SLOPE = 20
 """Cells that a depth trend with a slope takes: of fewer the slope is mostly noise, and a line through two is exact."""
+FEWEST_FOR_SPREAD = 100
+"""Cells that a spread which follows depth takes: of squared residuals a slope is noisier."""
+SPREADING = ("profile",)
+"""Those whose spread follows depth: a mean over the open islands is the less noisy, the more there are."""
 
+_LEAST_SQUARE = 1e-6  # Of the mean: a residual of 0 has no logarithm.
 _CHUNK = 512  # Cells that are compared with the stored cells of a type at a time: bounds the memory.
 
 Floats = NDArray[np.float32]
@@ -78,22 +83,31 @@ class Outputs(NamedTuple):
 class DepthTrend:
     """The line in log(1 + n_open) that a distance of known cells follows.
 
-    spread: standard deviation around it; low, high: of log(1 + n_open) among the cells that it was fitted on, beyond
-    which the line is level. All are rounded to float32, as they are stored.
+    spread, narrowing: the standard deviation around it is spread * exp(-narrowing * log(1 + n_open))
+    low, high: of log(1 + n_open) among the cells that it was fitted on, beyond which line and deviation are level
+    All are rounded to float32, as they are stored.
     """
 
     intercept: float
     slope: float
     spread: float
+    narrowing: float
     low: float
     high: float
 
     @classmethod
-    def fit(cls, scores: NDArray[np.float64], n_open: NDArray[np.int64]) -> "DepthTrend":
-        """By least squares. scores: [n], at least one; n_open: [n].
+    def fit(
+        cls, scores: NDArray[np.float64], n_open: NDArray[np.int64], spreading: bool = False
+    ) -> "DepthTrend":
+        """By least squares. scores: [n], NaN for cells that have none; n_open: [n]; spreading: whether to fit narrowing
 
-        The line is level where all cells are as deep, or where there are fewer than FEWEST_FOR_SLOPE.
+        The line is level where all cells are as deep, or where there are fewer than FEWEST_FOR_SLOPE; the deviation
+        also where there are fewer than FEWEST_FOR_SPREAD. Where no cell has a score, the line is 0, the deviation 1.
         """
+        found = ~np.isnan(scores)
+        if not found.any():
+            return cls(0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
+        scores, n_open = scores[found], n_open[found]
         depth = np.log1p(n_open.astype(np.float64))
         off = depth - depth.mean()
         # By the counts: of equal depths the mean may be a rounding off.
@@ -101,16 +115,23 @@ class DepthTrend:
         slope = float(off @ scores) / float(off @ off) if sloped else 0.0
         intercept = float(scores.mean()) - slope * float(depth.mean())
         residuals = scores - intercept - slope * depth
+        narrowing = 0.0
+        if spreading and sloped and len(scores) >= FEWEST_FOR_SPREAD and residuals.any():
+            # The slope of the logarithm of what lies around the line; Harvey, Econometrica 1976.
+            squares = residuals**2
+            logs = np.log(np.maximum(squares, _LEAST_SQUARE * squares.mean()))
+            narrowing = -float(off @ logs) / float(off @ off) / 2
+        level = residuals * np.exp(narrowing * depth)
         # Less one for each number that the line has of its own; one cell has no spread.
-        spread = float(np.sqrt(residuals @ residuals / max(len(scores) - (2 if sloped else 1), 1)))
+        spread = float(np.sqrt(level @ level / max(len(scores) - (2 if sloped else 1), 1)))
         # Where all cells score the same, their score is 0 and any other is far off.
-        fitted = (intercept, slope, max(spread, 1e-6), depth.min(), depth.max())
+        fitted = (intercept, slope, max(spread, 1e-6), narrowing, depth.min(), depth.max())
         return cls(*(float(np.float32(number)) for number in fitted))
 
     def corrected(self, scores: NDArray[np.float64], n_open: NDArray[np.int64]) -> NDArray[np.float64]:
-        """What the scores [n] are above the line, in units of the spread."""
+        """What the scores [n] are above the line, in units of the deviation at that depth."""
         depth = np.clip(np.log1p(n_open.astype(np.float64)), self.low, self.high)
-        return (scores - self.intercept - self.slope * depth) / self.spread
+        return (scores - self.intercept - self.slope * depth) / self.spread * np.exp(self.narrowing * depth)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,10 +189,11 @@ class KnownCells:
 
     def _corrected(self, name: str, outputs: Outputs, temperature: float) -> NDArray[np.float64]:
         corrected = self.trends[name].corrected(self.raw(name, outputs, temperature), outputs.n_open)
-        return np.where(np.isnan(corrected), 0.0, corrected)
+        # A cell without open islands fits no profile, and is as usual.
+        return np.where((outputs.n_open == 0) & np.isnan(corrected), 0.0, corrected)
 
     def raw(self, name: str, outputs: Outputs, temperature: float) -> NDArray[np.float64]:
-        """One of TRENDED before the depth trend is taken off, float64 [n]; a NaN stands on the trend."""
+        """One of TRENDED before the depth trend is taken off, float64 [n]; NaN where a cell fits no profile."""
         if name == "energy":
             return energy(outputs.logits, temperature)
         if name == "mahalanobis":

@@ -33,8 +33,10 @@ class Profiles:
         """The profiles of cells. counts: [N, C], training cells of each type in which each island is open."""
         everywhere = counts.sum(axis=1) + UNSEEN
         lent = LENT * everywhere / everywhere.sum()
-        shares = counts + lent[:, None]
-        return cls(np.log(shares / shares.sum(axis=0)).astype(np.float32))
+        shares = counts.astype(np.float32)  # one copy: there may be 600,000 islands and 50 types
+        shares += lent.astype(np.float32)[:, None]
+        shares /= shares.sum(axis=0, dtype=np.float64).astype(np.float32)
+        return cls(np.log(shares, out=shares))
 
     def fit(self, cells: OpenIslands) -> Floats:
         """How well n cells fit the profile that they fit best, float32 [n]; NaN for a cell without open islands."""

@@ -123,7 +123,7 @@ def _scaling(info: ModelInfo) -> str:
 
 def _novel(info: ModelInfo) -> str:
     if info.novel_rate is None:
-        return f"novel below {info.novel_threshold}"
+        return f"novel below {info.novel_threshold}; by {info.novelty} where a rate is asked for"
     return f"novel by {info.novelty}, so that {info.novel_rate:.1%} of known cells are"
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import sparse
 from sklearn.covariance import LedoitWolf
 
 from annatac_scale.errors import ConfigError
@@ -24,7 +25,7 @@ from annatac_scale.model.calibration import (
     fits_vector,
 )
 from annatac_scale.model.conformal import fewest_calib
-from annatac_scale.model.novelty import SCORES, TRENDED, DepthTrend, KnownCells, Outputs
+from annatac_scale.model.novelty import SCORES, SPREADING, TRENDED, DepthTrend, KnownCells, Outputs
 from annatac_scale.model.profiles import Profiles
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.store import IslandStore
@@ -92,10 +93,13 @@ class _Training:
     n_open: NDArray[np.int64]
     places: NDArray[np.int64]
 
-    def measure(self, chosen: NDArray[np.bool_]) -> KnownCells:
-        """What distances are taken to, of some of the cells, bool [n]; no trends and no calib cells yet."""
+    def measure(self, chosen: NDArray[np.bool_], counts: NDArray[np.int32]) -> KnownCells:
+        """What distances are taken to, of some of the cells, bool [n]; no trends and no calib cells yet.
+
+        counts: as ``count`` has them, of these cells
+        """
+        profiles = Profiles.of(counts)
         _, codes = np.unique(self.codes[chosen], return_inverse=True)
-        profiles = Profiles.of(self._counts(self.cells[chosen], codes))
         embedding = self.embedding[chosen]
         means, whitening = means_and_whitening(embedding, codes, int(codes.max()) + 1)
         stored = _first(self.places[chosen], codes, REFERENCES)
@@ -103,12 +107,20 @@ class _Training:
         references = embedding[stored], codes[stored].astype(np.int32)
         return KnownCells(means, whitening, *references, profiles, {}, none, no_codes, {}, no_codes)
 
-    def _counts(self, cells: NDArray[np.int64], codes: Codes) -> NDArray[np.int32]:
-        """Cells of each type in which each island is open, int32 [N, C]."""
-        counts, start = np.zeros((self.task.n_islands, int(codes.max()) + 1), np.int32), 0
-        for rows in self.task.opened(cells):
-            of_cells = np.repeat(codes[start : start + len(rows)], rows.n_open)
-            np.add.at(counts, (rows.islands, of_cells), 1)
+    def count(self, chosen: NDArray[np.bool_]) -> NDArray[np.int32]:
+        """Cells of each type in which each island is open, among some of them, bool [n]; int32 [N, C]."""
+        counts = np.zeros((self.task.n_islands, int(self.codes.max()) + 1), np.int32)
+        codes, start = self.codes[chosen], 0
+        for rows in self.task.opened(self.cells[chosen]):
+            own = codes[start : start + len(rows)]
+            ones = np.ones(len(rows.islands), np.int32)
+            opened = sparse.csr_array((ones, rows.islands, rows.offsets), shape=(len(rows), len(counts)))
+            is_type = sparse.csr_array(
+                (np.ones(len(own), np.int32), own, np.arange(len(own) + 1)),
+                shape=(len(rows), counts.shape[1]),
+            )
+            found = (opened.T @ is_type).tocoo()
+            counts[found.coords] += found.data
             start += len(rows)
         return counts
 
@@ -134,13 +146,17 @@ def fit_confidence(
     if scaling.kind != config.calibration:
         notes.append(_no_vector(judged.on, truth, labelled.types))
     training = _training(task, store, labelled, config.train.seed)
-    known = training.measure(np.full(len(training.cells), True))
+    everyone = np.full(len(training.cells), True)
+    counts = training.count(everyone)
+    known = training.measure(everyone, counts)
     if judged.folds is None:
         val = _with_fit(said["val"], known.profiles, task.opened(judged.cells))
         raw, n_open = _raw(known, val, scaling.temperature), val.n_open
     else:
-        raw, n_open = _out_of_fold(training, judged, scaling.temperature)
-    known = replace(known, trends={name: _trend(raw[name], n_open) for name in TRENDED})
+        raw, n_open = _out_of_fold(training, counts, judged, scaling.temperature)
+    known = replace(
+        known, trends={name: DepthTrend.fit(raw[name], n_open, name in SPREADING) for name in TRENDED}
+    )
     cells = labelled.of("calib")
     codes, calib = labelled.codes_of(cells), _with_fit(said["calib"], known.profiles, task.opened(cells))
     chances = scaling.probabilities(calib.logits).astype(np.float32)
@@ -196,20 +212,12 @@ def _raw(known: KnownCells, outputs: Outputs, temperature: float) -> dict[str, N
     return {name: known.raw(name, outputs, temperature) for name in TRENDED}
 
 
-def _trend(raw: NDArray[np.float64], n_open: NDArray[np.int64]) -> DepthTrend:
-    """The trend of the cells that have a score: one without open islands has no fit."""
-    found = ~np.isnan(raw)
-    if not found.any():
-        return DepthTrend.fit(np.zeros(1), np.zeros(1, np.int64))
-    return DepthTrend.fit(raw[found], n_open[found])
-
-
 def _out_of_fold(
-    training: _Training, judged: Judged, temperature: float
+    training: _Training, counts: NDArray[np.int32], judged: Judged, temperature: float
 ) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.int64]]:
     """Scores of judged training cells beside what is left of the training cells without their fold, and their n_open.
 
-    Judged cells that are not looked at have no part in it.
+    Judged cells that are not looked at have no part in it. counts: of all training cells
     """
     assert judged.folds is not None
     place = (
@@ -221,7 +229,7 @@ def _out_of_fold(
     raw = {name: np.full(len(fold_of), np.nan) for name in TRENDED}
     for fold in set(judged.folds.tolist()):
         out = fold_of == fold
-        known = training.measure(~out)
+        known = training.measure(~out, counts - training.count(out))
         said = Outputs(judged.logits[place[out]], training.embedding[out], training.n_open[out])
         said = _with_fit(said, known.profiles, training.task.opened(training.cells[out]))
         for name, found in _raw(known, said, temperature).items():

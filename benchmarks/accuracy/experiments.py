@@ -168,7 +168,7 @@ def _epochs(config: Config, lab: Lab) -> Figures:
 def _novelty(config: Config, lab: Lab) -> Figures:
     """A type left out of training: its test cells against those of the types that are known, by every score."""
     left = config["change"]["leave"]
-    found: dict[str, dict[str, list[float]]] = {score: {} for score in SCORES}
+    found: dict[str, dict[str, list[float]]] = {}
     n_novel = n_known = 0
     parts = list(splits(config, lab.models.stores))
     for split in parts:
@@ -185,9 +185,9 @@ def _novelty(config: Config, lab: Lab) -> Figures:
         cells = calib, within, problem.test[~is_novel], novel
         n_novel, n_known = max(n_novel, len(novel)), n_known + int((~is_novel).sum())
         told = _scores(replace(problem, train=fit, seen=fit), cells, config, lab)
-        for name in SCORES:
+        for name in told[0]:
             for what, value in told_apart(*(one[name] for one in told)).items():
-                found[name].setdefault(what, []).append(value)
+                found.setdefault(name, {}).setdefault(what, []).append(value)
         if config.get("first"):
             break
     means = {
@@ -243,8 +243,8 @@ def _scores(
         settings = {**params, **next(iter(params["settings"].values()))}
         model = tuned_model(problem, problem.train, settings, lab.models)
         assert model.known is not None
-        lots = [lab.models.states(model, problem.store, cells) for cells in asked]
-        return [scores(model.known, one, model.info.temperature) for one in lots]
+        lots = [lab.models.states(model, problem.store, cells, fits=True) for cells in asked]
+        return [scores(model.known, one, temperature=model.info.temperature) for one in lots]
     # The linear control: components of the training cells, and regression on them.
     vectors = unit_rows(svd(problem.levels, problem.train, 0, params["values"][0]), problem.train)
     everything = np.concatenate(asked)
@@ -264,7 +264,9 @@ def _scores(
     ]
     trained = Outputs(logits[:0], vectors[fit].astype(np.float32), opened.n_open[fit])
     known: KnownCells = known_of(trained, codes, profiles, lots[0])
-    return [scores(known, one) for one in lots]
+    # Its logits are the logarithms of chances, whose energy is 0.
+    names = [name for name in SCORES if name not in ("energy", "joint")]
+    return [scores(known, one, names) for one in lots]
 
 
 def _counts(levels: sparse.csr_matrix, codes: Ints) -> Ints:

@@ -7,6 +7,7 @@ from baselines import VALUES
 from sets import SETS
 
 from annatac_scale.config import from_dict, to_dict
+from annatac_scale.model.novelty import PAPER_SCORE
 from annatac_scale.train.presets import FinetuneConfig, PretrainConfig, finetune_preset, pretrain_preset
 
 Config = dict[str, Any]
@@ -218,11 +219,11 @@ def pretrain_config(over: Mapping[str, Any], seed: int) -> Config:
 
 
 def finetune_config(over: Mapping[str, Any], seed: int, head: str | None = None) -> Config:
-    """All of a FinetuneConfig; no cells are set aside for thresholds, which nothing here looks at.
+    """All of a FinetuneConfig; no cells are set aside for thresholds, which nothing here looks at, nor at the rule.
 
     head: its kind, with the rates that go with it; None for the pooled one, however few the labels are
     """
-    settled = {"calibration_share": 0.0, "train": {"seed": seed}}
+    settled = {"calibration_share": 0.0, "novelty": PAPER_SCORE, "train": {"seed": seed}}
     return to_dict(
         from_dict(FinetuneConfig, merged(over, settled), finetune_preset(PRESET, head or "pooled"))
     )

@@ -78,7 +78,7 @@ class Models:
         key = {"store": store, "select": select, "pretrain": config, "trained": trained}
         folder = self.stores.work / "models" / digest(key)
         took = folder.with_suffix(".json")
-        with alone(folder.with_suffix(".lock")):
+        with alone(folder.with_suffix(".lock"), took):
             if not took.exists():
                 clock = Clock()
                 with clock.on("pretrain"):
@@ -88,7 +88,9 @@ class Models:
                         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
                     else:
                         _write_untrained(opened, folder / "model", whole)
-                took.write_text(json.dumps({**key, "seconds": clock.seconds}, indent=1))
+                aside = took.with_suffix(".part")
+                aside.write_text(json.dumps({**key, "seconds": clock.seconds}, indent=1))
+                aside.rename(took)
         self.clock.seconds |= json.loads(took.read_text())["seconds"]
         return folder / "model"
 
@@ -98,7 +100,7 @@ class Models:
         if whole.encoder.pool is not None:
             return model
         folder = model.with_name("model_with_pool")
-        with alone(folder.with_suffix(".lock")):
+        with alone(folder.with_suffix(".lock"), folder):
             if not folder.exists():
                 other = read_model(
                     Models(self.stores, Clock()).pretrained(store, select, start, trained=False)
@@ -131,17 +133,19 @@ class Models:
         shutil.rmtree(out)
         return made
 
-    def states(self, model: Model, store: IslandStore, cells: Ints) -> Outputs:
-        """What a fine-tuned model says of cells in any order."""
+    def states(self, model: Model, store: IslandStore, cells: Ints, fits: bool = False) -> Outputs:
+        """What a fine-tuned model says of cells in any order. fits: also how well they fit its profiles"""
         assert model.typer is not None
-        assert model.known is not None
         typer, order = model.typer, np.argsort(cells)
         told = []
         with self.clock.on("predict"):
             for batch in _batches(model, store, cells[order]):
                 opened = _opened(batch)
-                fit = model.known.profiles.fit(opened)
-                told.append((*typer.predict_with_embedding(batch), opened.n_open, fit))
+                of_batch = [*typer.predict_with_embedding(batch), opened.n_open]
+                if fits:
+                    assert model.known is not None
+                    of_batch.append(model.known.profiles.fit(opened))
+                told.append(of_batch)
         back = np.argsort(order)
         return Outputs(*(np.concatenate(parts)[back] for parts in zip(*told, strict=True)))
 

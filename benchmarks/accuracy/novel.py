@@ -1,6 +1,6 @@
 """Novelty: how well the package's scores (model/novelty.py) tell the cells of a type that was left out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from annatac_scale.annotate.reliability import novelty_figures
 from annatac_scale.model.calibration import probabilities
 from annatac_scale.model.conformal import exceeds
-from annatac_scale.model.novelty import SCORES, TRENDED, DepthTrend, KnownCells, Outputs
+from annatac_scale.model.novelty import SCORES, SPREADING, TRENDED, DepthTrend, KnownCells, Outputs
 from annatac_scale.model.profiles import Profiles
 from annatac_scale.train.confidence_fit import REFERENCES, means_and_whitening
 
@@ -32,14 +32,18 @@ def known_of(fit: Outputs, codes: Ints, profiles: Profiles, aside: Outputs) -> K
     none, no_codes = np.empty(0, np.float32), np.empty(0, np.int32)
     references = fit.embedding[stored], codes[stored].astype(np.int32)
     known = KnownCells(means, whitening, *references, profiles, {}, none, no_codes, {}, no_codes)
-    trends = {name: DepthTrend.fit(known.raw(name, aside, 1.0), aside.n_open) for name in TRENDED}
+    trends = {
+        name: DepthTrend.fit(known.raw(name, aside, 1.0), aside.n_open, name in SPREADING) for name in TRENDED
+    }
     return replace(known, trends=trends)
 
 
-def scores(known: KnownCells, asked: Outputs, temperature: float = 1.0) -> Mapping[str, Floats]:
-    """Every score of some cells. temperature: that the logits are divided by"""
+def scores(
+    known: KnownCells, asked: Outputs, names: Sequence[str] = SCORES, temperature: float = 1.0
+) -> Mapping[str, Floats]:
+    """Scores of some cells. temperature: that the logits are divided by"""
     chances = probabilities(asked.logits, temperature).astype(np.float32)
-    return {name: known.score(name, asked, chances, temperature) for name in SCORES}
+    return {name: known.score(name, asked, chances, temperature) for name in names}
 
 
 def told_apart(held_out: Floats, like: Floats, known: Floats, novel: Floats) -> dict[str, float]:

@@ -22,6 +22,7 @@ from outside import PEERS
 from rows import digest
 from sets import OWN, PRETRAINING
 
+from annatac_scale.model.novelty import SCORES
 from annatac_scale.store.store import IslandStore
 from annatac_scale.train.presets import MOST_FITTED
 
@@ -204,7 +205,7 @@ def _novelty(whole: bool) -> Iterator[Config]:
         for left in TYPES[task]:
             for name in (SVD_LR, MODEL):
                 row = {**_row(name, task), "kind": "novelty", "change": {"leave": left}}
-                yield {**row, **_first(whole)}
+                yield {**row, **_first(whole), "scores": list(SCORES)}
 
 
 def _few(whole: bool) -> Iterator[Config]:

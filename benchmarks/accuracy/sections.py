@@ -290,7 +290,7 @@ def _novelty(rows: Sequence[Row]) -> Iterator[str]:
         of_model.setdefault((_task(row), row["config"]["model"]), []).append(row)
     body = []
     for (task, model), lefts in of_model.items():
-        for score in SCORES:
+        for score in lefts[0]["figures"]["scores"]:
             figures = [row["figures"]["scores"][score] for row in lefts]
             keys = ["auroc", "fpr95", "false_within", "false_share"]
             if score in SHIFTING and task[0] in UNSEEN_GROUPS:

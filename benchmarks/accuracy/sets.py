@@ -88,8 +88,14 @@ PRETRAINING = {
 
 
 @contextmanager
-def alone(file: Path) -> Iterator[None]:
-    """Wait until no other row makes what ``file`` stands for: rows run side by side on the same stores and models."""
+def alone(file: Path, made: Path) -> Iterator[None]:
+    """Wait, unless ``made`` is there, until no other row makes it: rows run side by side on the same stores and models.
+
+    file: is locked; whoever holds it looks for ``made`` once more
+    """
+    if made.exists():
+        yield
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # given back with the file, also by a process that is killed
@@ -118,7 +124,7 @@ class Stores:
             return IslandStore.open(Path(name.removeprefix(OWN)))
         path = self.work / "stores" / f"{name}-{select}.zarr"
         done = path.with_suffix(".done")
-        with alone(self.work / "stores.lock"):
+        with alone(self.work / "stores.lock", done):
             if not done.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _convert(self, name, select, path)

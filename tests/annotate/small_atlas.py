@@ -85,7 +85,7 @@ def small_known(n_calib: int, types: tuple[str, ...] = TYPES, channels: int = 6,
         whitening=draw(channels, channels),
         references=draw(60, channels),
         reference_codes=np.repeat([0, 2, 1], [40, 19, 1]).astype(np.int32),
-        trends={name: DepthTrend(1.5, -0.25, 0.75, 0.5, 3.0) for name in TRENDED},
+        trends={name: DepthTrend(1.5, -0.25, 0.75, 0.125, 0.5, 3.0) for name in TRENDED},
         chances=rng.uniform(0, 1, n_calib).astype(np.float32),
         codes=rng.integers(0, len(types), n_calib).astype(np.int32),
         scores={
@@ -95,7 +95,7 @@ def small_known(n_calib: int, types: tuple[str, ...] = TYPES, channels: int = 6,
             for name in SCORES
         },
         n_open=rng.integers(0, N_ISLANDS, n_calib).astype(np.int32),
-        profiles=Profiles(draw(len(VOCABULARY), len(types)) - 5),
+        profiles=Profiles(-np.abs(draw(len(VOCABULARY), len(types))) - 5),
     )
 
 

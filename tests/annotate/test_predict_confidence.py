@@ -111,7 +111,7 @@ def above_trend(name: str, z: np.ndarray, logits: np.ndarray, opened: list[int],
         )
     trend = known.trends[name]
     depth = min(max(math.log(1 + len(opened)), trend.low), trend.high)
-    return (raw - trend.intercept - trend.slope * depth) / trend.spread
+    return (raw - trend.intercept - trend.slope * depth) / (trend.spread * math.exp(-trend.narrowing * depth))
 
 
 @pytest.mark.parametrize("name", SCORES)

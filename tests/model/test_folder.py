@@ -187,6 +187,7 @@ def resign(folder: Path, config: dict) -> None:
         ("n_space", 3, r"islands\.tsv\.gz: not the vocabulary"),
         ("vocabulary_sha256", "0", r"islands\.tsv\.gz: not the vocabulary"),
         ("version", 2, "format annatac_scale.model 2, expected annatac_scale.model 5; train"),
+        ("version", 4, "format annatac_scale.model 4, expected annatac_scale.model 5; train"),
         ("format", "other", "format other 5, expected"),
     ],
 )
@@ -204,6 +205,16 @@ def test_weights_of_other_sizes_are_refused(folder: Path) -> None:
     resign(folder, {**config, "encoder": {**config["encoder"], "ff": 17}})
     with pytest.raises(ModelError, match=r"weights do not fit config\.json: size mismatch"):
         read_model(folder)
+
+
+def test_a_model_of_version_4_that_knows_no_types_is_read(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", toy_model(None), "card")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    resign(tmp_path / "model", {**config, "version": 4})
+    assert read_model(tmp_path / "model").typer is None
+    resign(tmp_path / "model", {**config, "version": 3})
+    with pytest.raises(ModelError, match=r"format annatac_scale\.model 3, expected"):
+        read_model(tmp_path / "model")
 
 
 def test_a_model_without_known_cells_comes_back_without(tmp_path: Path) -> None:
@@ -230,9 +241,15 @@ def test_a_model_without_known_cells_comes_back_without(tmp_path: Path) -> None:
         {"n_open": np.ones(12, np.int64)},
         {"scores": {name: np.ones(11, np.float32) for name in SCORES}},
         {"scores": {name: np.full(12, np.nan, np.float32) for name in SCORES}},
-        {"trends": {name: DepthTrend(*[0.0] * 5) for name in TRENDED}, "scores": {}},
+        {"trends": {name: DepthTrend(0, 0, 1, 0, 0, 0) for name in TRENDED}, "scores": {}},
         {"profiles": Profiles(np.ones((2, 3), np.float32))},
         {"profiles": Profiles(np.full((20, 3), np.nan, np.float32))},
+        {"profiles": Profiles(np.full((20, 3), 3e38, np.float32))},
+        {"means": np.full((3, 5), np.inf, np.float32)},
+        {"n_open": np.full(12, -1, np.int32)},
+        {"trends": {name: DepthTrend(1, 1, 0, 0, 1, 1) for name in TRENDED}},
+        {"trends": {name: DepthTrend(1, 1, 1, 1e9, 1, 1) for name in TRENDED}},
+        {"trends": {name: DepthTrend(float("nan"), 1, 1, 0, 1, 1) for name in TRENDED}},
     ],
 )
 def test_known_cells_that_cannot_be_are_refused_although_well_signed(

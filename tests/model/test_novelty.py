@@ -66,10 +66,10 @@ def drawn_known(seed: int, channels: int = 4) -> KnownCells:
         return rng.normal(size=shape).astype(np.float32)
 
     trends = {
-        "energy": DepthTrend(-1.0, -2.0, 0.5, 0.0, 4.0),
-        "mahalanobis": DepthTrend(2.0, -0.5, 0.25, 1.0, 5.0),
-        "knn": DepthTrend(0, 0, 1, 0, 9),
-        "profile": DepthTrend(9.0, 0.1, 0.75, 2.0, 6.0),
+        "energy": DepthTrend(-1.0, -2.0, 0.5, 0.0, 0.0, 4.0),
+        "mahalanobis": DepthTrend(2.0, -0.5, 0.25, 0.0, 1.0, 5.0),
+        "knn": DepthTrend(0, 0, 1, 0, 0, 9),
+        "profile": DepthTrend(9.0, 0.1, 0.75, 0.5, 2.0, 6.0),
     }
     return without_calib(
         draw(3, channels), draw(channels, channels), draw(40, channels), np.arange(40) % 3, trends
@@ -152,12 +152,13 @@ def test_distances_are_given_above_the_trend_of_their_depth(name: str) -> None:
     found = known.score(name, outputs, chances_of(outputs), 1.0)
     assert found.dtype == np.float32
     for cell, distance in enumerate(known.raw(name, outputs, 1.0)):
-        usual = usual_of(trend, outputs.n_open[cell])
-        assert found[cell] == pytest.approx((distance - usual) / trend.spread, rel=1e-4, abs=1e-4)
+        assert found[cell] == pytest.approx(above(trend, distance, outputs.n_open[cell]), rel=1e-4, abs=1e-4)
 
 
-def usual_of(trend: DepthTrend, n_open: int) -> float:
-    return trend.intercept + trend.slope * min(max(math.log(1 + n_open), trend.low), trend.high)
+def above(trend: DepthTrend, score: float, n_open: int) -> float:
+    depth = min(max(math.log(1 + n_open), trend.low), trend.high)
+    usual, around = trend.intercept + trend.slope * depth, trend.spread * math.exp(-trend.narrowing * depth)
+    return (score - usual) / around
 
 
 def test_joint_is_the_sum_of_energy_and_misfit_each_above_its_trend_in_its_spread() -> None:
@@ -167,10 +168,7 @@ def test_joint_is_the_sum_of_energy_and_misfit_each_above_its_trend_in_its_sprea
     for cell, n_open in enumerate(outputs.n_open.tolist()):
         energy = -2.5 * math.log(sum(math.exp(x / 2.5) for x in outputs.logits[cell].tolist()))
         parts = {"energy": energy, "profile": -float(outputs.fit[cell])}
-        trends = known.trends
-        expected = [
-            (raw - usual_of(trends[name], n_open)) / trends[name].spread for name, raw in parts.items()
-        ]
+        expected = [above(known.trends[name], raw, n_open) for name, raw in parts.items()]
         assert found[cell] == pytest.approx(sum(expected), rel=1e-4, abs=1e-4)
 
 
@@ -178,9 +176,10 @@ def test_a_cell_that_fits_nothing_as_nothing_is_open_is_as_usual() -> None:
     known, outputs = drawn_known(15), drawn_outputs(16, n=2)
     outputs = outputs._replace(n_open=np.array([0, 9]), fit=np.array([np.nan, -8], np.float32))
     assert known.score("profile", outputs, chances_of(outputs), 1.0)[0] == 0
-    energy = known.raw("energy", outputs, 1.0)[0]
-    above = (energy - usual_of(known.trends["energy"], 0)) / known.trends["energy"].spread
-    assert known.score("joint", outputs, chances_of(outputs), 1.0)[0] == pytest.approx(above, rel=1e-5)
+    energy = above(known.trends["energy"], known.raw("energy", outputs, 1.0)[0], 0)
+    assert known.score("joint", outputs, chances_of(outputs), 1.0)[0] == pytest.approx(energy, rel=1e-5)
+    broken = outputs._replace(n_open=np.array([3, 9]))
+    assert np.isnan(known.score("profile", broken, chances_of(outputs), 1.0)[0])
 
 
 def test_the_trend_is_the_least_squares_line() -> None:
@@ -216,6 +215,35 @@ def test_of_enough_cells_the_spread_is_as_wide_among_others() -> None:
     assert np.mean(squares) == pytest.approx(0.2**2, rel=0.03)
 
 
+def test_the_deviation_follows_depth_where_it_is_asked_to_and_cells_are_many() -> None:
+    rng = np.random.default_rng(15)
+    n_open = rng.integers(20, 3000, 4000)
+    around = 3 * (1.0 + n_open) ** -0.5
+    scores = 5 - 0.6 * np.log1p(n_open) + rng.normal(0, around)
+    found = DepthTrend.fit(scores, n_open, spreading=True)
+    assert found.narrowing == pytest.approx(0.5, rel=0.15)
+    assert found.spread * 500**-found.narrowing == pytest.approx(3 * 500**-0.5, rel=0.1)
+    corrected = found.corrected(scores, n_open)
+    assert corrected.std() == pytest.approx(1, abs=1e-2)
+    for chosen in (n_open < 200, n_open > 2000):
+        assert corrected[chosen].std() == pytest.approx(1, abs=0.1)
+    level = DepthTrend.fit(scores, n_open)
+    assert level.narrowing == 0
+    assert level.corrected(scores, n_open)[n_open < 200].std() > 1.5
+    assert DepthTrend.fit(scores[:99], n_open[:99], spreading=True).narrowing == 0
+    assert DepthTrend.fit(scores[:100], n_open[:100], spreading=True).narrowing != 0
+    flat = DepthTrend.fit(np.full(200, 2.0), n_open[:200], spreading=True)
+    assert np.isfinite(flat.corrected(np.full(200, 2.0), n_open[:200])).all()
+
+
+def test_cells_without_a_score_have_no_part_in_the_trend() -> None:
+    rng = np.random.default_rng(16)
+    n_open, scores = rng.integers(1, 3000, 50), rng.normal(5, 1, 50)
+    more = DepthTrend.fit(np.append(scores, [np.nan] * 3), np.append(n_open, [0] * 3))
+    assert more == DepthTrend.fit(scores, n_open)
+    assert DepthTrend.fit(np.full(3, np.nan), np.zeros(3, np.int64)) == DepthTrend(0, 0, 1, 0, 0, 0)
+
+
 def test_beyond_the_depths_that_it_was_fitted_on_the_trend_is_level() -> None:
     found = DepthTrend.fit(np.repeat([3.0, 2.0, 1.5], 7), np.repeat([10, 100, 1000], 7))
     assert found.slope < 0
@@ -242,7 +270,7 @@ def test_cells_far_from_all_known_ones_score_higher_than_known_ones() -> None:
     rng = np.random.default_rng(8)
     centres = rng.normal(0, 3, (3, 4))
     embedding = (centres[rng.integers(0, 3, 200)] + rng.normal(size=(200, 4))).astype(np.float32)
-    trends = {name: DepthTrend(0, 0, 1, 0, 9) for name in TRENDED}
+    trends = {name: DepthTrend(0, 0, 1, 0, 0, 9) for name in TRENDED}
     whitening, codes = np.eye(4, dtype=np.float32), np.arange(100) % 3
     known = without_calib(centres.astype(np.float32), whitening, embedding[:100], codes, trends)
     strange = (10 + rng.normal(size=(50, 4))).astype(np.float32)

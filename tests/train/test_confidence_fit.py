@@ -10,13 +10,15 @@ from planted import Lines, small_finetuning
 from scipy.special import softmax
 from sklearn.covariance import ledoit_wolf
 
+from annatac_scale.annotate.predict import predict
 from annatac_scale.errors import ConfigError
 from annatac_scale.model.calibration import VECTOR_CELLS, expected_calibration_error
 from annatac_scale.model.folder import read_model
-from annatac_scale.model.novelty import DISTANCES, TRENDED, Outputs
+from annatac_scale.model.novelty import DISTANCES, SCORES, TRENDED, Outputs
 from annatac_scale.train import confidence_fit
 from annatac_scale.train.confidence_fit import fit_scaling, means_and_whitening
 from annatac_scale.train.finetune import finetune
+from annatac_scale.train.presets import finetune_preset
 
 
 def one_by_one(model, store, cells):
@@ -105,7 +107,8 @@ def test_the_calib_cells_scores_are_those_of_each_alone(tuned):
         trend = known.trends[name]
         depth = np.clip(np.log1p(n_open), trend.low, trend.high)
         raw = known.raw(name, outputs_of(tuned, "calib"), temperature)
-        above[name] = (raw - trend.intercept - trend.slope * depth) / trend.spread
+        around = trend.spread * np.exp(-trend.narrowing * depth)
+        above[name] = (raw - trend.intercept - trend.slope * depth) / around
     expected |= {name: above[name] for name in DISTANCES} | {"joint": above["energy"] + above["profile"]}
     for name, scores in expected.items():
         np.testing.assert_allclose(known.scores[name], scores, rtol=1e-2, atol=1e-2, err_msg=name)
@@ -182,6 +185,26 @@ def test_a_models_own_novelty_rule_comes_from_the_settings(atlas, pretrained, tm
     config = small_finetuning("pooled", 1, novelty="mahalanobis", novel_rate=0.1)
     info = read_model(finetune(atlas, pretrained, "cell_type", tmp_path / "run", config).model).info
     assert (info.novelty, info.novel_rate, info.novel_threshold) == ("mahalanobis", 0.1, 0.5)
+
+
+def test_the_presets_take_a_rate_of_joint_and_the_paper_one_of_its_confidence():
+    found = {name: finetune_preset(name) for name in ("tiny", "small", "paper")}
+    assert {name: config.novelty for name, config in found.items()} == {
+        "tiny": "joint",
+        "small": "joint",
+        "paper": "max_probability",
+    }
+    assert {(config.novel_rate, config.novel_threshold) for config in found.values()} == {(None, 0.5)}
+
+
+def test_the_stored_scores_are_those_that_predict_gives_the_calib_cells(tuned, atlas, tmp_path):
+    model, _, run, _ = tuned
+    split = pq.read_table(run / "split.parquet").to_pandas()["split"].to_numpy(str)
+    for name in SCORES:
+        predict(atlas, run / "model", tmp_path / name, novelty=name, novel_rate=0.2)
+        told = pq.read_table(tmp_path / name).to_pandas()
+        calib = told["novelty_score"].to_numpy()[split == "calib"]
+        np.testing.assert_allclose(calib, model.known.scores[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
 def test_a_rate_that_is_too_rare_for_the_calib_cells_leaves_the_papers_rule_and_says_so(

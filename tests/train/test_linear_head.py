@@ -21,10 +21,11 @@ from annatac_scale.model.folder import read_model
 from annatac_scale.model.novelty import TRENDED
 from annatac_scale.stream.batch import Batch
 from annatac_scale.stream.selection import sequential
+from annatac_scale.train import confidence_fit
 from annatac_scale.train.finetune import finetune
 from annatac_scale.train.pretrain import pretrain
 from annatac_scale.train.probe import ROW_NORM, deal_folds, directions, fit_probe
-from annatac_scale.train.splits import SplitRule, split_cells
+from annatac_scale.train.splits import SplitRule, cell_hashes, split_cells
 
 
 def store_of(path, labels_a_type, own=0.8, other=0.05, **columns):
@@ -188,6 +189,28 @@ def test_depth_trends_are_of_training_cells_whose_fold_is_left_out(pooled, tmp_p
         spread = np.std(raw - intercept - slope * depth, ddof=2)
         assert trend.spread == pytest.approx(spread, rel=1e-2), name
     assert model.known.n_calib == labelled.sizes["calib"]
+
+
+def test_trends_of_a_part_of_the_training_cells_are_of_what_is_said_of_these(pooled, tmp_path, monkeypatch):
+    monkeypatch.setattr(confidence_fit, "MOST_CELLS", 13)
+    store = store_of(tmp_path / "a.zarr", 30, own=0.4, other=0.3)
+    model = read_model(finetune(store, pooled, "few", tmp_path / "run", linear()).model)
+    labelled = split_cells(store, "few", SplitRule(0.2, 0.1, 0.1, 0)).with_val_training()
+    training = labelled.of("train")
+    codes = labelled.codes_of(training)
+    hashes = cell_hashes(store.obs([]).iloc[training], 0)
+    looked_at = np.zeros(len(training), bool)
+    for code in range(2):
+        of_type = np.flatnonzero(codes == code)
+        looked_at[of_type[np.argsort(hashes[of_type])[:13]]] = True
+    assert looked_at.sum() == 26 < len(training)
+    n_open = store.read(training).to_csr(store.n_islands)[:, model.vocabulary.islands].getnnz(axis=1)
+    temperature = model.info.temperature
+    said = probe_of(pooled, store, training, codes).logits
+    energy = -temperature * np.log(np.exp(said / temperature).sum(axis=1))
+    slope, intercept = np.polyfit(np.log1p(n_open[looked_at]), energy[looked_at], 1)
+    trend = model.known.trends["energy"]
+    assert (trend.slope, trend.intercept) == pytest.approx((slope, intercept), rel=2e-2, abs=2e-2)
 
 
 def test_held_out_cells_are_those_of_training_out_of_fold_too_and_report_where_there_are_no_others(
