@@ -2,7 +2,9 @@
 
     python benchmarks/accuracy/page.py [--work FOLDER]
 
---work: the folder that run.py worked in; its rows are merged into accuracy.json first.
+--work: the folder that run.py worked in; its tables take the place of those of accuracy.json first. Others stay, so
+that a table can be run in a work folder of its own; "sets", "peers" and "subtypes" are compared pair by pair and belong
+in one.
 """
 
 import argparse
@@ -199,8 +201,11 @@ def saved_page() -> str:
     return page(rows, FINDINGS.read_text())
 
 
-def merged(work: Path) -> list[dict[str, Any]]:
-    """The rows of today's configurations that are in a work folder, in the order in which they run; what follows."""
+def merged(work: Path, saved: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of today's configurations in a work folder, in the order in which they run; what follows from them.
+
+    saved: rows of before, of which those of tables that the folder has none of stay, and come first
+    """
     grid, rows, derive = (importlib.import_module(name) for name in ("grid", "rows", "derive"))
     kept = rows.Rows(work / "rows")
     configs = [config for name in grid.TABLES for config in grid.configs(name)]
@@ -212,7 +217,9 @@ def merged(work: Path) -> list[dict[str, Any]]:
     ]
     configs = list({rows.digest(config): config for config in configs}.values())
     found = [kept.read(config) for config in configs if kept.has(config)]
-    return found + derive.derived(found, work / "predictions")
+    found += derive.derived(found, work / "predictions")
+    tables = {row["config"]["table"] for row in found}
+    return [row for row in saved if row["config"]["table"] not in tables] + found
 
 
 def main() -> None:
@@ -222,7 +229,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="merge the rows of this work folder first")
     options = parser.parse_args()
     if options.work:
-        lines = ",\n".join(json.dumps(row) for row in merged(options.work))
+        rows = merged(options.work, json.loads(RESULTS.read_text()))
+        lines = ",\n".join(json.dumps(row) for row in rows)
         RESULTS.write_text(f"[\n{lines}\n]\n")
     PAGE.write_text(saved_page())
     draw(json.loads(RESULTS.read_text()), PICTURES)
