@@ -376,6 +376,7 @@ def evaluate(
     against_column: str | None = None,
     cells: str | None = None,
     label_map: AnyPath | None = None,
+    group: str | None = None,
 ) -> "EvaluationReport":
     """Compare labels with the truth: an obs column of the store, or a column of a CSV, TSV, Parquet or h5ad file.
 
@@ -383,6 +384,7 @@ def evaluate(
     against: other labels of the same cells, for a paired test
     cells: held-out cells ("test") or "all"; None for "test" where ``predict`` wrote any of the labels
     label_map: table of from and to that the true labels go through first, as in ``finetune``
+    group: a column beside ``truth``, as of the donor: figures of each group, and intervals over groups
     """
     from annatac_scale.annotate.evaluate import evaluate as run
 
@@ -396,6 +398,7 @@ def evaluate(
         against=against,
         against_column=against_column,
         label_map=label_map,
+        group=group,
     )
 
 

@@ -430,6 +430,11 @@ def predict(store: "Location", **options: Any) -> None:
     help="Held-out test cells, or all; default: test where predict wrote any of the labels.",
 )
 @_file("--label-map", help=_LABEL_MAP_HELP)
+@click.option(
+    "--group",
+    metavar="COLUMN",
+    help="Column beside --truth, as of the donor: figures of each, intervals over them.",
+)
 @_json
 def evaluate(labels: "Location", as_json: bool, **options: Any) -> None:
     """Compare labels with the truth.

@@ -36,6 +36,7 @@ _WITHIN_TYPES = ("macro_f1",)
 """Figures of which cells are drawn within each true type."""
 
 Ints = NDArray[np.int64]
+Texts = NDArray[np.object_]
 Figures = dict[str, NDArray[np.float64]]
 
 
@@ -69,7 +70,7 @@ def bootstrap_intervals(
     n_types = len(counts)
     truth, label = counts.nonzero()
     (drawn,) = _drawn([_Sums(truth, label, n_types)], truth, counts[truth, label], n_draws, seed)
-    return {name: _interval(drawn[name]) for name in HEADLINES}
+    return {name: percentiles(drawn[name]) for name in HEADLINES}
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def _difference(first: float, second: float, drawn: NDArray[np.float64]) -> Diff
     # One more draw that goes against it: no p of 0 from finitely many (Davison and Hinkley 1997, 4.2).
     tails = [1 + int((drawn <= 0).sum()), 1 + int((drawn >= 0).sum())]
     p = min(1.0, 2 * min(tails) / (len(drawn) + 1))
-    return Difference(first, second, first - second, _interval(drawn), p)
+    return Difference(first, second, first - second, percentiles(drawn), p)
 
 
 class _Sums:
@@ -185,7 +186,7 @@ class _Sums:
 
     def figures(self, samples: Ints) -> Figures:
         """Figures of each sample; samples: cells of each combination, [samples, combinations]."""
-        n_cells = int(samples[0].sum())
+        n_cells = samples.sum(axis=1)
         right, n_true, n_predicted = (
             samples @ indicator for indicator in (self._of_right, self._of_truth, self._of_label)
         )
@@ -235,7 +236,35 @@ def _samples(n_cells: Ints, strata: Ints, n_draws: int, seed: int) -> Iterator[I
         yield samples
 
 
-def _interval(drawn: NDArray[np.float64]) -> Interval:
+def figures_of_drawn_groups(
+    groups: Texts, truth: Texts, labels: Sequence[Texts], n_draws: int, seed: int = SEED
+) -> list[Figures]:
+    """Figures of each set of labels in each draw of whole groups, as many as there are, float64 [draws].
+
+    groups, truth: str [n]; labels: str [n] each. Macro F1 is over the types that the drawn groups have.
+    """
+    types = pd.Index(sorted(set(truth)))
+    codes = [types.get_indexer(pd.Index(text)) for text in (truth, *labels)]
+    codes = [np.where(code < 0, len(types), code) for code in codes]
+    table = pd.DataFrame([pd.factorize(groups)[0], *codes]).T
+    combinations, place = np.unique(table.to_numpy()[:, 1:], axis=0, return_inverse=True)
+    n_groups = int(table[0].max()) + 1
+    counts = np.zeros((n_groups, len(combinations)), np.int64)
+    np.add.at(counts, (table[0].to_numpy(), place.ravel()), 1)
+    sums = [_Sums(combinations[:, 0], label, len(types)) for label in combinations.T[1:]]
+    rng = np.random.default_rng(seed)
+    found: list[list[Figures]] = [[] for _ in sums]
+    at_once = max(1, _AT_ONCE // len(combinations))
+    for start in range(0, n_draws, at_once):
+        turns = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), min(at_once, n_draws - start))
+        samples = turns @ counts
+        for one, parts in zip(sums, found, strict=True):
+            parts.append(one.figures(samples))
+    return [{name: np.concatenate([part[name] for part in parts]) for name in HEADLINES} for parts in found]
+
+
+def percentiles(drawn: NDArray[np.float64]) -> Interval:
+    """The 95% interval of draws, those that are not defined left out."""
     defined = drawn[~np.isnan(drawn)]
     if not len(defined):
         return Interval(math.nan, math.nan)

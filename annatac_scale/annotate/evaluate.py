@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from annatac_scale.annotate.bootstrap import bootstrap_intervals, compare_labels
+from annatac_scale.annotate.by_group import ByGroup
 from annatac_scale.annotate.evaluation_report import Against, EvaluationReport
 from annatac_scale.annotate.given_labels import (
     CellLabels,
@@ -49,6 +50,7 @@ def evaluate(
     against: Location | None = None,
     against_column: str | None = None,
     label_map: Location | None = None,
+    group: str | None = None,
 ) -> EvaluationReport:
     """Compare labels with the true types of their cells, and, if asked to, with other labels of the same cells.
 
@@ -61,6 +63,7 @@ def evaluate(
         labels. Other labels beside them are then evaluated on the same cells.
     label_map: a table on a disk that the truth goes through first, as in fine-tuning; labels that it names and no
         evaluated cell has are told, and refused where it names no label of any cell of the truth
+    group: a column beside ``truth``, as of the donor: figures of each group, and intervals over groups
 
     Cells are joined by sample and barcode, or by barcode alone where one side names no samples. Those that one side
     does not have, or has no label of, are left out and counted.
@@ -80,6 +83,8 @@ def evaluate(
     joined = joined_labels(first, second, true, cells, is_store=truth_file is None)
     chosen, true_types = first.take(joined.rows), true.label[joined.true]
     labelled = chosen.cells.label != ""
+    other = None if second is None else second.take(joined.other[labelled])
+    groups = None if group is None else _truth(store, group, truth_file).label[joined.true[labelled]]
     return EvaluationReport(
         labels=Path(first.cells.place) if first.manifest else first.cells.place,
         truth=truth,
@@ -92,9 +97,10 @@ def evaluate(
         n_trained_on=_n_trained_on(first, second, joined, labelled & (true_types != "")),
         **_figures(true_types[labelled], chosen.cells.label[labelled]),
         **_predicted(chosen, true_types),
-        against=None
-        if second is None
-        else _against(chosen.take(labelled), second.take(joined.other[labelled]), true_types[labelled]),
+        against=None if other is None else _against(chosen.take(labelled), other, true_types[labelled]),
+        by_group=None
+        if group is None or groups is None
+        else _by_group(group, groups, chosen.take(labelled), other, true_types[labelled]),
     )
 
 
@@ -152,6 +158,13 @@ def _against(first: Labels, second: Labels, true_types: Texts) -> Against:
     found = evaluate_labels(true_types, second.cells.label)
     test = compare_labels(true_types, first.cells.label, second.cells.label)
     return Against(second.cells.place, found, bootstrap_intervals(found), test)
+
+
+def _by_group(column: str, groups: Texts, first: Labels, other: Labels | None, true_types: Texts) -> ByGroup:
+    """Figures of each group, of the cells with a truth."""
+    known = true_types != ""
+    second = None if other is None else other.cells.label[known]
+    return ByGroup.of(column, groups[known], true_types[known], first.cells.label[known], second)
 
 
 def _n_by_split(first: Labels, second: Labels | None) -> dict[str, int]:

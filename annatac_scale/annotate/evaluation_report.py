@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from annatac_scale.annotate.bootstrap import DRAWS, Interval, PairedTest, bootstrap_intervals, share_interval
+from annatac_scale.annotate.by_group import ByGroup
 from annatac_scale.annotate.confidence import ConfidenceRule
 from annatac_scale.annotate.hierarchy_metrics import LineageFigures
 from annatac_scale.annotate.metrics import HEADLINES, Evaluation
@@ -91,6 +92,7 @@ class EvaluationReport:
     n_trained_on: evaluated cells that were used in fine-tuning, of either model where two are compared
     n_novel, n_low_depth: evaluated cells that are named Novel_cell_type, Unassigned_low_depth
     assigned: the figures over the cells that are not Unassigned_low_depth; None where that is all or none of them
+    by_group: figures of each group, as of each donor, where a column names them
     label_map: what the truth went through; unused_labels: those that it names and no evaluated cell has
 
     Of what ``predict`` wrote alone, else "", None and empty; of cells without a label in the column that is evaluated,
@@ -118,6 +120,7 @@ class EvaluationReport:
     label_map: LabelMap | None = None
     unused_labels: tuple[str, ...] = ()
     against: Against | None = None
+    by_group: ByGroup | None = None
     model: str = ""
     rule: ConfidenceRule | None = None
     best: Evaluation | None = None
@@ -185,7 +188,7 @@ class EvaluationReport:
         if self.against is not None:
             notes.append(
                 f"the tests against {self.against.labels} take cells as independent, also where whole donors were held "
-                "out: for new donors p is too small and the intervals are too narrow"
+                "out: for new donors p is too small and the intervals are too narrow; --group COLUMN draws donors"
             )
         if self.types_above:
             notes.append(
@@ -241,6 +244,7 @@ class EvaluationReport:
             "lineage": None if self.lineage is None else self.lineage.to_dict(),
             "confusions": confusions_of(self.evaluation.confusion).to_dict(),
             "against": None if self.against is None else self.against.to_dict(),
+            "by_group": None if self.by_group is None else self.by_group.to_dict(),
             "notes": self.notes,
             **self.evaluation.to_dict(),
         }
@@ -266,6 +270,7 @@ class EvaluationReport:
             ),
             f"In brackets: 95% intervals, from {DRAWS:,} bootstrap samples of these cells.",
             *([] if self.against is None else ["", *self.against.text()]),
+            *([] if self.by_group is None else ["", *self.by_group.text()]),
             *([] if self.lineage is None else ["", *self.lineage.text()]),
             "",
             *confusions_of(self.evaluation.confusion).sentences,

@@ -93,16 +93,22 @@ def _check_cells(known: NDArray[np.bool_], label: NDArray[np.object_]) -> None:
 
 
 def figures_of_counts(
-    right: NDArray[np.integer], n_true: NDArray[np.integer], n_predicted: NDArray[np.integer], n_cells: int
+    right: NDArray[np.integer],
+    n_true: NDArray[np.integer],
+    n_predicted: NDArray[np.integer],
+    n_cells: ArrayLike,
 ) -> dict[str, NDArray[np.float64]]:
     """accuracy, macro_f1, kappa, jaccard_micro and jaccard_weighted of one table of counts, or of many at once.
 
     right: cells of a type that are given it, [..., types]; n_true: cells of the type; n_predicted: cells given it;
-    n_cells: of each table, above 0. Types without true cells count in no mean. Each figure is float64 [...].
+    n_cells: of all tables, or of each [...]; above 0. Types without true cells count in no mean. Each figure is
+    float64 [...].
     """
+    n_cells = np.asarray(n_cells)
+    n = n_cells[..., None]
     n_right = right.sum(axis=-1)
     accuracy = n_right / n_cells
-    by_chance = (n_true / n_cells * (n_predicted / n_cells)).sum(axis=-1)
+    by_chance = (n_true / n * (n_predicted / n)).sum(axis=-1)
     f1 = np.where(n_true > 0, 2 * right / np.maximum(n_true + n_predicted, 1), 0)
     jaccard = right / np.maximum(n_true + n_predicted - right, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
