@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse, stats
@@ -20,6 +21,7 @@ from sklearn.linear_model import LogisticRegression
 
 from annatac_scale import baseline
 from annatac_scale.errors import InputError
+from annatac_scale.model.heads import CnnHead
 
 ROOT = Path(__file__).parents[2]
 ACCURACY = ROOT / "benchmarks" / "accuracy"
@@ -31,6 +33,7 @@ table: Any = importlib.import_module("table")
 page: Any = importlib.import_module("page")
 grid: Any = importlib.import_module("grid")
 plans: Any = importlib.import_module("plans")
+networks: Any = importlib.import_module("networks")
 
 
 @pytest.fixture
@@ -267,3 +270,23 @@ def test_a_quick_run_gives_figures_of_every_row_and_runs_none_twice(tmp_path: Pa
             assert 0 <= scores["auroc"] <= 1
     again = _run(data, tmp_path / "work", "--quick")
     assert json.loads(again.stdout.splitlines()[-1])["ran"] == len(told["could_not_run"])
+
+
+def test_the_cnn_without_an_encoder_is_the_packages_head_on_a_vector_of_each_level() -> None:
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    rows = sparse.random(9, 40, 0.3, "csr", rng=rng, data_rvs=lambda n: rng.integers(1, 6, n))
+    rows[2] = 0
+    rows.eliminate_zeros()
+    vectors, head = torch.nn.Embedding(6, 8), CnnHead(40, 8, 3, (16, 8))
+    tokens, islands, offsets = (
+        torch.from_numpy(part.astype(np.int64)) for part in (rows.data, rows.indices, rows.indptr)
+    )
+    expected = head(vectors(tokens), tokens, islands, offsets)
+    found = networks._logits(vectors, head, rows)
+    torch.testing.assert_close(found, expected)
+    of_both = []
+    for logits in (expected, found):
+        gradients = torch.autograd.grad(logits.square().sum(), [vectors.weight, *head.parameters()])
+        of_both.append([gradient.clone() for gradient in gradients])
+    torch.testing.assert_close(*of_both)
