@@ -18,6 +18,7 @@ SETS = {
     ("snareseq", "cell_type"): "snareseq, 15 types",
     ("snareseq", "orig_label"): "snareseq, 23 types",
 }
+STARTS = "as pretraining starts"
 UNSEEN_GROUPS = ("granja", "snareseq")
 """Sets that test a donor or libraries that nothing was trained on; of the others folds test."""
 ISLANDS = {"all": "islands of all bins", "tss": "islands with a TSS"}
@@ -332,6 +333,17 @@ def _few(rows: Sequence[Row]) -> Iterator[str]:
                 line.append(shown(ours.values()) + less)
             body.append(line)
     yield table(("set", "method", "5 labels", "10 labels", "50 labels"), body)
+    starts, pretrained = (f"{name}, frozen, then logistic regression" for name in (STARTS, "pretrained"))
+    body = []
+    for task in TASKS:
+        less = []
+        for labels in (5, 10, 50):
+            first, second = (_few_draws(rows, task, name, labels) for name in (pretrained, starts))
+            less.append(shown([first[draw] - second[draw] for draw in first if draw in second], signed=True))
+        if any(one != "-" for one in less):
+            body.append([SETS[task], *less])
+    yield f"What pretraining adds, paired by draw: {pretrained}, less {starts}."
+    yield table(("set", "5 labels", "10 labels", "50 labels"), body)
 
 
 def _few_draws(rows: Sequence[Row], task: Task, model: str, labels: int) -> dict[str, float]:
