@@ -104,9 +104,9 @@ def _say_plan(
 ) -> None:
     """How many rows, and how long they will take by the times of those that were run."""
     saved = json.loads(RESULTS.read_text()) + rows.all()
-    seconds = plans.estimated(
-        waiting, [row for row in saved if "failed" not in row and "wall" in row["seconds"]]
-    )
+    # Rows that follow from others took no time of their own.
+    timed = [row for row in saved if "failed" not in row and "wall" in row.get("seconds", {})]
+    seconds = plans.estimated(waiting, timed)
     hours = seconds / options.jobs / 3600
     print(
         f"{len(configs)} rows, {len(configs) - len(waiting)} there already; about {hours:.1f} hours for the others "

@@ -26,6 +26,7 @@ CONFIG = EncoderConfig(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_benchmark_of_the_encoder_runs_quickly_and_ends_with_json() -> None:
     command = [sys.executable, str(BENCHMARKS / "bench_encoder.py"), "--quick"]
     cases = ["train", "predict", "linear", "tables", "checkpoint"]

@@ -27,6 +27,7 @@ def run(name: str, *options: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_benchmark_of_the_stream_runs_quickly_and_ends_with_json(tmp_path: Path) -> None:
     printed = run("bench_stream.py", "--quick", "--data", str(tmp_path))
     assert "peers: skipped, no --peers given" in printed
