@@ -54,6 +54,12 @@ class ByGroup:
                 f"--group {column}: found no value of it in any of {len(groups):,} evaluated cells; expected the donor "
                 "or batch of each; name the column that holds it"
             )
+        n_groups = len(set(groups[known]))
+        if 2 * n_groups > known.sum() > FEWEST_GROUPS:
+            raise InputError(
+                f"--group {column}: found {n_groups:,} values among {known.sum():,} evaluated cells, expected a donor or "
+                "batch that many cells share; name the column that holds it"
+            )
         labels = [label[known]] if other is None else [label[known], other[known]]
         truth, groups = truth[known], groups[known]
         rows = []

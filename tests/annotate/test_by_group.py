@@ -104,6 +104,15 @@ def test_cells_without_a_group_are_counted_and_in_no_row() -> None:
         ByGroup.of("donor", np.full(210, "", object), truth, first)
 
 
+def test_a_column_that_tells_every_cell_apart_is_no_column_of_groups() -> None:
+    _, truth, first, _ = drawn(3)
+    barcodes = np.array([f"c{i}" for i in range(len(truth))], object)
+    with pytest.raises(
+        InputError, match="--group barcode: found 210 values among 210 evaluated cells, expected"
+    ):
+        ByGroup.of("barcode", barcodes, truth, first)
+
+
 def test_evaluate_takes_groups_from_beside_the_truth_for_the_cells_that_are_compared(tmp_path: Path) -> None:
     groups, truth, first, second = drawn(6)
     barcodes = [f"c{i}" for i in range(len(truth))]

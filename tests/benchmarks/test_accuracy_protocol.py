@@ -292,6 +292,12 @@ def test_scores_of_novelty_of_a_linear_method_are_larger_far_from_its_training_c
         assert of_aside[name].std(ddof=2) == pytest.approx(1, abs=1e-3)
 
 
+def test_profiles_of_the_linear_control_count_cells_by_type() -> None:
+    levels = sparse.csr_matrix(np.array([[0, 3, 1], [2, 5, 0], [0, 1, 0], [4, 0, 0]], np.uint8))
+    found = importlib.import_module("experiments")._counts(levels, np.array([0, 1, 1, 0]))
+    assert found.tolist() == [[1, 1], [1, 2], [1, 0]]
+
+
 def test_the_open_islands_of_a_cell_are_counted_and_not_its_other_tokens() -> None:
     tokens = np.array([1, 0, 3, 0, 0, 2], np.uint8)
     batch = Batch(np.arange(4), np.array([0, 3, 5, 5, 6]), np.array([0, 1, 2, 0, 1, 4], np.int32), tokens)
