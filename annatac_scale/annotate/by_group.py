@@ -57,8 +57,8 @@ class ByGroup:
         n_groups = len(set(groups[known]))
         if 2 * n_groups > known.sum() > FEWEST_GROUPS:
             raise InputError(
-                f"--group {column}: found {n_groups:,} values among {known.sum():,} evaluated cells, expected a donor or "
-                "batch that many cells share; name the column that holds it"
+                f"--group {column}: found {n_groups:,} values among {known.sum():,} evaluated cells, expected a donor "
+                "or batch that many cells share; name the column that holds it"
             )
         labels = [label[known]] if other is None else [label[known], other[known]]
         truth, groups = truth[known], groups[known]

@@ -166,6 +166,12 @@ def test_calib_cells_of_low_depth_do_not_count_for_a_rate(model: Model) -> None:
         rule_of(replace(model, known=known), novel_rate=0.01, min_open=5)
 
 
+@pytest.mark.parametrize("novelty", ["mahalanobis", "knn", "profile", "joint"])
+def test_scores_that_shift_with_a_sample_can_be_adapted_to_it(model: Model, novelty: str) -> None:
+    rule = rule_of(model, novel_adapt=True, novelty=novelty)
+    assert (rule.novel_adapt, rule.novelty, rule.novel_rate) == (True, novelty, 0.05)
+
+
 def test_the_rule_says_in_words_what_makes_a_cell_novel(model: Model) -> None:
     assert rule_of(model, novel_threshold=0.25).novel_means == "below the novel threshold 0.25"
     assert rule_of(model, novelty="knn").novel_means == "past the knn score that 0.05 of known cells pass"
