@@ -3,7 +3,7 @@
 Heavy libraries are imported inside the functions: asking for help must not wait for torch, ray or dask.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -337,32 +337,63 @@ def _report_finetuning(run: Path, progress: Progress) -> None:
 
 
 def predict(
-    store: "Location",
+    inputs: "Location | Sequence[Location]",
     *,
     model: "Location",
-    out: AnyPath,
+    out: "Location",
     hierarchy_threshold: float | None = None,
+    probabilities: bool = False,
+    embeddings: bool = False,
+    part: str | None = None,
+    workers: int = 0,
+    ray: str | None = None,
+    gpus: bool = False,
     write_h5ad: AnyPath | None = None,
+    write_obs: bool = False,
+    conversion: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> "PredictReport":
-    """Label every cell of a store; ``out`` becomes a folder of Parquet tables.
+    """Label every cell of a store, or of h5ad, 10x and fragment files; ``out`` becomes a folder of Parquet tables.
 
-    store, model: on a disk or in object storage; out, write_h5ad: on a disk
+    inputs: an island store, or files, which go through a temporary one; model, out: on a disk or in object storage
     hierarchy_threshold: probability that a lineage needs, for a model with a hierarchy; None: 0.8
+    probabilities: also write those of all classes; embeddings: also write those, as a Zarr group in ``out``
+    part: "K/N", to do the K-th of N shares of the work, as one of N processes that know nothing of each other
+    workers: 0: this process alone; N: as many processes of this machine, or with ``ray`` of a cluster
+    ray: "auto" or HOST:PORT of a cluster, "local" to start Ray here; gpus: one GPU a worker, on Ray
+    write_h5ad: also write the h5ad that was converted, with the labels in its obs, on a disk
+    write_obs: also write the labels into the obs of the store's samples
+    conversion: of files, fields of ``ingest.convert.ConvertOptions``, as peaks="peaks.bed"
     options: as in ``annotate.confidence.ConfidenceOptions``, as novel_threshold=0.5, novel_rate=0.05 or coverage=0.9
     """
+    from annatac_scale.annotate.labels_writer import Share
+    from annatac_scale.annotate.predict import Workers, predict_files
     from annatac_scale.annotate.predict import predict as run
+    from annatac_scale.annotate.temporary_store import store_given
+    from annatac_scale.store.place import location_of
 
-    return run(
-        store,
-        model,
-        out,
-        hierarchy_threshold=hierarchy_threshold,
-        write_h5ad=write_h5ad,
-        progress=progress,
+    share = Share() if part is None else Share.parsed(part)
+    given = [inputs] if isinstance(inputs, str | Path) else list(inputs)
+    asked: dict[str, Any] = {
+        "hierarchy_threshold": hierarchy_threshold,
+        "probabilities": probabilities,
+        "embeddings": embeddings,
+        "workers": Workers(workers or int(ray is not None), ray, gpus, share),
+        "write_h5ad": write_h5ad,
+        "write_obs": write_obs,
+        "progress": progress,
         **options,
-    )
+    }
+    store = store_given([location_of(one) for one in given])
+    if store is None:
+        return predict_files(given, model, out, conversion or {}, **asked)
+    if conversion:
+        raise ConfigError(
+            f"{store}: an island store, and options of a conversion ({', '.join(conversion)}) were given too; expected "
+            "them with h5ad, 10x or fragment files alone; leave them out"
+        )
+    return run(store, model, out, **asked)
 
 
 def evaluate(

@@ -155,6 +155,22 @@ _training_options = _together(
 )  # fmt: skip
 
 
+_CONVERSION = ("peaks", "barcodes", "min_fragments", "layer", "use_raw", "obs", "select", "chrom_sizes")
+_conversion_options = _together(
+    _text("--peaks", help="Of files: BED file of peaks, for fragments."),
+    _text("--barcodes", help="Of files: list of the cells to label, one barcode a line."),
+    click.option(
+        "--min-fragments", metavar="N", type=click.IntRange(min=0),
+        help="Of files: fragments that make a barcode a cell; default: 1000.",
+    ),
+    click.option("--layer", metavar="NAME", help="Of files: layer of an h5ad that holds the counts."),
+    click.option("--use-raw", is_flag=True, help="Of files: the counts are in raw/X of the h5ad."),
+    _text("--obs", help="Of files: table of columns for obs."),
+    _file("--select", help="Of files: BED file that the model's islands were made of, where they were."),
+    _file("--chrom-sizes", help="Of files: chromosome sizes, where the model's assembly is not built in."),
+)  # fmt: skip
+
+
 @main.command()
 @_islands_options(assembly_needed=True)
 @_file("--out", help="Write the islands here (tsv.gz).")
@@ -366,9 +382,24 @@ def finetune(store: "Location", **options: Any) -> None:
 
 
 @main.command()
-@_store
+@click.argument("inputs", nargs=-1, required=True, type=_LOCATION)
 @_place("--model", required=True, help="The fine-tuned model.")
-@_folder("--out", required=True, help="Folder for the labels, a Parquet data set.")
+@_place("--out", required=True, help="Where the labels go, a Parquet data set.")
+@click.option(
+    "--probabilities", is_flag=True, help="Also write the probabilities of all types, a column of lists."
+)
+@click.option(
+    "--embeddings",
+    is_flag=True,
+    help="Also write embeddings: OUT/_embeddings.zarr, float16, an array a sample.",
+)
+@_text("--part", help="K/N: do share K of N, as one of N jobs over the same OUT.")
+@click.option(
+    "--workers", default=0, metavar="N", type=click.IntRange(min=0),
+    help="Processes of this machine, or with --ray of a cluster; 0: this one alone.",
+)  # fmt: skip
+@click.option("--ray", metavar="auto|local|HOST:PORT", help="A running Ray cluster; local: start Ray here.")
+@click.option("--gpus", is_flag=True, help="With --ray: one GPU a worker.")
 @click.option(
     "--novelty", type=click.Choice(["max_probability", "energy", "mahalanobis", "knn", "profile", "joint"]),
     help="Score of how unlike the known cells a cell is; default: the model's own with a rate, else max_probability.",
@@ -402,14 +433,25 @@ def finetune(store: "Location", **options: Any) -> None:
     help="Probability that a lineage needs, for a model with a hierarchy; default: 0.8.",
 )  # fmt: skip
 @_file("--write-h5ad", help="Also write the h5ad that was converted, with the labels in its obs.")
-def predict(store: "Location", **options: Any) -> None:
+@click.option("--write-obs", is_flag=True, help="Also write the labels into the obs of the store's samples.")
+@_conversion_options
+def predict(inputs: Sequence["Location"], **options: Any) -> None:
     """Label every cell of a store.
 
-    Run again, the same command goes on after the last complete part.
+    INPUTS are an island store, or h5ad, 10x h5 and fragment files and 10x mtx folders: these go through a temporary
+    store with the model's islands.
+
+    Run again, the same command does the parts that are missing. Any number of jobs may share the work, each with a
+    --part of its own, on machines that know nothing of each other; the last one completes the data set.
     """
-    report = api.predict(store, progress=TerminalProgress(), **options)
+    conversion = {name: options.pop(name) for name in _CONVERSION}
+    conversion = {name: value for name, value in conversion.items() if not (value is None or value is False)}
+    report = api.predict(list(inputs), conversion=conversion, progress=TerminalProgress(), **options)
     low_depth = f", {report.n_low_depth:,} Unassigned_low_depth" if options["min_open"] else ""
-    click.echo(f"{report.out}: {report.n_cells:,} cells, {report.n_novel:,} named Novel_cell_type{low_depth}")
+    others = "" if report.complete else "; other parts are still missing"
+    click.echo(
+        f"{report.out}: {report.n_cells:,} cells, {report.n_novel:,} named Novel_cell_type{low_depth}{others}"
+    )
 
 
 @main.command()

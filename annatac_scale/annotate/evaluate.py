@@ -1,7 +1,6 @@
 """How good labels are: joined to the true types, on the cells that fine-tuning held out where that is known."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ from annatac_scale.annotate.reliability import (
 from annatac_scale.errors import InputError
 from annatac_scale.model.hierarchy import Hierarchy
 from annatac_scale.model.labels import LOW_DEPTH, NOVEL
-from annatac_scale.store.place import Location
+from annatac_scale.store.place import Location, location_of
 from annatac_scale.store.store import IslandStore
 from annatac_scale.train.label_map import LabelMap
 
@@ -86,7 +85,7 @@ def evaluate(
     other = None if second is None else second.take(joined.other[labelled])
     groups = None if group is None else _truth(store, group, truth_file).label[joined.true[labelled]]
     return EvaluationReport(
-        labels=Path(first.cells.place) if first.manifest else first.cells.place,
+        labels=location_of(first.cells.place) if first.manifest else first.cells.place,
         truth=truth,
         truth_file=None if truth_file is None else str(truth_file),
         cells=cells,

@@ -13,7 +13,7 @@ from annatac_scale.annotate.given_labels import CellLabels, Ints, given_labels, 
 from annatac_scale.annotate.labels import LabelsFolder, Manifest
 from annatac_scale.errors import InputError
 from annatac_scale.model.labels import label_texts
-from annatac_scale.store.place import Location, on_disk
+from annatac_scale.store.place import Location
 from annatac_scale.train.splits import SPLITS
 
 Bools = NDArray[np.bool_]
@@ -79,16 +79,16 @@ def opened_labels(location: Location, column: str | None, option: str) -> Labels
     given = given_labels(location, column, option)
     if given is not None:
         return Labels(given)
-    folder = LabelsFolder.open_complete(on_disk(location, "labels"))
+    folder = LabelsFolder.open_complete(location)
     column = column or "label"
     if column not in folder.manifest.columns:
         raise InputError(
-            f"{folder.path}: found no column {column!r}; expected {option} to be one of "
+            f"{folder.location}: found no column {column!r}; expected {option} to be one of "
             f"{', '.join(folder.manifest.columns)}"
         )
     rows = _rows(folder, column)
     cells = CellLabels(
-        str(folder.path),
+        str(folder.location),
         rows["barcode"].to_numpy(object),
         label_texts(rows[column]),
         rows["sample"].to_numpy(object),

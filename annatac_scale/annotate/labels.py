@@ -1,39 +1,47 @@
-"""The labels data set: a folder of Parquet files, one a part, and the manifest that makes it whole.
+"""The labels data set: Parquet files, one a part, and the manifest that makes them whole; on a disk or in storage.
 
     labels/
       _manifest.json           model, options, samples, classes, columns, parts; "complete" is written last
       <sample>-00000.parquet   part: the cells of 16 blocks (4,000 cells) of one sample, in their order
+      _embeddings.zarr/        where they were asked for: <sample>, float16 [cells, width]
 
-``pandas.read_parquet("labels/")`` reads all parts: by custom, readers of Parquet data sets pass over names that
-begin with "_". A part appears whole or not at all, and carries what it was made with in its schema metadata.
+``labels/*.parquet`` is the data set to any reader of Parquet; those that take the folder itself pass, by custom, over
+names that begin with "_". A part appears whole or not at all, its embeddings before its rows, and carries what it was
+made with in its schema metadata.
 """
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from annatac_scale.annotate.confidence import ConfidenceRule
-from annatac_scale.errors import InputError, ModelError
+from annatac_scale.errors import InputError
 from annatac_scale.model.hierarchy import Hierarchy
+from annatac_scale.store.cell_arrays import cell_array_files, read_cell_array
+from annatac_scale.store.place import Location, joined, place_of
 from annatac_scale.store.schema import SHARD_CELLS
 
 FORMAT = "annatac_scale.labels"
-FORMAT_VERSION = "2.0"
+FORMAT_VERSION = "3.0"
 MANIFEST = "_manifest.json"
+EMBEDDINGS = "_embeddings.zarr"
 PART_CELLS = SHARD_CELLS
 """Cells in a part: 16 blocks of one sample."""
 
-_ASIDE = ".partial"
 _MADE_WITH = b"annatac_scale"
 _CLASSES = b"classes"
+_FOOTER_BYTES = 64 << 10
+"""From the end of a file, in which its footer mostly is."""
+_LOOKING = 16
+"""Parts that are looked at side by side."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,11 @@ class Part:
     sample: str
     unit: int
     n_cells: int
+
+    @property
+    def first(self) -> int:
+        """Its first cell, counted within the sample."""
+        return self.unit * PART_CELLS
 
     @property
     def file(self) -> str:
@@ -60,12 +73,25 @@ class SampleRecord:
 
 
 @dataclass(frozen=True)
+class Written:
+    """What is written of each cell besides the columns that are always there.
+
+    probabilities: of all classes, in a column; embeddings: what the logits stand on, in a Zarr group
+    projected: whether the store's islands were mapped onto the model's
+    """
+
+    probabilities: bool = False
+    embeddings: bool = False
+    projected: bool = False
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a labels data set is of.
 
-    model: the model's digest; store: path, for information; rule: what was asked for
+    model: the model's digest; store: its location, for information; rule: what was asked for
     split_sha256: of the split.parquet beside the model, "" where there was none
-    classes: cell types in the order of ``probabilities``; columns: of the table
+    classes: cell types in the order of ``probabilities``; columns: of the table; written: what else there is
     parents, hierarchy_threshold: the model's hierarchy, as ``Hierarchy.to_json`` has it, and the probability that a
     lineage has at least; None where it has none
     """
@@ -77,6 +103,7 @@ class Manifest:
     split_sha256: str
     classes: tuple[str, ...]
     columns: tuple[str, ...]
+    written: Written = Written()
     complete: bool = False
     parents: dict[str, list[str]] | None = None
     hierarchy_threshold: float | None = None
@@ -95,16 +122,17 @@ class Manifest:
             for unit in range(max(1, -(-sample.n_cells // PART_CELLS)))
         ]
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """All that changes what a row holds, but for the model and the cells; JSON-able."""
+        options = {**asdict(self.rule), **asdict(self.written), "split_sha256": self.split_sha256}
+        if self.hierarchy_threshold is not None:
+            options["hierarchy_threshold"] = self.hierarchy_threshold
+        return options
+
     def made_with(self, sample: str) -> dict[bytes, bytes]:
         """Schema metadata of the parts of a sample: equal if and only if they would hold the same."""
-        made_with = {
-            "model": self.model,
-            "x_sha256": self.samples[sample].x_sha256,
-            **asdict(self.rule),
-            "split_sha256": self.split_sha256,
-        }
-        if self.hierarchy_threshold is not None:
-            made_with["hierarchy_threshold"] = self.hierarchy_threshold
+        made_with = {"model": self.model, "x_sha256": self.samples[sample].x_sha256, **self.options}
         return {_MADE_WITH: json.dumps(made_with).encode(), _CLASSES: json.dumps(self.classes).encode()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,11 +141,11 @@ class Manifest:
         return {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self), "parts": parts}
 
 
-def read_manifest(path: Path | str) -> Manifest:
-    """The manifest of the labels data set in folder ``path``. Raises InputError where there is none."""
-    file = Path(path) / MANIFEST
+def read_manifest(path: Location) -> Manifest:
+    """The manifest of the labels data set at ``path``. Raises InputError where there is none."""
+    file = joined(path, MANIFEST)
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(place_of(path).read(MANIFEST))
         if values["format"] != FORMAT or values["version"] != FORMAT_VERSION:
             raise InputError(
                 f"{file}: found format {values['format']} {values['version']}, expected {FORMAT} "
@@ -126,6 +154,7 @@ def read_manifest(path: Path | str) -> Manifest:
         return Manifest(
             samples={name: SampleRecord(**record) for name, record in values["samples"].items()},
             rule=ConfidenceRule(**values["rule"]),
+            written=Written(**values["written"]),
             classes=tuple(values["classes"]),
             columns=tuple(values["columns"]),
             **{key: values[key] for key in ("model", "store", "split_sha256", "complete")},
@@ -145,152 +174,99 @@ def read_manifest(path: Path | str) -> Manifest:
 
 
 class LabelsFolder:
-    """A labels data set on disk: which parts are there, and what is in them."""
+    """A labels data set: which parts are there, and what is in them; any number of threads may use it."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
+    def __init__(self, location: Location, manifest: Manifest) -> None:
+        self.location = location
         self.manifest = manifest
+        self.place = place_of(location)
 
     @classmethod
-    def open_complete(cls, path: Path | str) -> "LabelsFolder":
+    def open(cls, location: Location) -> "LabelsFolder":
+        """Open a data set for reading, complete or not. Raises InputError where there is none."""
+        return cls(location, read_manifest(location))
+
+    @classmethod
+    def open_complete(cls, location: Location) -> "LabelsFolder":
         """Open a data set for reading. Raises InputError where there is none, or parts of it are missing."""
-        folder = cls(Path(path), read_manifest(path))
+        folder = cls.open(location)
         parts = folder.manifest.parts
-        n_missing = sum(not folder.has(part) for part in parts)
+        n_missing = len(folder.missing(parts))
         if n_missing or not folder.manifest.complete:
             raise InputError(
-                f"{path}: found {len(parts) - n_missing:,} of {len(parts):,} parts, {n_missing:,} are missing; "
+                f"{location}: found {len(parts) - n_missing:,} of {len(parts):,} parts, {n_missing:,} are missing; "
                 "expected a complete data set; run the same `annatac predict` again, it goes on where it stopped"
             )
         return folder
 
+    def missing(self, parts: Sequence[Part]) -> list[Part]:
+        """Those of some parts that are not there, whole to the footer, and made with what the manifest says."""
+        if not parts:
+            return []
+        with ThreadPoolExecutor(min(_LOOKING, len(parts)), "parts") as pool:
+            there = pool.map(self.has, parts)
+            return [part for part, is_there in zip(parts, there, strict=True) if not is_there]
+
     def has(self, part: Part) -> bool:
         """Whether the part is there, whole to the footer, and made with what the manifest says."""
-        try:
-            metadata = pq.read_metadata(self.path / part.file)
-        except (OSError, pa.ArrowException):
+        metadata = self._metadata(part)
+        if metadata is None:
             return False
         found = metadata.metadata or {}
         same = all(found.get(key) == value for key, value in self.manifest.made_with(part.sample).items())
         return same and metadata.num_rows == part.n_cells
 
+    def _metadata(self, part: Part) -> pq.FileMetaData | None:
+        for n_bytes in (_FOOTER_BYTES, None):  # where the end is too short, the whole file
+            try:
+                read = (
+                    self.place.read if n_bytes is None else partial(_read_end, self.place.read_range, n_bytes)
+                )
+                return pq.read_metadata(pa.BufferReader(read(part.file)))
+            except FileNotFoundError:
+                return None
+            except (OSError, pa.ArrowException):
+                continue
+        return None
+
     def read(self, part: Part, columns: Sequence[str]) -> pa.Table:
         """Columns of a part. Raises InputError where its bytes do not fit their checksums."""
-        file = self.path / part.file
+        file = joined(self.location, part.file)
         try:
-            return pq.read_table(file, columns=list(columns), page_checksum_verification=True)
+            data = pa.BufferReader(self.place.read(part.file))
+            return pq.read_table(data, columns=list(columns), page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
             raise InputError(
                 f"{file}: cannot be read ({error}); expected a whole Parquet file; delete it and run the same "
                 "`annatac predict` again"
             ) from error
 
-    def write(self, part: Part, table: pa.Table) -> None:
-        """Write a part: aside, then renamed."""
+    def read_embeddings(self, part: Part) -> NDArray[np.float16]:
+        """Embeddings of the cells of a part, float16 [n, width]. Raises StoreError where they cannot be read."""
+        return read_cell_array(joined(self.location, EMBEDDINGS), part.sample, part.first, part.n_cells)
+
+    def write(self, part: Part, table: pa.Table, embeddings: NDArray[np.float16] | None = None) -> None:
+        """Write a part, whole or not at all. embeddings: float16 [n, width], written first"""
+        if embeddings is not None:
+            shape = self.manifest.samples[part.sample].n_cells, embeddings.shape[1]
+            files = cell_array_files(part.sample, shape, part.unit, embeddings)
+            for name, data in files.items():
+                self.place.write(f"{EMBEDDINGS}/{name}", data)
+        self.replace(part, table)
+
+    def replace(self, part: Part, table: pa.Table) -> None:
+        """Write the rows of a part, in place of those that are there."""
         table = table.replace_schema_metadata(self.manifest.made_with(part.sample))
-        aside = self._aside(part.file)
-        with aside.open("wb") as out:
-            pq.write_table(table, out, compression="zstd", write_page_checksum=True)
-            _flush(out)
-        os.replace(aside, self.path / part.file)
+        out = pa.BufferOutputStream()
+        pq.write_table(table, out, compression="zstd", write_page_checksum=True)
+        self.place.write(part.file, memoryview(out.getvalue()), wait=True)
 
     def write_manifest(self, complete: bool) -> None:
-        """Write the manifest aside, then rename it."""
+        """Write the manifest, whole or not at all."""
         self.manifest = replace(self.manifest, complete=complete)
-        aside = self._aside(MANIFEST)
-        with aside.open("w") as out:
-            json.dump(self.manifest.to_dict(), out, indent=1)
-            _flush(out)
-        os.replace(aside, self.path / MANIFEST)
-
-    def _aside(self, file: str) -> Path:
-        return self.path / f".{file}{_ASIDE}"
+        self.place.write(MANIFEST, json.dumps(self.manifest.to_dict(), indent=1).encode(), wait=True)
 
 
-@contextmanager
-def labels_writer(path: Path | str, manifest: Manifest) -> Iterator[LabelsFolder]:
-    """The folder ``path`` to write the data set of a manifest to, locked against other writers.
-
-    A new folder gets the manifest, not yet complete. One that holds parts of the same data set is gone on with,
-    samples that are new to it are added. Raises InputError where it holds something else, labels of other samples or
-    options, or is being written to; ModelError where it holds labels of another model.
-    """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path}: found a file, expected a folder for labels; choose another --out")
-    path.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
-        folder = LabelsFolder(path, manifest)
-        if (path / MANIFEST).exists():
-            there = read_manifest(path)
-            _check_same(path, there, manifest)
-            if there.complete and len(there.samples) == len(manifest.samples):
-                folder.manifest = there
-            else:
-                folder.write_manifest(complete=False)
-        else:
-            _check_empty(path)
-            folder.write_manifest(complete=False)
-        for left in path.glob(f".*{_ASIDE}"):  # by a process that was killed
-            left.unlink()
-        yield folder
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    # A lock on the folder itself: it leaves no file behind, and a killed process holds nothing.
-    lock = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{path}: another process is writing labels here; wait for it, stop it or choose another --out"
-            ) from error
-        yield
-    finally:
-        os.close(lock)
-
-
-def _check_empty(path: Path) -> None:
-    others = sorted({file.name for file in path.iterdir()} - {f".{MANIFEST}{_ASIDE}"})
-    if others:
-        raise InputError(
-            f"{path}: found {others[0]!r}, expected a new folder or one of labels; choose another --out"
-        )
-
-
-def _check_same(path: Path, there: Manifest, now: Manifest) -> None:
-    """Raise unless the parts that are there belong to the data set that is asked for now."""
-    if there.model != now.model:
-        raise ModelError(
-            f"{path}: holds labels of model {there.model[:12]}, now asked for model {now.model[:12]}; "
-            "choose another --out or use that model"
-        )
-    options: list[tuple[str, Any, Any]] = [
-        *((name, getattr(there.rule, name), value) for name, value in asdict(now.rule).items()),
-        ("hierarchy_threshold", there.hierarchy_threshold, now.hierarchy_threshold),
-        ("split_sha256", there.split_sha256[:12] or "none", now.split_sha256[:12] or "none"),
-    ]
-    for name, before, after in options:
-        if before != after:
-            raise InputError(
-                f"{path}: holds labels made with {name} {before}, now asked for {after}; choose another --out"
-            )
-    _check_same_samples(path, there.samples, now.samples)
-
-
-def _check_same_samples(
-    path: Path, there: Mapping[str, SampleRecord], now: Mapping[str, SampleRecord]
-) -> None:
-    for name, record in there.items():
-        if name not in now or now[name].x_sha256 != record.x_sha256:
-            found = "no such sample" if name not in now else "other cells under that name"
-            raise InputError(
-                f"{path}: holds labels of sample {name!r}, but the store has {found}; choose another --out"
-            )
-
-
-def _flush(out: Any) -> None:
-    out.flush()
-    os.fsync(out.fileno())
+def _read_end(read_range: Any, n_bytes: int, name: str) -> bytes:
+    data: bytes = read_range(name, -n_bytes, n_bytes)
+    return data

@@ -1,76 +1,51 @@
-"""Prediction: the cells of a store through a fine-tuned model into a labels data set, one part at a time.
+"""Prediction: the cells of a store through a fine-tuned model into a labels data set, part by part.
 
-A part is 16 blocks of one sample. It is cut into batches by a rule that looks at its cells alone, so that a cell
-shares its batch with the same cells whichever parts were there already: a run that was interrupted and gone on with
-writes the same values as one that was not. Memory holds one part.
+In this process, on several of this machine, or on a Ray cluster; as one of many that share the work, too. Parts that
+are there are skipped: an interrupted run is gone on with, and writes the same values as one that was not. Memory holds
+a few parts a process.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 
-from annatac_scale.annotate.confidence import ConfidenceOptions, ConfidenceRule, few_for_sets
-from annatac_scale.annotate.labels import (
-    PART_CELLS,
-    LabelsFolder,
-    Manifest,
-    Part,
-    SampleRecord,
-    labels_writer,
-)
-from annatac_scale.annotate.splits import Splits
-from annatac_scale.annotate.table import LabelRule
-from annatac_scale.errors import ConfigError, InputError, ModelError
-from annatac_scale.memory import give_back_freed_memory
-from annatac_scale.model.cell_typer import CellTyper
+from annatac_scale.annotate.confidence import ConfidenceOptions, few_for_sets
+from annatac_scale.annotate.here import run_here
+from annatac_scale.annotate.labels import LabelsFolder, Part, Written
+from annatac_scale.annotate.labels_writer import Share, finish, labels_writer, reopen
+from annatac_scale.annotate.predictor import Asked, Predictor, PredictTask, device
+from annatac_scale.annotate.processes import run_in_processes
+from annatac_scale.annotate.temporary_store import temporary_store
+from annatac_scale.annotate.written_back import h5ad_source, write_into_h5ad, write_into_store
+from annatac_scale.errors import ConfigError, ModelError
 from annatac_scale.model.folder import Model, read_model
-from annatac_scale.model.hierarchy import DEFAULT_THRESHOLD
 from annatac_scale.model.labels import LOW_DEPTH, NOVEL
-from annatac_scale.model.novelty import PROFILED, Outputs
 from annatac_scale.progress import Progress, Silent
-from annatac_scale.store.export import write_obs_into_h5ad
-from annatac_scale.store.open_islands import OpenIslands
-from annatac_scale.store.place import Location, is_url, on_disk
-from annatac_scale.store.schema import SHARD_BLOCKS
-from annatac_scale.store.store import IslandStore, Sample
-from annatac_scale.stream.batch import Batch
-
-BATCH_TOKENS = 16_384
-"""Most tokens of a batch of several cells: about 200 MB at the size of the paper's encoder."""
-
-BATCH_CELLS = 256
-"""Most cells of a batch: each has some tensors of its own, however few its tokens."""
-
-OBS_PREFIX = "annatac_"
-_MAY_BE_ABSENT = ("novelty_p", "set", "set_size", "split")
-"""Columns that an h5ad goes without where no cell has a value."""
-
-ADAPT_CELLS = 100
-"""Cells that a sample must have for its median novelty score to be taken: with fewer it is too uncertain."""
+from annatac_scale.store.place import Location, is_url, location_of, on_disk
+from annatac_scale.store.store import IslandStore
 
 
 @dataclass(frozen=True)
 class PredictReport:
     """What a prediction did.
 
-    out: the data set; n_cells: its cells; n_parts: its parts; n_skipped: those that were there already
+    out: the data set; n_cells: cells of this share; n_parts: its parts; n_skipped: those that were there already
+    complete: whether all parts of the data set are there
     labels: cells of each label, most frequent first
-    dropped: for each sample the share of its open islands that the model has no token for
+    dropped: for each sample of which all is there the share of its open islands that the model has no token for
     h5ad: the file with the labels in its obs, if one was asked for
     """
 
-    out: Path
+    out: Location
     n_cells: int
     n_parts: int
     n_skipped: int
+    complete: bool
     labels: dict[str, int]
     dropped: dict[str, float]
     h5ad: Path | None = None
@@ -86,280 +61,207 @@ class PredictReport:
         return self.labels.get(LOW_DEPTH, 0)
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Who does the work.
+
+    share: of the parts, this process's and its workers'
+    n: processes; 0: this one. ray: the cluster that they are on, "auto", HOST:PORT, or "local" for one that is started
+    here; None: processes of this machine without Ray
+    gpus: one GPU a worker, on Ray
+    """
+
+    n: int = 0
+    ray: str | None = None
+    gpus: bool = False
+    share: Share = field(default_factory=Share)
+
+    def __post_init__(self) -> None:
+        if self.n < 0:
+            raise ConfigError(f"--workers {self.n}: expected 0, for this process, or more")
+        if self.gpus and self.ray is None:
+            raise ConfigError(
+                "--gpus: found no --ray; expected it to give each worker its GPU; without Ray this process uses the "
+                "GPU that it sees: leave --gpus out, and for more GPUs start one --part K/N on each"
+            )
+
+
 def predict(
     store: IslandStore | Location,
     model: Model | Location,
     out: Location,
     *,
     hierarchy_threshold: float | None = None,
+    probabilities: bool = False,
+    embeddings: bool = False,
+    workers: Workers | None = None,
     write_h5ad: Location | None = None,
+    write_obs: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> PredictReport:
     """Tell the type of every cell of a store, into the labels data set ``out`` (columns: LabelRule.schema).
 
-    store, model: may lie in object storage; out, write_h5ad: only on a disk
+    store, model, out: on a disk or in object storage; write_h5ad: on a disk
     hierarchy_threshold: probability that a node of the model's hierarchy needs to be a cell's lineage; None: 0.8
+    probabilities: also write those of all classes; embeddings: also write what the logits stand on, float16, as a Zarr
+        group in the data set
     options: as in ConfidenceOptions, as novel_threshold=0.5 or coverage=0.9
     write_h5ad: where to write the h5ad that the one sample was converted from, with the labels in its obs
+    write_obs: write the labels into the obs of the store's samples; its digest changes with them
 
     Parts that are there already are skipped: the same command goes on after an interruption. ``split`` is copied from
-    split.parquet beside the model folder. Raises ModelError where the model has no cell types, does not fit the store
-    or is another one than made the labels in ``out``; InputError where ``out`` holds something else or labels made
-    with other options, where ``out`` or ``write_h5ad`` is a URL, and where ``write_h5ad`` asks for the impossible;
-    ConfigError for options out of range, or that contradict each other, and for ``hierarchy_threshold`` where the
-    model has no hierarchy.
+    split.parquet beside the model folder. Equal bits on machines of one kind, whatever the number of workers, parts
+    and threads. Raises ModelError where the model has no cell types, does not fit the store or is another one than made
+    the labels in ``out``; InputError where ``out`` holds something else or labels made with other options, another
+    process writes the same share, where ``write_h5ad`` is a URL or asks for the impossible; ConfigError for options out
+    of range, or that contradict each other, and for ``hierarchy_threshold`` where the model has no hierarchy.
     """
-    progress = progress or Silent()
-    out = on_disk(out, "--out")
+    progress, workers, out = progress or Silent(), workers or Workers(), location_of(out)
     h5ad = None if write_h5ad is None else on_disk(write_h5ad, "--write-h5ad")
     store = store if isinstance(store, IslandStore) else IslandStore.open(store)
     if not isinstance(model, Model):
-        model = read_model(model, "cuda" if torch.cuda.is_available() else "cpu")
-    predictor = _Predictor(store, model, hierarchy_threshold, ConfidenceOptions(**options), progress)
-    source = None if h5ad is None else _h5ad_source(store, h5ad)
-    with labels_writer(out, predictor.manifest) as folder:
-        n_skipped = _write_parts(folder, predictor, progress)
-        report = _report(folder, store, n_skipped)
+        model = read_model(model, "cpu" if workers.n else device())
+    asked = Asked(ConfidenceOptions(**options), hierarchy_threshold, Written(probabilities, embeddings))
+    threads = torch.get_num_threads()
+    predictor = Predictor(store, model, asked, progress, threads)
+    if too_few := few_for_sets(model, predictor.manifest.rule):
+        progress.say(too_few)
+    source = None if h5ad is None else h5ad_source(store, h5ad)
+    if workers.share.of > 1 and (source or write_obs):
+        raise ConfigError(
+            f"--part {workers.share}: found {'--write-h5ad' if source else '--write-obs'} too; expected it when all "
+            "parts are there; run the same command once more without --part"
+        )
+    with labels_writer(out, predictor.manifest, workers.share) as folder:
+        own = workers.share.of_parts(folder.manifest.parts)
+        missing = folder.missing(own)
+        if missing:
+            reopen(folder)
+
+        def work(done: Callable[[Part], None]) -> None:
+            if not workers.n:
+                run_here(predictor, folder, missing, done)
+            else:
+                _run_elsewhere(
+                    _task(store, model, out, asked, threads, workers), workers, missing, progress, done
+                )
+
+        _with_progress(work, own, missing, progress)
+        complete = finish(folder, workers.share)
+        report = _report(folder, store, own, len(own) - len(missing), complete)
     for name, share in report.dropped.items():
         progress.say(f"{name}: {share:.1%} of the open islands are not in the model's vocabulary")
+    if write_obs:
+        write_into_store(store, folder, progress)
     if source is None or h5ad is None:
         return report
-    write_obs_into_h5ad(source, _obs_columns(folder), h5ad)
+    write_into_h5ad(source, folder, h5ad)
     return replace(report, h5ad=h5ad)
 
 
-def _write_parts(folder: LabelsFolder, predictor: "_Predictor", progress: Progress) -> int:
-    """Write the parts that are missing; returns how many were there."""
-    parts = folder.manifest.parts
-    todo = [part for part in parts if not folder.has(part)]
-    n_cells = sum(part.n_cells for part in parts)
+def predict_files(
+    inputs: Sequence[Location],
+    model: Model | Location,
+    out: Location,
+    conversion: Mapping[str, Any],
+    **options: Any,
+) -> PredictReport:
+    """The same for the cells of h5ad, 10x and fragment files, through a temporary store.
+
+    conversion: fields of ingest.convert.ConvertOptions; options: as of ``predict``
+
+    Raises as ``predict`` and ``convert``; ConfigError for what needs a store that stays.
+    """
+    workers: Workers = options.get("workers") or Workers()
+    if workers.share.of > 1 or options.get("write_obs"):
+        found = "--write-obs" if options.get("write_obs") else f"--part {workers.share}"
+        raise ConfigError(
+            f"{found}: found files to convert, expected an island store; make one with `annatac convert`"
+        )
+    if not isinstance(model, Model):
+        model = read_model(model, "cpu" if workers.n else device())
+    progress: Progress = options.get("progress") or Silent()
+    with temporary_store(inputs, model.info, out, conversion, progress) as store:
+        return predict(store, model, out, **options)
+
+
+def _with_progress(
+    work: Callable[[Callable[[Part], None]], None],
+    own: Sequence[Part],
+    missing: Sequence[Part],
+    progress: Progress,
+) -> None:
+    if not missing:
+        return
+    n_cells = sum(part.n_cells for part in own)
     with progress.task("predict", n_cells, "cells") as advance:
-        advance(n_cells - sum(part.n_cells for part in todo))
-        for part in todo:
-            folder.write(part, predictor.table(part))
-            give_back_freed_memory()
-            advance(part.n_cells)
-    if todo or not folder.manifest.complete:
-        folder.write_manifest(complete=True)
-    return len(parts) - len(todo)
+        advance.found(n_cells - sum(part.n_cells for part in missing))
+        work(lambda part: advance(part.n_cells))
 
 
-def _report(folder: LabelsFolder, store: IslandStore, n_skipped: int) -> PredictReport:
+def _task(
+    store: IslandStore, model: Model, out: Location, asked: Asked, threads: int, workers: Workers
+) -> PredictTask:
+    """What the workers are told: they open all of it themselves."""
+    if model.path is None:
+        raise ModelError(
+            "the model lies in no folder that workers could read; write it, or leave workers out"
+        )
+    return PredictTask(
+        store=_absolute(store.path),
+        model=_absolute(model.path),
+        out=_absolute(out),
+        asked=asked,
+        threads=max(1, threads // workers.n),
+    )
+
+
+def _absolute(place: Location) -> str:
+    return str(place) if is_url(place) else str(Path(place).resolve())
+
+
+def _run_elsewhere(
+    task: PredictTask,
+    workers: Workers,
+    parts: Sequence[Part],
+    progress: Progress,
+    done: Callable[[Part], None],
+) -> None:
+    if not parts:
+        return
+    if workers.ray is None:
+        run_in_processes(task, workers.n, parts, progress, done)
+        return
+    from annatac_scale.annotate.cluster import run_on_ray
+    from annatac_scale.train.cluster import Cluster
+
+    address = None if workers.ray == "local" else workers.ray
+    run_on_ray(task, Cluster.of(workers.n, workers.gpus, address), parts, progress, done)
+
+
+def _report(
+    folder: LabelsFolder, store: IslandStore, own: Sequence[Part], n_skipped: int, complete: bool
+) -> PredictReport:
     labels: Counter[str] = Counter()
     n_read: Counter[str] = Counter()
-    parts = folder.manifest.parts
-    for part in parts:
+    n_cells: Counter[str] = Counter()
+    for part in own:
         table = folder.read(part, ["label", "n_open"])
         labels.update({row["values"]: row["counts"] for row in table["label"].value_counts().to_pylist()})
         n_read[part.sample] += int(np.sum(table["n_open"].to_numpy()))
+        n_cells[part.sample] += part.n_cells
     dropped = {
         name: 1 - n_read[name] / sample.n_open if sample.n_open else 0.0
         for name, sample in store.samples.items()
+        if name in n_cells and n_cells[name] == sample.n_cells
     }
-    n_cells = sum(part.n_cells for part in parts)
-    return PredictReport(folder.path, n_cells, len(parts), n_skipped, dict(labels.most_common()), dropped)
-
-
-class _Predictor:
-    """A model set up for a store: makes the table of any part of it."""
-
-    def __init__(
-        self,
-        store: IslandStore,
-        model: Model,
-        hierarchy_threshold: float | None,
-        options: ConfidenceOptions,
-        progress: Progress,
-    ) -> None:
-        self._typer = _typer_of(model)
-        model.check_store(store)
-        info = model.info
-        rule = ConfidenceRule.of(model, options)
-        if too_few := few_for_sets(model, rule):
-            progress.say(too_few)
-        self._store = store
-        self._progress = progress
-        lineage = _lineage_threshold(model, hierarchy_threshold)
-        self._rule = LabelRule(info.labels, info.scaling, rule, model.known, info.hierarchy, lineage)
-        self._profiles = model.known.profiles if model.known and rule.novelty in PROFILED else None
-        self._attend = model.attend
-        self._lister = model.lister(store)
-        self._new_of_old = model.vocabulary.new_of_old()
-        self._splits = Splits.beside(model.path)
-        self._cells = _SampleCells("", np.empty(0, object), np.empty(0, object), 0.0)
-        self.manifest = Manifest(
-            model=model.digest,
-            store=str(store.path),
-            samples={
-                name: SampleRecord(s.n_cells, s.x_sha256, s.digest) for name, s in store.samples.items()
-            },
-            rule=rule,
-            split_sha256=self._splits.sha256,
-            classes=info.labels,
-            columns=tuple(self._rule.schema.names),
-            parents=None if info.hierarchy is None else info.hierarchy.to_json(),
-            hierarchy_threshold=None if info.hierarchy is None else lineage,
-        )
-
-    def table(self, part: Part) -> pa.Table:
-        """The rows of a part."""
-        sample = self._store.samples[part.sample]
-        blocks = range(part.unit * SHARD_BLOCKS, min((part.unit + 1) * SHARD_BLOCKS, sample.n_blocks))
-        rows = OpenIslands.concatenate([sample.read_block(block) for block in blocks])
-        first = part.unit * PART_CELLS
-        outputs = self._outputs(sample.first_cell, np.arange(first, first + part.n_cells), rows)
-        cells, own = self._cells_of(sample), slice(first, first + part.n_cells)
-        return self._rule.table(sample.name, cells.barcodes[own], outputs, cells.split[own], cells.shift)
-
-    def _cells_of(self, sample: Sample) -> "_SampleCells":
-        """Kept from part to part, as a sample's parts follow each other."""
-        if self._cells.sample != sample.name:
-            barcodes = sample.obs().index.to_numpy(object)
-            split = self._splits.of(sample, barcodes)
-            self._cells = _SampleCells(sample.name, barcodes, split, self._shift(sample, split))
-        return self._cells
-
-    def _shift(self, sample: Sample, split: NDArray[np.object_]) -> float:
-        """What the median novelty score of a sample's cells is above that of the calib cells.
-
-        Cells that the model was trained on score low and have no part in it, nor have closed ones and shallow ones. Of
-        the others it looks at as many as a part has, evenly spaced: one part's memory and time, but for the blocks that
-        are read to find them, and a function of the sample alone.
-        """
-        rule, calib = self._rule.rule, self._rule.calib
-        if not rule.novel_adapt or calib is None:
-            return 0.0
-        cells = evenly_spaced(np.flatnonzero(split != "train"), PART_CELLS)
-        outputs = self._outputs(sample.first_cell, cells, self._store.read(sample.first_cell + cells))
-        deep = outputs.n_open >= max(rule.min_open, 1)
-        scores = self._rule.novelty_scores(outputs)[deep]
-        if len(scores) < ADAPT_CELLS:
-            self._progress.say(
-                f"{sample.name}: --novel-adapt: found {len(scores):,} cells deep enough that the model was not trained "
-                f"on, expected at least {ADAPT_CELLS}; its novelty scores stay as they are"
-            )
-            return 0.0
-        return float(np.median(scores) - np.median(calib.scores[rule.novelty]))
-
-    def _outputs(self, first_cell: int, cells: NDArray[np.int64], rows: OpenIslands) -> Outputs:
-        """What the model says of some cells of a sample. first_cell: the sample's first id; rows: of those cells."""
-        rows = rows.renumber(self._new_of_old)
-        classifier, profiles = self._typer.head.classifier, self._profiles
-        fit = None if profiles is None else np.empty(len(rows), np.float32)
-        logits = np.empty((len(rows), classifier.out_features), np.float32)
-        embedding = np.empty((len(rows), classifier.in_features), np.float32)
-        for chosen in cut_batches(self._n_tokens(first_cell, rows)):
-            opened = rows.take(chosen)
-            batch = Batch.from_open(first_cell + cells[chosen], opened)
-            said = self._typer.predict_with_embedding(self._lister(batch))
-            logits[chosen], embedding[chosen] = said
-            if profiles is not None and fit is not None:
-                fit[chosen] = profiles.fit(opened)
-        return Outputs(logits, embedding, rows.n_open, fit)
-
-    def _n_tokens(self, first_cell: int, rows: OpenIslands) -> NDArray[np.int64]:
-        """Tokens that the lister will give each cell."""
-        if self._attend == "open":
-            return rows.n_open
-        sample = np.searchsorted(self._lister.first_cells, first_cell, side="right") - 1
-        return np.full(len(rows), len(self._lister.measured[sample]), np.int64)
-
-
-@dataclass(frozen=True, eq=False)
-class _SampleCells:
-    """A sample's barcodes and splits, object [n_cells], and what is taken off its novelty scores."""
-
-    sample: str
-    barcodes: NDArray[np.object_]
-    split: NDArray[np.object_]
-    shift: float
-
-
-def _typer_of(model: Model) -> CellTyper:
-    if model.typer is None:
-        raise ModelError(
-            f"{model.path or 'model'}: a pretrained model that knows no cell types yet; make one that does with "
-            "`annatac finetune`"
-        )
-    if not model.digest:
-        raise ModelError(
-            "the model was never written, so its labels could not say what made them; write it first"
-        )
-    return model.typer
-
-
-def _lineage_threshold(model: Model, asked: float | None) -> float:
-    if asked is not None and model.info.hierarchy is None:
-        raise ConfigError(
-            f"--hierarchy-threshold {asked:g}: {model.path or 'the model'} has no hierarchy; leave it out, or "
-            "fine-tune with --hierarchy"
-        )
-    return DEFAULT_THRESHOLD if asked is None else float(asked)
-
-
-def _h5ad_source(store: IslandStore, out: Path) -> Path:
-    """The h5ad file that the store's one sample was converted from, which ``out`` must not be."""
-    names = list(store.samples)
-    if len(names) != 1:
-        raise InputError(
-            f"--write-h5ad: found {len(names):,} samples in {store.path}, expected one that was converted from an h5ad "
-            "file; leave the option out and join the table by sample and barcode"
-        )
-    conversion = store.samples[names[0]].conversion
-    paths = [entry["path"] for entry in conversion.get("inputs", []) if entry["role"] == "data"]
-    if conversion.get("kind") != "h5ad" or not paths:
-        raise InputError(
-            f"--write-h5ad: found sample {names[0]!r} converted from {conversion.get('kind') or 'no file'}, expected "
-            "an h5ad file; leave the option out and join the table by barcode"
-        )
-    if is_url(paths[0]):
-        raise InputError(
-            f"--write-h5ad: found sample {names[0]!r} converted from {paths[0]}, expected an h5ad file on a disk; "
-            "leave the option out and join the table by barcode"
-        )
-    source = Path(paths[0])
-    if not source.exists():
-        raise InputError(
-            f"{source}: not there any more, expected the file that sample {names[0]!r} was converted from; put it "
-            "back or leave out --write-h5ad"
-        )
-    if out.exists() and out.samefile(source):
-        raise InputError(
-            f"--write-h5ad {out}: found the file that sample {names[0]!r} was converted from, expected another one, as "
-            "the input stays what it was; choose another path"
-        )
-    return source
-
-
-def _obs_columns(folder: LabelsFolder) -> pd.DataFrame:
-    """The table but for its probabilities, indexed by barcode, columns named for obs; "|" joins the types of a set."""
-    names = [name for name in folder.manifest.columns if name not in ("sample", "probabilities")]
-    table = pd.concat([folder.read(part, names).to_pandas() for part in folder.manifest.parts])
-    told = [name for name in table.columns if name not in _MAY_BE_ABSENT or table[name].notna().any()]
-    table = table[told]
-    if "set" in told:
-        table["set"] = ["|".join(types) for types in table["set"]]
-    return table.set_index("barcode").add_prefix(OBS_PREFIX)
-
-
-def evenly_spaced(cells: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """All of some cells, or ``most`` of them, evenly spaced; int64."""
-    n = min(most, len(cells))
-    return cells[np.arange(n) * len(cells) // max(n, 1)]
-
-
-def cut_batches(n_tokens: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Cut cells into batches: positions int64 [B], every cell once.
-
-    n_tokens: int64 [n]. Cells of like length come together, in order of their tokens; a batch has BATCH_CELLS cells
-    and BATCH_TOKENS tokens at most, or one cell.
-    """
-    order = np.argsort(n_tokens, kind="stable")
-    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(n_tokens[order])])
-    start = 0
-    while start < len(order):
-        within = int(np.searchsorted(before, before[start] + BATCH_TOKENS, side="right")) - 1
-        stop = max(start + 1, min(within, start + BATCH_CELLS))
-        yield order[start:stop]
-        start = stop
+    return PredictReport(
+        out=folder.location,
+        n_cells=n_cells.total(),
+        n_parts=len(own),
+        n_skipped=n_skipped,
+        complete=complete,
+        labels=dict(labels.most_common()),
+        dropped=dropped,
+    )

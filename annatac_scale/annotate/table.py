@@ -24,6 +24,7 @@ class LabelRule:
     classes: cell types in the order of the logits; scaling: of the logits; rule: what is asked for
     known: what the model keeps of its known cells, if it does
     hierarchy: what lies above the classes; hierarchy_threshold: the probability that a lineage needs
+    probabilities: whether those of all classes are a column
 
     Raises ConfigError for a hierarchy threshold that is not from 0 to 1.
     """
@@ -34,6 +35,7 @@ class LabelRule:
     known: KnownCells | None
     hierarchy: Hierarchy | None = None
     hierarchy_threshold: float = DEFAULT_THRESHOLD
+    probabilities: bool = False
 
     def __post_init__(self) -> None:
         check_threshold(self.hierarchy_threshold)
@@ -50,12 +52,13 @@ class LabelRule:
             conformal p-value, the share of known cells, none of low depth, that score as high, null where the model
             has no calib cells
         set, set_size: the prediction set, the likeliest first, and its types; null where the model has no calib cells
-        probabilities: of all classes, in their order
+        probabilities: of all classes, in their order; where they are asked for
         n_open: open islands of the cell that the model has a token for
         split: train, val, calib or test in the model's fine-tuning, null for a cell that was not in it
         lineage, lineage_confidence: the deepest node of the hierarchy that is likely enough, and its probability, null
         where none is; these columns are there where the model has a hierarchy
         """
+        every = {"probabilities": pa.list_(pa.float32(), len(self.classes))}
         lineage = {"lineage": pa.string(), "lineage_confidence": pa.float32()}
         return pa.schema(
             {
@@ -71,7 +74,7 @@ class LabelRule:
                 "novelty_p": pa.float32(),
                 "set": pa.list_(pa.string()),
                 "set_size": pa.int32(),
-                "probabilities": pa.list_(pa.float32(), len(self.classes)),
+                **(every if self.probabilities else {}),
                 "n_open": pa.int32(),
                 "split": pa.string(),
                 **({} if self.hierarchy is None else lineage),
@@ -121,12 +124,17 @@ class LabelRule:
             "novelty_p": pa.nulls(n) if self._limits is None else p_values(scores, self._limits),
             "set": sets,
             "set_size": sizes,
-            "probabilities": pa.FixedSizeListArray.from_arrays(chances.ravel(), len(self.classes)),
+            **self._every(chances),
             "n_open": outputs.n_open,
             "split": split,
             **self._lineage(chances),
         }
         return pa.table(columns, schema=self.schema)
+
+    def _every(self, chances: Floats) -> dict[str, Any]:
+        if not self.probabilities:
+            return {}
+        return {"probabilities": pa.FixedSizeListArray.from_arrays(chances.ravel(), len(self.classes))}
 
     def _lineage(self, chances: NDArray[np.float32]) -> dict[str, Any]:
         if self.hierarchy is None:

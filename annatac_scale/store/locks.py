@@ -1,4 +1,4 @@
-"""The locks of a store: flock(2) on a local disk, leases in object storage. Whoever is killed holds nothing.
+"""Locks of stores and folders: flock(2) on a disk, leases in object storage. Whoever is killed holds nothing.
 
 All that comes and goes in ``.incoming`` of a local store does so under the store's lock. A draft lies there under the
 name of its sample, which never begins with a dot, so that what belongs to it, ``.<name>.lock`` and ``.<name>.obs``, is
@@ -28,13 +28,58 @@ _MOST_FILES = 1 << 17
 @contextmanager
 def creation_lock(path: Path) -> Iterator[None]:
     """Be alone in creating a store at ``path``; waits for others, leaves nothing beside it."""
-    file = path.with_name(f".{path.name}.lock")
-    lock = _wait_for(file)
+    with folder_lock(path.parent, f".{path.name}.lock"):
+        yield
+
+
+@contextmanager
+def folder_lock(folder: Location, name: str) -> Iterator[None]:
+    """Hold the lock that the file ``name`` of a folder is; waits for other holders, leaves nothing."""
+    lock: FileLock | Lease
+    if is_url(folder):
+        from annatac_scale.store.leases import wait_for_lease
+        from annatac_scale.store.objects import Prefix
+
+        lock = wait_for_lease(Prefix(str(folder)), name)
+    else:
+        file = Path(folder) / name
+        lock = FileLock(file, _wait_for(file))
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)
-        os.close(lock)
+        lock.release()
+
+
+def try_folder_lock(folder: Location, name: str) -> "FileLock | Lease | None":
+    """The same, to be given back by ``release``; None where another holds it."""
+    if is_url(folder):
+        from annatac_scale.store.leases import try_lease
+        from annatac_scale.store.objects import Prefix
+
+        return try_lease(Prefix(str(folder)), name)
+    file = Path(folder) / name
+    while True:
+        handle = _open_lock(file)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        if _is_there(file, handle):
+            return FileLock(file, handle)
+        os.close(handle)  # its holder gave it back meanwhile
+
+
+class FileLock:
+    """A lock that is a file, which goes with it."""
+
+    def __init__(self, file: Path, handle: int) -> None:
+        self._file, self._handle = file, handle
+
+    def release(self) -> None:
+        """Give it back."""
+        self._file.unlink(missing_ok=True)
+        os.close(self._handle)
 
 
 @contextmanager
@@ -61,10 +106,16 @@ def _wait_for(file: Path) -> int:
     while True:
         lock = _open_lock(file)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), file.stat()):
-                return lock
+        if _is_there(file, lock):
+            return lock
         os.close(lock)  # its holder removed the file, or the store gave way to another one, while we waited
+
+
+def _is_there(file: Path, lock: int) -> bool:
+    """Whether an open file is the one of that name."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(lock), file.stat())
+    return False
 
 
 def _open_lock(file: Path) -> int:

@@ -71,7 +71,8 @@ def atlas(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_lineages_are_those_of_the_probabilities_beside_them(
     atlas: Path, tmp_path: Path, threshold: float
 ) -> None:
-    predict(atlas / "atlas.zarr", atlas / "run/model", tmp_path / "labels", hierarchy_threshold=threshold)
+    options = {"hierarchy_threshold": threshold, "probabilities": True}
+    predict(atlas / "atlas.zarr", atlas / "run/model", tmp_path / "labels", **options)
     table = pd.read_parquet(tmp_path / "labels")
     found = []
     for row in table.itertuples():

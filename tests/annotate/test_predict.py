@@ -27,9 +27,10 @@ from small_atlas import (
     write_split,
 )
 
-from annatac_scale.annotate import predict as predict_module
+from annatac_scale.annotate import batches as batches_module
+from annatac_scale.annotate.batches import BATCH_CELLS, BATCH_TOKENS, cut_batches
 from annatac_scale.annotate.labels import MANIFEST
-from annatac_scale.annotate.predict import BATCH_CELLS, BATCH_TOKENS, cut_batches, predict
+from annatac_scale.annotate.predict import predict
 from annatac_scale.errors import ConfigError, InputError, ModelError
 from annatac_scale.genome.assembly import Assembly
 from annatac_scale.genome.islands import IslandSpace
@@ -45,7 +46,7 @@ from annatac_scale.train.splits import write_split as write_split_of_finetune
 
 COLUMNS = [
     *("sample", "barcode", "best", "label", "confidence", "second", "second_confidence"),
-    *("novel", "novelty_score", "novelty_p", "set", "set_size", "probabilities", "n_open", "split"),
+    *("novel", "novelty_score", "novelty_p", "set", "set_size", "n_open", "split"),
 ]
 
 
@@ -87,7 +88,7 @@ def test_every_cell_gets_what_the_model_says_of_it_alone(
 
 
 def test_the_columns_agree_with_the_probabilities(tmp_path: Path, store: IslandStore, model: Path) -> None:
-    report = predict(store, read_model(model), tmp_path / "labels", novel_threshold=0.7)
+    report = predict(store, read_model(model), tmp_path / "labels", novel_threshold=0.7, probabilities=True)
     table = table_of(tmp_path / "labels")
     chances = np.stack(table["probabilities"])
     assert chances.dtype == np.float32
@@ -189,7 +190,7 @@ def test_no_batch_crosses_a_part_and_its_tokens_are_counted_before(
         return listed
 
     monkeypatch.setattr(TokenLister, "__call__", spy)
-    monkeypatch.setattr(predict_module, "BATCH_TOKENS", 100)
+    monkeypatch.setattr(batches_module, "BATCH_TOKENS", 100)
     predict(store, tmp_path / "model", tmp_path / "labels")
     borders = np.cumsum([0, *SIZES.values()])
     for cells, n_tokens in seen:

@@ -26,8 +26,10 @@ from small_atlas import (
     write_split,
 )
 
+from annatac_scale.annotate.batches import evenly_spaced
 from annatac_scale.annotate.labels import MANIFEST
-from annatac_scale.annotate.predict import ADAPT_CELLS, evenly_spaced, predict
+from annatac_scale.annotate.predict import predict
+from annatac_scale.annotate.predictor import ADAPT_CELLS
 from annatac_scale.errors import ConfigError, InputError
 from annatac_scale.model.folder import read_model, write_model
 from annatac_scale.model.labels import LOW_DEPTH, NOVEL
@@ -140,7 +142,11 @@ def test_novel_cells_are_those_whose_score_few_calib_cells_reach(
 def test_the_set_holds_the_types_likely_enough_the_likeliest_first(
     tmp_path: Path, store: IslandStore, careful: Path, coverage: float, per_class: bool
 ) -> None:
-    options: dict[str, Any] = {"coverage": coverage, "coverage_per_class": per_class}
+    options: dict[str, Any] = {
+        "coverage": coverage,
+        "coverage_per_class": per_class,
+        "probabilities": True,
+    }
     predict(store, careful, tmp_path / "labels", **options)
     table = rows_of(tmp_path / "labels")
 
@@ -202,6 +208,7 @@ def test_calib_cells_of_low_depth_set_no_limit(
 ) -> None:
     least, rate, coverage = 12, 0.3, 0.6
     options: dict[str, Any] = {"coverage": coverage, "coverage_per_class": per_class, "min_open": least}
+    options["probabilities"] = True
     predict(store, careful, tmp_path / "labels", novelty=name, novel_rate=rate, **options)
     table = rows_of(tmp_path / "labels")
     deep = [cell for cell in range(80) if KNOWN.n_open[cell] >= least]
@@ -359,7 +366,7 @@ def test_vector_scaling_makes_the_probabilities_and_may_change_the_best_type(
         tmp_path / "vector", replace(model, info=replace(model.info, scales=scales, biases=biases)), "card"
     )
     predict(store, tmp_path / "plain", tmp_path / "a")
-    predict(store, tmp_path / "vector", tmp_path / "b")
+    predict(store, tmp_path / "vector", tmp_path / "b", probabilities=True)
     assert (rows_of(tmp_path / "a")["best"] != rows_of(tmp_path / "b")["best"]).any()
     _, logits = embeddings_and_logits(tmp_path / "plain", samples["many"])
     for row, scores in zip(rows_of(tmp_path / "b").itertuples(), logits, strict=True):

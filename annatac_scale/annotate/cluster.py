@@ -1,0 +1,146 @@
+"""Parts of a prediction on a Ray cluster: plain actors, each with its own copy of the model, and a queue here.
+
+An actor that is lost is started again by Ray, wherever there is place, and its parts are done again; they are written
+whole or not at all, so that each cell comes once. Store, model and labels must be where all machines reach them.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+import torch
+
+from annatac_scale.annotate.labels import Part
+from annatac_scale.annotate.predictor import IN_FLIGHT, PredictTask
+from annatac_scale.errors import AnnatacError
+from annatac_scale.progress import Progress
+from annatac_scale.progress_lines import LineProgress
+from annatac_scale.train.cluster import Cluster
+
+MOST_DEATHS = 5
+"""Actors that may be lost in a row without a part that was done in between."""
+
+WAIT_SAID_S = 60.0
+"""Seconds without an actor after which the user is told that the cluster has no place."""
+
+_LOOK_EVERY_S = 1.0
+
+
+class _PartActor:
+    """One copy of the model. Its calls come on IN_FLIGHT threads."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        self._said: list[str] = []
+        torch.set_num_threads(1)  # as in one_thread_an_operation, for the life of this process
+        self._predictor, self._folder = PredictTask.from_dict(task).open(LineProgress(self._said.append))
+
+    def run(self, part: list[Any]) -> list[str]:
+        """Do a part; returns what there is to say."""
+        self._predictor.run(Part(*part), self._folder)
+        said, self._said[:] = list(self._said), []
+        return said
+
+
+def run_on_ray(
+    task: PredictTask,
+    cluster: Cluster,
+    parts: Sequence[Part],
+    progress: Progress,
+    done: Callable[[Part], None],
+) -> None:
+    """Do all parts on the actors of a cluster, as many as there are places for. done: is told each that is written
+
+    Raises what an actor met, and AnnatacError where actors are lost again and again.
+    """
+    with cluster.connected():
+        _Crew(task, cluster, parts, progress, done).run()
+
+
+class _Crew:
+    """The actors, the parts that each has at work, and those that are left."""
+
+    def __init__(
+        self,
+        task: PredictTask,
+        cluster: Cluster,
+        parts: Sequence[Part],
+        progress: Progress,
+        done: Callable[[Part], None],
+    ) -> None:
+        self._left, self._progress, self._done = deque(parts), progress, done
+        self._cluster = cluster
+        actor: Any = ray.remote(_PartActor)
+        resources = {"num_cpus": cluster.cpus, "num_gpus": 1 if cluster.gpus else 0}
+        actor = actor.options(**resources, max_concurrency=IN_FLIGHT, max_restarts=-1)
+        self._actors = [actor.remote(task.to_dict()) for _ in range(min(cluster.most, len(parts)))]
+        # An actor that waits for its place gets no parts: others would have done them long before.
+        self._starting = {one.__ray_ready__.remote(): one for one in self._actors}
+        self._at_work: dict[Any, tuple[Any, Part]] = {}
+        self._deaths = 0
+
+    def run(self) -> None:
+        """Do all parts."""
+        began, said = time.monotonic(), False
+        try:
+            while self._left or self._at_work:
+                ready, _ = ray.wait([*self._at_work, *self._starting], timeout=_LOOK_EVERY_S)
+                for one in ready:
+                    self._take(one)
+                nobody = len(self._starting) == len(self._actors)
+                if nobody and not said and time.monotonic() - began > WAIT_SAID_S:
+                    said = True
+                    has = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
+                    self._progress.say(
+                        f"no worker has begun yet: asked for {self._cluster.said}, the cluster has {has}"
+                    )
+        finally:
+            for actor in self._actors:
+                ray.kill(actor)
+
+    def _take(self, answer: Any) -> None:
+        """Take an answer: of an actor that is ready, or of a part."""
+        actor, part = self._at_work.pop(answer, (self._starting.pop(answer, None), None))
+        try:
+            said = ray.get(answer)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            raise (cause if isinstance(cause, AnnatacError) else error) from None
+        except ray.exceptions.RayActorError as error:
+            self._lost(actor, part, error)
+            return
+        if part is not None:
+            self._deaths = 0
+            for line in said:
+                self._progress.say(line)
+            self._done(part)
+        self._give(actor)
+
+    def _lost(self, actor: Any, part: Part | None, error: Exception) -> None:
+        """Note that an actor was lost, and wait for Ray to start it again."""
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, AnnatacError):
+            raise cause
+        if part is not None:
+            self._left.appendleft(part)
+        if any(one is actor for one in self._starting.values()):
+            return
+        self._deaths += 1
+        reason = str(error).strip().splitlines()[0]
+        if self._deaths >= MOST_DEATHS:
+            raise AnnatacError(
+                f"{self._deaths} workers were lost in a row ({reason}); expected them to live, as they do where there "
+                "is memory for each; ask for fewer --workers and run the same command again"
+            )
+        self._progress.say(f"a worker was lost ({reason}); its parts are done again")
+        self._starting[actor.__ray_ready__.remote()] = actor
+
+    def _give(self, actor: Any) -> None:
+        """Give an actor parts of those that are left, so many that it always has the next one."""
+        n_own = sum(of is actor for of, _ in self._at_work.values())
+        while self._left and n_own < IN_FLIGHT:
+            part = self._left.popleft()
+            call = actor.run.remote([part.sample, part.unit, part.n_cells])
+            self._at_work[call] = actor, part
+            n_own += 1

@@ -1,0 +1,175 @@
+"""Writing a labels data set, by one process or by many at once: begun, gone on with, ended.
+
+Locks keep two processes from the same work, and the manifest from being changed by two at once. That nothing is spoiled
+does not rest on them: parts are written whole or not at all, and whoever makes a part makes the same one.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from annatac_scale.annotate.labels import MANIFEST, LabelsFolder, Manifest, Part, SampleRecord, read_manifest
+from annatac_scale.errors import ConfigError, InputError, ModelError
+from annatac_scale.store.locks import folder_lock, try_folder_lock
+from annatac_scale.store.place import PARTIAL, Location, is_url, place_of
+
+_MANIFEST_LOCK = ".manifest.lock"
+
+
+@dataclass(frozen=True)
+class Share:
+    """The parts of one of several processes over one data set: share ``number``, from 1 on, ``of`` so many."""
+
+    number: int = 1
+    of: int = 1
+
+    @classmethod
+    def parsed(cls, text: str) -> "Share":
+        """From "3/64". Raises ConfigError for anything else."""
+        number, slash, of = text.partition("/")
+        if slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of):
+            return cls(int(number), int(of))
+        raise ConfigError(f"--part {text}: expected K/N, as 3/64, K from 1 to N")
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+    def of_parts(self, parts: Sequence[Part]) -> list[Part]:
+        """The parts of this share: those that follow each other, as one sample's labels need its obs only once."""
+        cut = [len(parts) * number // self.of for number in (self.number - 1, self.number)]
+        return list(parts[cut[0] : cut[1]])
+
+    @property
+    def lock(self) -> str:
+        """The name of its lock."""
+        return f".part-{self.number}-of-{self.of}.lock"
+
+
+@contextmanager
+def labels_writer(location: Location, manifest: Manifest, share: Share) -> Iterator[LabelsFolder]:
+    """The data set of a manifest at ``location``, to write a share of it.
+
+    A new one gets the manifest, not yet complete. One that holds parts of the same data set is gone on with, samples
+    that are new to it are added. Raises InputError where there is something else, labels of other samples or options,
+    or another process writes the same share; ModelError where there are labels of another model.
+    """
+    if not is_url(location):
+        _make_folder(Path(location))
+    lock = try_folder_lock(location, share.lock)
+    if lock is None:
+        raise InputError(
+            f"{location}: another process is writing {'labels' if share.of == 1 else f'part {share}'} here; wait for "
+            "it, stop it or choose another --out; --part K/N shares the work among processes"
+        )
+    try:
+        with folder_lock(location, _MANIFEST_LOCK):
+            folder = _begun(location, manifest)
+            _remove_left(location, share)
+        yield folder
+    finally:
+        lock.release()
+
+
+def _make_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: found a file, expected a folder for labels; choose another --out")
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _begun(location: Location, manifest: Manifest) -> LabelsFolder:
+    folder = LabelsFolder(location, manifest)
+    if folder.place.size(MANIFEST) is None:
+        _check_empty(location)
+        folder.write_manifest(complete=False)
+        return folder
+    there = read_manifest(location)
+    _check_same(location, there, manifest)
+    if len(there.samples) == len(manifest.samples):
+        folder.manifest = there
+    else:
+        folder.write_manifest(complete=False)
+    return folder
+
+
+def finish(folder: LabelsFolder, share: Share) -> bool:
+    """Note that the data set is complete, where all of its parts are there; returns whether it is.
+
+    share: that this process has written
+    """
+    with folder_lock(folder.location, _MANIFEST_LOCK):
+        there = read_manifest(folder.location)
+        if there.complete or len(there.samples) != len(
+            folder.manifest.samples
+        ):  # samples were added meanwhile
+            return there.complete
+        names = set(place_of(folder.location).names())
+        parts = folder.manifest.parts
+        if not names.issuperset(part.file for part in parts) or folder.missing(parts):
+            return False
+        folder.write_manifest(complete=True)
+        _remove_left(folder.location, share)
+        return True
+
+
+def reopen(folder: LabelsFolder) -> None:
+    """Note that parts are missing again, as a disk lost them: for the time in which they are made anew."""
+    if folder.manifest.complete:
+        with folder_lock(folder.location, _MANIFEST_LOCK):
+            folder.write_manifest(complete=False)
+
+
+def _remove_left(location: Location, share: Share) -> None:
+    """Remove what processes that were killed left, unless others are writing; the caller holds the manifest's lock."""
+    if is_url(location):  # where nothing lies aside
+        return
+    for file in Path(location).glob(".part-*-of-*.lock"):
+        if file.name != share.lock:
+            lock = try_folder_lock(location, file.name)
+            if lock is None:
+                return
+            lock.release()
+    for left in Path(location).rglob(f".*{PARTIAL}"):
+        left.unlink(missing_ok=True)
+
+
+def _check_empty(location: Location) -> None:
+    others = sorted(name for name in place_of(location).names() if not name.startswith("."))
+    if others:
+        raise InputError(
+            f"{location}: found {others[0]!r}, expected a new folder or one of labels; choose another --out"
+        )
+
+
+def _check_same(location: Location, there: Manifest, now: Manifest) -> None:
+    """Raise unless the parts that are there belong to the data set that is asked for now."""
+    if there.model != now.model:
+        raise ModelError(
+            f"{location}: holds labels of model {there.model[:12]}, now asked for model {now.model[:12]}; "
+            "choose another --out or use that model"
+        )
+    before, after = there.options, now.options
+    for name in dict.fromkeys([*before, *after]):
+        if before.get(name) != after.get(name):
+            raise InputError(
+                f"{location}: holds labels made with {name} {_said(before.get(name))}, now asked for "
+                f"{_said(after.get(name))}; choose another --out"
+            )
+    _check_same_samples(location, there.samples, now.samples)
+
+
+def _said(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text or "none"
+
+
+def _check_same_samples(
+    location: Location, there: Mapping[str, SampleRecord], now: Mapping[str, SampleRecord]
+) -> None:
+    for name, record in there.items():
+        if name not in now or now[name].x_sha256 != record.x_sha256:
+            found = "no such sample" if name not in now else "other cells under that name"
+            raise InputError(
+                f"{location}: holds labels of sample {name!r}, but the store has {found}; choose another --out"
+            )

@@ -1,0 +1,277 @@
+"""One part of a store's cells through a fine-tuned model: read, computed, written.
+
+A part is 16 blocks of one sample. It is cut into batches by a rule that looks at its cells alone, and each operation
+runs on one thread, several batches side by side: what is written of a cell depends on the cells of its part alone, not
+on how many processes and threads there are, nor on what was there already.
+"""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from annatac_scale.annotate.batches import cut_batches, evenly_spaced
+from annatac_scale.annotate.confidence import ConfidenceOptions, ConfidenceRule
+from annatac_scale.annotate.labels import PART_CELLS, LabelsFolder, Manifest, Part, SampleRecord, Written
+from annatac_scale.annotate.splits import Splits
+from annatac_scale.annotate.table import LabelRule
+from annatac_scale.errors import AnnatacError, ConfigError, ModelError
+from annatac_scale.memory import give_back_freed_memory
+from annatac_scale.model.cell_typer import CellTyper
+from annatac_scale.model.folder import Model, read_model
+from annatac_scale.model.hierarchy import DEFAULT_THRESHOLD
+from annatac_scale.model.novelty import PROFILED, Outputs
+from annatac_scale.progress import Progress
+from annatac_scale.store.open_islands import OpenIslands
+from annatac_scale.store.schema import SHARD_BLOCKS
+from annatac_scale.store.store import IslandStore, Sample
+from annatac_scale.stream.batch import Batch
+
+ADAPT_CELLS = 100
+"""Cells that a sample must have for its median novelty score to be taken: with fewer it is too uncertain."""
+
+IN_FLIGHT = 3
+"""Parts that one process has at work: one is read, one computed, one written."""
+
+_SAMPLES_KEPT = IN_FLIGHT + 1
+
+
+class StoppedError(AnnatacError):
+    """A part was left in the middle, as ``Predictor.stop`` asked."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a prediction is asked for, beside store, model and place.
+
+    confidence: rates, thresholds, coverage; hierarchy_threshold: probability that a lineage needs; None: 0.8
+    written: what to write of each cell besides the columns that are always there
+    """
+
+    confidence: ConfidenceOptions = field(default_factory=ConfidenceOptions)
+    hierarchy_threshold: float | None = None
+    written: Written = field(default_factory=Written)
+
+
+@dataclass(frozen=True)
+class PredictTask:
+    """All that another process needs to do parts of a prediction; JSON-able by ``to_dict``.
+
+    threads: batches that run side by side
+    """
+
+    store: str
+    model: str
+    out: str
+    asked: Asked
+    threads: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "PredictTask":
+        """From what ``to_dict`` gave."""
+        asked = values["asked"]
+        confidence, written = ConfidenceOptions(**asked["confidence"]), Written(**asked["written"])
+        return cls(**{**values, "asked": Asked(confidence, asked["hierarchy_threshold"], written)})
+
+    def open(self, progress: Progress) -> tuple["Predictor", LabelsFolder]:
+        """The predictor, and the data set that it writes parts of."""
+        predictor = Predictor(
+            IslandStore.open(self.store), read_model(self.model, device()), self.asked, progress, self.threads
+        )
+        return predictor, LabelsFolder(self.out, predictor.manifest)
+
+
+def device() -> str:
+    """The device that this process predicts on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def one_thread_an_operation() -> Iterator[None]:
+    """Let torch use one thread for each operation, whichever thread asks for it: bits do not depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Predictor:
+    """A model set up for a store: does any part of it. Some parts may be at work at the same time, a thread each.
+
+    threads: batches that run side by side, on a CPU
+
+    Raises ModelError where the model has no cell types or does not fit the store; ConfigError for what it cannot do.
+    """
+
+    def __init__(
+        self, store: IslandStore, model: Model, asked: Asked, progress: Progress, threads: int = 1
+    ) -> None:
+        self._typer = _typer_of(model)
+        model.check_store(store)
+        info = model.info
+        rule = ConfidenceRule.of(model, asked.confidence)
+        lineage = _lineage_threshold(model, asked.hierarchy_threshold)
+        self._store = store
+        self._progress = progress
+        self._written = asked.written
+        self._rule = LabelRule(
+            info.labels, info.scaling, rule, model.known, info.hierarchy, lineage, asked.written.probabilities
+        )
+        self._profiles = model.known.profiles if model.known and rule.novelty in PROFILED else None
+        self._attend = model.attend
+        self._lister = model.lister(store)
+        self._new_of_old = model.vocabulary.new_of_old()
+        self._splits = Splits.beside(model.path)
+        self._cells: dict[str, _SampleCells] = {}
+        self._cells_lock, self._at_work = threading.Lock(), threading.Lock()
+        on_cpu = next(self._typer.parameters()).device.type == "cpu"
+        self._threads = ThreadPoolExecutor(max(1, threads) if on_cpu else 1, "batches")
+        self._stopped = threading.Event()
+        self.manifest = Manifest(
+            model=model.digest,
+            store=str(store.path),
+            samples={
+                name: SampleRecord(s.n_cells, s.x_sha256, s.digest) for name, s in store.samples.items()
+            },
+            rule=rule,
+            split_sha256=self._splits.sha256,
+            classes=info.labels,
+            columns=tuple(self._rule.schema.names),
+            written=asked.written,
+            parents=None if info.hierarchy is None else info.hierarchy.to_json(),
+            hierarchy_threshold=None if info.hierarchy is None else lineage,
+        )
+
+    def stop(self) -> None:
+        """Leave all parts that are at work after the batches that are: ``run`` raises StoppedError."""
+        self._stopped.set()
+
+    def run(self, part: Part, folder: LabelsFolder) -> None:
+        """Read, compute and write a part. Only one is computed at a time, so that others are read and written then."""
+        sample = self._store.samples[part.sample]
+        blocks = range(part.unit * SHARD_BLOCKS, min((part.unit + 1) * SHARD_BLOCKS, sample.n_blocks))
+        rows = OpenIslands.concatenate([sample.read_block(block) for block in blocks])
+        rows = rows.renumber(self._new_of_old)
+        cells = self._cells_of(sample)
+        with self._at_work:
+            outputs = self._outputs(
+                sample.first_cell + np.arange(part.first, part.first + part.n_cells), rows
+            )
+        folder.write(part, self._table(part, cells, outputs), self._embeddings(outputs))
+        give_back_freed_memory()
+
+    def _table(self, part: Part, cells: "_SampleCells", outputs: Outputs) -> pa.Table:
+        own = slice(part.first, part.first + part.n_cells)
+        return self._rule.table(part.sample, cells.barcodes[own], outputs, cells.split[own], cells.shift)
+
+    def _embeddings(self, outputs: Outputs) -> NDArray[np.float16] | None:
+        if not self._written.embeddings:
+            return None
+        most = np.finfo(np.float16).max
+        return np.clip(outputs.embedding, -most, most).astype(np.float16)
+
+    def _cells_of(self, sample: Sample) -> "_SampleCells":
+        """Kept from part to part, as a sample's parts follow each other."""
+        with self._cells_lock:
+            if sample.name not in self._cells:
+                barcodes = sample.obs().index.to_numpy(object)
+                split = self._splits.of(sample, barcodes)
+                self._cells[sample.name] = _SampleCells(barcodes, split, self._shift(sample, split))
+                if len(self._cells) > _SAMPLES_KEPT:
+                    del self._cells[next(iter(self._cells))]
+            return self._cells[sample.name]
+
+    def _shift(self, sample: Sample, split: NDArray[np.object_]) -> float:
+        """What the median novelty score of a sample's cells is above that of the calib cells.
+
+        Cells that the model was trained on score low and have no part in it, nor have closed ones and shallow ones. Of
+        the others it looks at as many as a part has, evenly spaced: one part's memory and time, but for the blocks that
+        are read to find them, and a function of the sample alone.
+        """
+        rule, calib = self._rule.rule, self._rule.calib
+        if not rule.novel_adapt or calib is None:
+            return 0.0
+        cells = sample.first_cell + evenly_spaced(np.flatnonzero(split != "train"), PART_CELLS)
+        rows = self._store.read(cells).renumber(self._new_of_old)
+        with self._at_work:
+            outputs = self._outputs(cells, rows)
+        deep = outputs.n_open >= max(rule.min_open, 1)
+        scores = self._rule.novelty_scores(outputs)[deep]
+        if len(scores) < ADAPT_CELLS:
+            self._progress.say(
+                f"{sample.name}: --novel-adapt: found {len(scores):,} cells deep enough that the model was not trained "
+                f"on, expected at least {ADAPT_CELLS}; its novelty scores stay as they are"
+            )
+            return 0.0
+        return float(np.median(scores) - np.median(calib.scores[rule.novelty]))
+
+    def _outputs(self, cells: NDArray[np.int64], rows: OpenIslands) -> Outputs:
+        """What the model says of some cells of one sample. cells: ids; rows: theirs, as the vocabulary numbers them."""
+        classifier, profiles = self._typer.head.classifier, self._profiles
+        fit = None if profiles is None else np.empty(len(rows), np.float32)
+        logits = np.empty((len(rows), classifier.out_features), np.float32)
+        embedding = np.empty((len(rows), classifier.in_features), np.float32)
+
+        def compute(chosen: NDArray[np.int64]) -> None:
+            if self._stopped.is_set():
+                raise StoppedError("stopped")
+            opened = rows.take(chosen)
+            batch = self._lister(Batch.from_open(cells[chosen], opened))
+            logits[chosen], embedding[chosen] = self._typer.predict_with_embedding(batch)
+            if profiles is not None and fit is not None:
+                fit[chosen] = profiles.fit(opened)
+
+        for _ in self._threads.map(compute, cut_batches(self._n_tokens(cells, rows))):
+            pass
+        return Outputs(logits, embedding, rows.n_open, fit)
+
+    def _n_tokens(self, cells: NDArray[np.int64], rows: OpenIslands) -> NDArray[np.int64]:
+        """Tokens that the lister will give each cell."""
+        if self._attend == "open" or not len(cells):
+            return rows.n_open
+        sample = np.searchsorted(self._lister.first_cells, cells[0], side="right") - 1
+        return np.full(len(rows), len(self._lister.measured[sample]), np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class _SampleCells:
+    """A sample's barcodes and splits, object [n_cells], and what is taken off its novelty scores."""
+
+    barcodes: NDArray[np.object_]
+    split: NDArray[np.object_]
+    shift: float
+
+
+def _typer_of(model: Model) -> CellTyper:
+    if model.typer is None:
+        raise ModelError(
+            f"{model.path or 'model'}: a pretrained model that knows no cell types yet; make one that does with "
+            "`annatac finetune`"
+        )
+    if not model.digest:
+        raise ModelError(
+            "the model was never written, so its labels could not say what made them; write it first"
+        )
+    return model.typer
+
+
+def _lineage_threshold(model: Model, asked: float | None) -> float:
+    if asked is not None and model.info.hierarchy is None:
+        raise ConfigError(
+            f"--hierarchy-threshold {asked:g}: {model.path or 'the model'} has no hierarchy; leave it out, or "
+            "fine-tune with --hierarchy"
+        )
+    return DEFAULT_THRESHOLD if asked is None else float(asked)

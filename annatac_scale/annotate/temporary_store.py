@@ -1,0 +1,75 @@
+"""Cells that are in no store yet: converted for a prediction into one that goes when all of them have labels."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from annatac_scale.errors import InputError, StoreError
+from annatac_scale.model.folder import ModelInfo
+from annatac_scale.progress import Progress
+from annatac_scale.store.place import Location, is_url, place_of
+from annatac_scale.store.store import IslandStore
+
+_STORE = ".cells.zarr"
+"""Its name in the data set's folder: readers of Parquet pass over names that begin with a dot."""
+
+
+def store_given(inputs: Sequence[Location]) -> Location | None:
+    """The island store that the inputs of a prediction are, None where they are files to convert."""
+    if len(inputs) == 1 and place_of(inputs[0]).size("zarr.json") is not None:
+        return inputs[0]
+    return None
+
+
+@contextmanager
+def temporary_store(
+    inputs: Sequence[Location], info: ModelInfo, out: Location, options: Mapping[str, Any], progress: Progress
+) -> Iterator[IslandStore]:
+    """A store of h5ad, 10x and fragment files, with the islands and counting of a model.
+
+    out: the data set. On a disk the store lies in it, for a prediction that is stopped to go on with, and goes when the
+    context ends without an error; for one in object storage it lies among the temporary files, and always goes.
+    options: fields of ingest.convert.ConvertOptions; assembly and counting are the model's
+
+    Raises InputError for whatever is wrong with the inputs.
+    """
+    from annatac_scale.ingest.convert import convert
+
+    for name in ("counting", "assembly"):
+        if name in options:
+            raise InputError(f"{name}: found {options[name]!r}; expected none, as it is the model's")
+    select = options.get("select") or _selection(info)
+    chosen = {**options, "select": select, "counting": info.counting}
+    with _place(out) as path:
+        try:
+            convert(list(inputs), assembly=info.assembly, out=path, progress=progress, **chosen)
+        except StoreError:  # what an earlier run left is of other inputs or options
+            if not path.exists():
+                raise
+            shutil.rmtree(path)
+            convert(list(inputs), assembly=info.assembly, out=path, progress=progress, **chosen)
+        yield IslandStore.open(path)
+
+
+@contextmanager
+def _place(out: Location) -> Iterator[Path]:
+    if is_url(out):
+        with tempfile.TemporaryDirectory(prefix="annatac-") as folder:
+            yield Path(folder) / _STORE
+        return
+    path = Path(out) / _STORE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _selection(info: ModelInfo) -> str:
+    if info.selection in ("tss", "all"):
+        return info.selection
+    raise InputError(
+        f"the model's islands are the windows of a BED file; expected it, as --select FILE; or give an island store of "
+        f"{info.assembly} that was converted with it"
+    )
