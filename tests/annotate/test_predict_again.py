@@ -25,6 +25,19 @@ from annatac_scale.store.store import IslandStore
 from annatac_scale.store.writer import replace_obs
 
 
+class Hanging(Advance):
+    """Hangs for good at the given number of steps."""
+
+    def __init__(self, steps: int, reached: multiprocessing.synchronize.Event) -> None:
+        self.left, self.reached = steps, reached
+
+    def __call__(self, n: int, lines: int = 0, sample: str = "") -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.reached.set()
+            signal.pause()
+
+
 class Interrupted(Silent):
     """Stops the process for good after the given number of steps of a task."""
 
@@ -33,15 +46,7 @@ class Interrupted(Silent):
 
     @contextmanager
     def task(self, name: str, total: int | None, unit: str) -> Iterator[Advance]:
-        left = [self.steps]
-
-        def advance(n: int) -> None:
-            left[0] -= 1
-            if left[0] == 0:
-                self.reached.set()
-                signal.pause()
-
-        yield advance
+        yield Hanging(self.steps, self.reached)
 
 
 def predict_and_hang(
