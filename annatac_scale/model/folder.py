@@ -44,9 +44,11 @@ from annatac_scale.model.known_cells import KNOWN_FILE, decoded, encoded
 from annatac_scale.model.linformer import EncoderConfig, Linformer
 from annatac_scale.model.novelty import KnownCells, checked_score
 from annatac_scale.model.pool import IslandPool
+from annatac_scale.model.store_fit import check_fit, check_projectable, fits
 from annatac_scale.store.files import move
 from annatac_scale.store.place import Location, joined, location_of, place_of
 from annatac_scale.store.store import IslandStore
+from annatac_scale.stream.projection import Projection
 from annatac_scale.stream.tokens import TokenLister
 from annatac_scale.stream.vocabulary import Vocabulary
 
@@ -151,29 +153,31 @@ class Model:
             return "open"
         return self.info.encoder.attend
 
-    def lister(self, store: IslandStore) -> TokenLister:
-        """Lists the tokens that ``encoder`` takes, for batches of a store. Raises ModelError for other islands."""
-        return TokenLister(store, self.vocabulary, self.attend)
+    def lister(self, store: IslandStore, projection: Projection | None = None) -> TokenLister:
+        """Lists the tokens that ``encoder`` takes, for batches of a store.
+
+        projection: that of the store, where it may have other islands. Raises ModelError for these where it is None.
+        """
+        measured = None if projection is None else projection.measured
+        return TokenLister(store, self.vocabulary, self.attend, measured)
 
     def check_store(self, store: IslandStore) -> None:
-        """Raise ModelError, listing what differs, unless the store has the islands and counting of the model."""
-        expected = {
-            "assembly": self.info.assembly,
-            "width_bp": self.info.width_bp,
-            "selection": self.info.selection,
-            "counting": self.info.counting,
-            "islands_sha256": self.info.space_sha256,
-        }
-        differing = [
-            f"{key} {store.attributes[key]} (model: {value})"
-            for key, value in expected.items()
-            if store.attributes[key] != value
-        ]
-        if store.islands_sha256 != self.info.space_sha256 or store.counting != self.info.counting:
-            raise ModelError(
-                f"{store.path} does not fit the model: {'; '.join(differing)}; "
-                "convert the cells with the model's assembly, selection and counting"
-            )
+        """Raise ModelError, with a table of what differs, unless a store has the model's islands and counting."""
+        check_fit(self.info, store)
+
+    def projection(self, store: IslandStore, project: bool = False) -> Projection:
+        """How rows of a store get the numbers of the vocabulary.
+
+        project: whether the store may have other islands, of the same assembly
+
+        Raises ModelError, with a table of what differs, for a store that does not fit, and where islands that may be
+        others have no place in common with the model's.
+        """
+        if not fits(self.info, store):
+            if not project:
+                check_fit(self.info, store, offer_projection=True)
+            check_projectable(self.info, store)
+        return Projection.of(store, self.vocabulary, self.islands if project else None)
 
 
 def vocabulary_islands(space: IslandSpace, vocabulary: Vocabulary) -> pd.DataFrame:

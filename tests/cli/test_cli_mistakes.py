@@ -88,7 +88,8 @@ MISTAKES = {
     ),
     "fine-tuning on other islands": (
         "finetune {other} --model {model} --labels cell_type --out {new}",
-        "other.zarr does not fit the model", "counting fragment (model: insertion)", "convert the cells with",
+        "other.zarr does not fit the model", "counting: store fragment, model insertion (differs);",
+        "convert the cells anew, with `annatac convert",
     ),
     "labels that are no column": (f"{FINETUNE} --labels celltype", "no obs column 'celltype'", "cell_type, donor"),
     "holdout that is no share": (f"{FINETUNE} --holdout abc", "--holdout abc: expected a share", "or column=value"),
@@ -109,7 +110,7 @@ MISTAKES = {
     ),
     "prediction of other islands": (
         "predict {other} --model {typer} --out {new}",
-        "other.zarr does not fit the model", "counting fragment (model: insertion)",
+        "other.zarr does not fit the model", "counting: store fragment, model insertion (differs);",
     ),
     "prediction into something else": (f"{PREDICT} --out {{full}}", "full: found 'notes.txt'", "another --out"),
     "prediction into other labels": (
