@@ -344,6 +344,7 @@ def predict(
     hierarchy_threshold: float | None = None,
     probabilities: bool = False,
     embeddings: bool = False,
+    project: bool = False,
     part: str | None = None,
     workers: int = 0,
     ray: str | None = None,
@@ -359,6 +360,7 @@ def predict(
     inputs: an island store, or files, which go through a temporary one; model, out: on a disk or in object storage
     hierarchy_threshold: probability that a lineage needs, for a model with a hierarchy; None: 0.8
     probabilities: also write those of all classes; embeddings: also write those, as a Zarr group in ``out``
+    project: map a store of other islands of the same assembly onto the model's
     part: "K/N", to do the K-th of N shares of the work, as one of N processes that know nothing of each other
     workers: 0: this process alone; N: as many processes of this machine, or with ``ray`` of a cluster
     ray: "auto" or HOST:PORT of a cluster, "local" to start Ray here; gpus: one GPU a worker, on Ray
@@ -379,6 +381,7 @@ def predict(
         "hierarchy_threshold": hierarchy_threshold,
         "probabilities": probabilities,
         "embeddings": embeddings,
+        "project": project,
         "workers": Workers(workers or int(ray is not None), ray, gpus, share),
         "write_h5ad": write_h5ad,
         "write_obs": write_obs,

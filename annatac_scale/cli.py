@@ -393,6 +393,11 @@ def finetune(store: "Location", **options: Any) -> None:
     is_flag=True,
     help="Also write embeddings: OUT/_embeddings.zarr, float16, an array a sample.",
 )
+@click.option(
+    "--project",
+    is_flag=True,
+    help="Map a store of other islands of the same assembly onto the model's, by overlap.",
+)
 @_text("--part", help="K/N: do share K of N, as one of N jobs over the same OUT.")
 @click.option(
     "--workers", default=0, metavar="N", type=click.IntRange(min=0),

@@ -37,7 +37,8 @@ class PredictReport:
     out: the data set; n_cells: cells of this share; n_parts: its parts; n_skipped: those that were there already
     complete: whether all parts of the data set are there
     labels: cells of each label, most frequent first
-    dropped: for each sample of which all is there the share of its open islands that the model has no token for
+    dropped: for each sample of which all is there the share of its open islands that the model has no token for; none
+        where islands were projected
     h5ad: the file with the labels in its obs, if one was asked for
     """
 
@@ -94,6 +95,7 @@ def predict(
     hierarchy_threshold: float | None = None,
     probabilities: bool = False,
     embeddings: bool = False,
+    project: bool = False,
     workers: Workers | None = None,
     write_h5ad: Location | None = None,
     write_obs: bool = False,
@@ -106,6 +108,7 @@ def predict(
     hierarchy_threshold: probability that a node of the model's hierarchy needs to be a cell's lineage; None: 0.8
     probabilities: also write those of all classes; embeddings: also write what the logits stand on, float16, as a Zarr
         group in the data set
+    project: map a store of other islands of the same assembly onto the model's (stream/projection.py says how)
     options: as in ConfidenceOptions, as novel_threshold=0.5 or coverage=0.9
     write_h5ad: where to write the h5ad that the one sample was converted from, with the labels in its obs
     write_obs: write the labels into the obs of the store's samples; its digest changes with them
@@ -122,11 +125,16 @@ def predict(
     store = store if isinstance(store, IslandStore) else IslandStore.open(store)
     if not isinstance(model, Model):
         model = read_model(model, "cpu" if workers.n else device())
-    asked = Asked(ConfidenceOptions(**options), hierarchy_threshold, Written(probabilities, embeddings))
+    asked = Asked(
+        ConfidenceOptions(**options), hierarchy_threshold, Written(probabilities, embeddings), project
+    )
     threads = torch.get_num_threads()
     predictor = Predictor(store, model, asked, progress, threads)
     if too_few := few_for_sets(model, predictor.manifest.rule):
         progress.say(too_few)
+    for coverage in predictor.projection.coverage:
+        if (warning := coverage.warning()) is not None:
+            progress.say(warning)
     source = None if h5ad is None else h5ad_source(store, h5ad)
     if workers.share.of > 1 and (source or write_obs):
         raise ConfigError(
@@ -150,6 +158,11 @@ def predict(
         _with_progress(work, own, missing, progress)
         complete = finish(folder, workers.share)
         report = _report(folder, store, own, len(own) - len(missing), complete)
+    if predictor.projection.projected:
+        # Open islands that were merged count once: the share of them that is left says nothing.
+        report = replace(report, dropped={})
+        for coverage in predictor.projection.coverage:
+            progress.say(coverage.text())
     for name, share in report.dropped.items():
         progress.say(f"{name}: {share:.1%} of the open islands are not in the model's vocabulary")
     if write_obs:

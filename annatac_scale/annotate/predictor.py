@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -53,11 +53,13 @@ class Asked:
 
     confidence: rates, thresholds, coverage; hierarchy_threshold: probability that a lineage needs; None: 0.8
     written: what to write of each cell besides the columns that are always there
+    project: whether the store's islands may be others than the model's, of the same assembly
     """
 
     confidence: ConfidenceOptions = field(default_factory=ConfidenceOptions)
     hierarchy_threshold: float | None = None
     written: Written = field(default_factory=Written)
+    project: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class PredictTask:
         """From what ``to_dict`` gave."""
         asked = values["asked"]
         confidence, written = ConfidenceOptions(**asked["confidence"]), Written(**asked["written"])
-        return cls(**{**values, "asked": Asked(confidence, asked["hierarchy_threshold"], written)})
+        found = Asked(confidence, asked["hierarchy_threshold"], written, asked["project"])
+        return cls(**{**values, "asked": found})
 
     def open(self, progress: Progress) -> tuple["Predictor", LabelsFolder]:
         """The predictor, and the data set that it writes parts of."""
@@ -120,20 +123,21 @@ class Predictor:
         self, store: IslandStore, model: Model, asked: Asked, progress: Progress, threads: int = 1
     ) -> None:
         self._typer = _typer_of(model)
-        model.check_store(store)
+        self.projection = model.projection(store, asked.project)
         info = model.info
         rule = ConfidenceRule.of(model, asked.confidence)
         lineage = _lineage_threshold(model, asked.hierarchy_threshold)
         self._store = store
         self._progress = progress
-        self._written = asked.written
+        written = replace(asked.written, projected=self.projection.projected)
+        self._written = written
         self._rule = LabelRule(
             info.labels, info.scaling, rule, model.known, info.hierarchy, lineage, asked.written.probabilities
         )
         self._profiles = model.known.profiles if model.known and rule.novelty in PROFILED else None
         self._attend = model.attend
-        self._lister = model.lister(store)
-        self._new_of_old = model.vocabulary.new_of_old()
+        self._lister = model.lister(store, self.projection)
+        self._n_listed = dict(zip(store.samples, map(len, self.projection.measured), strict=True))
         self._splits = Splits.beside(model.path)
         self._cells: dict[str, _SampleCells] = {}
         self._cells_lock, self._at_work = threading.Lock(), threading.Lock()
@@ -150,7 +154,7 @@ class Predictor:
             split_sha256=self._splits.sha256,
             classes=info.labels,
             columns=tuple(self._rule.schema.names),
-            written=asked.written,
+            written=written,
             parents=None if info.hierarchy is None else info.hierarchy.to_json(),
             hierarchy_threshold=None if info.hierarchy is None else lineage,
         )
@@ -164,12 +168,10 @@ class Predictor:
         sample = self._store.samples[part.sample]
         blocks = range(part.unit * SHARD_BLOCKS, min((part.unit + 1) * SHARD_BLOCKS, sample.n_blocks))
         rows = OpenIslands.concatenate([sample.read_block(block) for block in blocks])
-        rows = rows.renumber(self._new_of_old)
+        rows = self.projection.rows(rows, sample)
         cells = self._cells_of(sample)
         with self._at_work:
-            outputs = self._outputs(
-                sample.first_cell + np.arange(part.first, part.first + part.n_cells), rows
-            )
+            outputs = self._outputs(sample, np.arange(part.first, part.first + part.n_cells), rows)
         folder.write(part, self._table(part, cells, outputs), self._embeddings(outputs))
         give_back_freed_memory()
 
@@ -204,10 +206,10 @@ class Predictor:
         rule, calib = self._rule.rule, self._rule.calib
         if not rule.novel_adapt or calib is None:
             return 0.0
-        cells = sample.first_cell + evenly_spaced(np.flatnonzero(split != "train"), PART_CELLS)
-        rows = self._store.read(cells).renumber(self._new_of_old)
+        cells = evenly_spaced(np.flatnonzero(split != "train"), PART_CELLS)
+        rows = self.projection.rows(self._store.read(sample.first_cell + cells), sample)
         with self._at_work:
-            outputs = self._outputs(cells, rows)
+            outputs = self._outputs(sample, cells, rows)
         deep = outputs.n_open >= max(rule.min_open, 1)
         scores = self._rule.novelty_scores(outputs)[deep]
         if len(scores) < ADAPT_CELLS:
@@ -218,8 +220,8 @@ class Predictor:
             return 0.0
         return float(np.median(scores) - np.median(calib.scores[rule.novelty]))
 
-    def _outputs(self, cells: NDArray[np.int64], rows: OpenIslands) -> Outputs:
-        """What the model says of some cells of one sample. cells: ids; rows: theirs, as the vocabulary numbers them."""
+    def _outputs(self, sample: Sample, cells: NDArray[np.int64], rows: OpenIslands) -> Outputs:
+        """What the model says of some cells of a sample. rows: theirs, as the vocabulary numbers islands"""
         classifier, profiles = self._typer.head.classifier, self._profiles
         fit = None if profiles is None else np.empty(len(rows), np.float32)
         logits = np.empty((len(rows), classifier.out_features), np.float32)
@@ -229,21 +231,18 @@ class Predictor:
             if self._stopped.is_set():
                 raise StoppedError("stopped")
             opened = rows.take(chosen)
-            batch = self._lister(Batch.from_open(cells[chosen], opened))
+            batch = self._lister(Batch.from_open(sample.first_cell + cells[chosen], opened))
             logits[chosen], embedding[chosen] = self._typer.predict_with_embedding(batch)
             if profiles is not None and fit is not None:
                 fit[chosen] = profiles.fit(opened)
 
-        for _ in self._threads.map(compute, cut_batches(self._n_tokens(cells, rows))):
+        # Tokens that the lister will give each cell.
+        n_tokens = rows.n_open
+        if self._attend == "all":
+            n_tokens = np.full(len(rows), self._n_listed[sample.name], np.int64)
+        for _ in self._threads.map(compute, cut_batches(n_tokens)):
             pass
         return Outputs(logits, embedding, rows.n_open, fit)
-
-    def _n_tokens(self, cells: NDArray[np.int64], rows: OpenIslands) -> NDArray[np.int64]:
-        """Tokens that the lister will give each cell."""
-        if self._attend == "open" or not len(cells):
-            return rows.n_open
-        sample = np.searchsorted(self._lister.first_cells, cells[0], side="right") - 1
-        return np.full(len(rows), len(self._lister.measured[sample]), np.int64)
 
 
 @dataclass(frozen=True, eq=False)

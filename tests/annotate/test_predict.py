@@ -223,7 +223,7 @@ def test_models_without_types_or_digest_and_other_stores_are_refused(
     with pytest.raises(ModelError, match="never written"):
         predict(store, unwritten, tmp_path / "labels")
     other = small_store(tmp_path / "other.zarr", {"one": samples["one"]}, counting="fragment")
-    with pytest.raises(ModelError, match=r"counting fragment \(model: insertion\)"):
+    with pytest.raises(ModelError, match=r"counting:\s+store fragment,\s+model insertion\s+\(differs\)"):
         predict(other, tmp_path / "model", tmp_path / "labels")
     assert not (tmp_path / "labels").exists()
 
