@@ -1,7 +1,8 @@
 """Parts of a prediction on a Ray cluster: plain actors, each with its own copy of the model, and a queue here.
 
-An actor that is lost is started again by Ray, wherever there is place, and its parts are done again; they are written
-whole or not at all, so that each cell comes once. Store, model and labels must be where all machines reach them.
+For an actor that is lost another one is started, wherever there is place, and its parts are done again; they are
+written whole or not at all, so that each cell comes once. Store, model and labels must be where every machine reaches
+them.
 """
 
 import time
@@ -73,12 +74,20 @@ class _Crew:
         self._cluster = cluster
         actor: Any = ray.remote(_PartActor)
         resources = {"num_cpus": cluster.cpus, "num_gpus": 1 if cluster.gpus else 0}
-        actor = actor.options(**resources, max_concurrency=IN_FLIGHT, max_restarts=-1)
-        self._actors = [actor.remote(task.to_dict()) for _ in range(min(cluster.most, len(parts)))]
-        # An actor that waits for its place gets no parts: others would have done them long before.
-        self._starting = {one.__ray_ready__.remote(): one for one in self._actors}
+        self._actor = actor.options(**resources, max_concurrency=IN_FLIGHT)
+        self._task = task.to_dict()
+        self._actors: list[Any] = []
+        self._starting: dict[Any, Any] = {}
         self._at_work: dict[Any, tuple[Any, Part]] = {}
         self._deaths = 0
+        for _ in range(min(cluster.most, len(parts))):
+            self._start()
+
+    def _start(self) -> None:
+        """Start an actor. While it waits for its place it gets no parts: others would have done them long before."""
+        actor = self._actor.remote(self._task)
+        self._actors.append(actor)
+        self._starting[actor.__ray_ready__.remote()] = actor
 
     def run(self) -> None:
         """Do all parts."""
@@ -118,14 +127,16 @@ class _Crew:
         self._give(actor)
 
     def _lost(self, actor: Any, part: Part | None, error: Exception) -> None:
-        """Note that an actor was lost, and wait for Ray to start it again."""
+        """Note that an actor was lost, and start another one."""
         cause = getattr(error, "cause", None)
         if isinstance(cause, AnnatacError):
             raise cause
         if part is not None:
             self._left.appendleft(part)
-        if any(one is actor for one in self._starting.values()):
+        others = [one for one in self._actors if one is not actor]
+        if len(others) == len(self._actors):  # another part of it said so already
             return
+        self._actors = others
         self._deaths += 1
         reason = str(error).strip().splitlines()[0]
         if self._deaths >= MOST_DEATHS:
@@ -134,7 +145,7 @@ class _Crew:
                 "is memory for each; ask for fewer --workers and run the same command again"
             )
         self._progress.say(f"a worker was lost ({reason}); its parts are done again")
-        self._starting[actor.__ray_ready__.remote()] = actor
+        self._start()
 
     def _give(self, actor: Any) -> None:
         """Give an actor parts of those that are left, so many that it always has the next one."""

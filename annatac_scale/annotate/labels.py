@@ -249,7 +249,7 @@ class LabelsFolder:
         """Write a part, whole or not at all. embeddings: float16 [n, width], written first"""
         if embeddings is not None:
             shape = self.manifest.samples[part.sample].n_cells, embeddings.shape[1]
-            files = cell_array_files(part.sample, shape, part.unit, embeddings)
+            files = cell_array_files(part.sample, shape, PART_CELLS, part.unit, embeddings)
             for name, data in files.items():
                 self.place.write(f"{EMBEDDINGS}/{name}", data)
         self.replace(part, table)
@@ -259,7 +259,7 @@ class LabelsFolder:
         table = table.replace_schema_metadata(self.manifest.made_with(part.sample))
         out = pa.BufferOutputStream()
         pq.write_table(table, out, compression="zstd", write_page_checksum=True)
-        self.place.write(part.file, memoryview(out.getvalue()), wait=True)
+        self.place.write(part.file, out.getvalue().to_pybytes(), wait=True)
 
     def write_manifest(self, complete: bool) -> None:
         """Write the manifest, whole or not at all."""

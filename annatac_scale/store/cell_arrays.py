@@ -18,35 +18,37 @@ from annatac_scale.store.place import Location, joined, open_group
 from annatac_scale.store.schema import ZSTD_LEVEL
 
 
-def cell_array_files(sample: str, shape: tuple[int, int], unit: int, rows: NDArray[Any]) -> Files:
+def cell_array_files(
+    sample: str, shape: tuple[int, int], part_cells: int, unit: int, rows: NDArray[Any]
+) -> Files:
     """The files of part ``unit`` of a sample's array, by name within the group; the first part has the metadata too.
 
-    shape: of the array, cells x columns; rows: float16 or float32 [n, columns], of all parts but the last as many
+    shape: of the array, cells x columns; part_cells: cells of every part but the last
+    rows: float16 or float32 [n, columns]
     """
+    chunk_cells = max(1, min(part_cells, shape[0]))
     files: Files = {}
     if unit == 0:
-        files = {"zarr.json": group_file({}), f"{sample}/zarr.json": _metadata(shape, rows)}
+        files = {
+            "zarr.json": group_file({}),
+            f"{sample}/zarr.json": _metadata(shape, chunk_cells, rows.dtype.name),
+        }
     if len(rows):
-        chunk = np.zeros((_chunk_cells(shape[0], rows, unit), shape[1]), rows.dtype)
+        chunk = np.zeros((chunk_cells, shape[1]), rows.dtype)  # chunks at the end of an array are whole, too
         chunk[: len(rows)] = rows
         files[f"{sample}/c.{unit}.0"] = Zstd(level=ZSTD_LEVEL).encode(chunk)
     return files
 
 
-def _chunk_cells(n_cells: int, rows: NDArray[Any], unit: int) -> int:
-    # The last of several parts is shorter than a chunk; which is then as long as those before it.
-    return len(rows) if unit == 0 else (n_cells - len(rows)) // unit
-
-
-def _metadata(shape: tuple[int, int], rows: NDArray[Any]) -> bytes:
+def _metadata(shape: tuple[int, int], chunk_cells: int, dtype: str) -> bytes:
     metadata = {
         "zarr_format": 3,
         "node_type": "array",
         "shape": list(shape),
-        "data_type": rows.dtype.name,
+        "data_type": dtype,
         "chunk_grid": {
             "name": "regular",
-            "configuration": {"chunk_shape": [max(len(rows), 1), max(shape[1], 1)]},
+            "configuration": {"chunk_shape": [chunk_cells, max(shape[1], 1)]},
         },
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": 0.0,
