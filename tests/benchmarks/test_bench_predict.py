@@ -1,0 +1,68 @@
+"""The benchmark of prediction runs, measures what it says, and ends with one line of JSON."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+bench: Any = importlib.import_module("bench_predict")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_benchmark_of_prediction_runs_quickly_and_ends_with_json(tmp_path: Path) -> None:
+    asked = ["speed", "published", "workers", "kills"]
+    command = [sys.executable, str(BENCHMARKS / "bench_predict.py"), "--quick", "--data", str(tmp_path)]
+    done = subprocess.run([*command, "--cases", ",".join(asked)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["failed"] == []
+    cases = report["cases"]
+    assert list(cases) == asked
+    for name, run in (
+        ("speed", "predict"),
+        ("speed", "bare"),
+        ("published", "predict"),
+        ("published", "loop"),
+    ):
+        assert cases[name]["runs"][run]["cells_per_s"]["median"] > 0
+    assert cases["workers"]["same"]
+    assert cases["kills"]["equal"]
+    assert cases["kills"]["runs"]["kills"]["kills"] == 2
+    assert report["bars"]["over_bare_model"]["bar"] == ">= 0.9"
+
+
+def test_unknown_cases_are_named_and_the_command_explains_itself() -> None:
+    for given, code, said in (
+        (["--cases", "speed,x"], 2, "found x; expected some of memory"),
+        (["--help"], 0, "usage:"),
+    ):
+        done = subprocess.run(
+            [sys.executable, str(BENCHMARKS / "bench_predict.py"), *given],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == code
+        assert said in done.stdout + done.stderr
+
+
+def test_bars_compare_as_they_say() -> None:
+    cases = {"a": {"bars": {"rss_mb_many": 1600.0, "over_published_loop": 20.0, "rss_mb_few": None}}}
+    assert bench.bars(cases) == {
+        "rss_mb_many": {"found": 1600.0, "bar": "<= 1500", "met": False},
+        "over_published_loop": {"found": 20.0, "bar": ">= 20", "met": True},
+    }
+
+
+def test_files_differ_where_a_byte_does(tmp_path: Path) -> None:
+    (tmp_path / "a-0.parquet").write_bytes(b"x")
+    before = bench.files_digest(tmp_path)
+    (tmp_path / "_manifest.json").write_text("{}")
+    assert bench.files_digest(tmp_path) == before
+    (tmp_path / "a-0.parquet").write_bytes(b"y")
+    assert bench.files_digest(tmp_path) != before
