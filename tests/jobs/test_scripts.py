@@ -46,6 +46,7 @@ OF_SLURM = {
     "SLURM_JOB_NUM_NODES": "3",
     "SLURM_CPUS_PER_TASK": "8",
     "SLURM_ARRAY_TASK_ID": "2",
+    "SLURM_ARRAY_TASK_MAX": "16",
 }
 
 
@@ -56,10 +57,9 @@ def words_of(script: Path, folder: Path, *arguments: str, **environment: str) ->
         (folder / "bin" / name).write_text(STAND_IN)
         (folder / "bin" / name).chmod(0o755)
     (folder / "bin" / "activate").touch()
-    (folder / "stores.txt").write_text("one.zarr\ns3://bucket/two.zarr\n")
     given = {
         "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        "WORDS": str(folder / "words"), "VENV": str(folder), "STORES": str(folder / "stores.txt"),
+        "WORDS": str(folder / "words"), "VENV": str(folder),
     }  # fmt: skip
     done = subprocess.run(
         ["bash", str(script), *arguments],
@@ -183,7 +183,9 @@ def test_a_job_whose_ray_does_not_start_ends(tmp_path: Path) -> None:
     assert not any(words[0] == "annatac" for words in called)
 
 
-def test_prediction_on_slurm_takes_its_line_of_the_list(tmp_path: Path) -> None:
-    (run,) = words_of(JOBS / "slurm" / "predict.sbatch", tmp_path, OUT="labels")
+def test_prediction_on_slurm_takes_its_share(tmp_path: Path) -> None:
+    asked = {"STORE": "s3://bucket/two.zarr", "OUT": "s3://bucket/labels"}
+    (run,) = words_of(JOBS / "slurm" / "predict.sbatch", tmp_path, **asked)
     assert run[2] == "s3://bucket/two.zarr"
-    assert run[run.index("--out") + 1] == "labels/two"
+    assert run[run.index("--out") + 1] == "s3://bucket/labels"
+    assert run[run.index("--part") + 1] == "2/16"

@@ -13,6 +13,7 @@ from slurm_daemons import Slurm, missing_programs, running_slurm
 from waiting import wait_until
 
 from annatac_scale import api
+from annatac_scale.annotate.labels import LabelsFolder
 
 JOBS = Path(__file__).parents[2] / "jobs" / "slurm"
 N_CELLS = 801
@@ -169,15 +170,16 @@ def test_a_run_that_leaves_in_order_is_queued_again_unless_its_job_was_cancelled
     site.slurm.call("scancel", job)
 
 
-def test_an_array_labels_one_store_a_task(site: Site, atlas: Path, undisturbed: Path) -> None:
+def test_the_tasks_of_an_array_share_the_labels_of_a_store(
+    site: Site, atlas: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     tuned = site.shared / "tuned"
     api.finetune(atlas, model=undisturbed, labels="cell_type", out=tuned, epochs=1)
-    shutil.copytree(atlas, site.shared / "second.zarr")
-    stores = site.shared / "stores.txt"
-    stores.write_text(f"{atlas}\n{site.shared / 'second.zarr'}\n")
     labels = site.shared / "labels"
-    given = {"STORES": str(stores), "MODEL": str(tuned / "model"), "OUT": str(labels)}
+    given = {"STORE": str(atlas), "MODEL": str(tuned / "model"), "OUT": str(labels)}
     site.finish(site.submit("predict.sbatch", "--array=1-2", *ON_CPUS, **given))
-    first, second = (pd.read_parquet(labels / name) for name in ("atlas", "second"))
-    assert len(first) == N_CELLS
-    pd.testing.assert_frame_equal(first, second)
+    found = pd.read_parquet(labels)
+    assert len(found) == N_CELLS
+    assert LabelsFolder.open_complete(labels).manifest.complete
+    api.predict(atlas, model=tuned / "model", out=tmp_path / "alone")
+    pd.testing.assert_frame_equal(found, pd.read_parquet(tmp_path / "alone"))
