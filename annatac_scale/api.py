@@ -3,7 +3,7 @@
 Heavy libraries are imported inside the functions: asking for help must not wait for torch, ray or dask.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -351,7 +351,14 @@ def predict(
     gpus: bool = False,
     write_h5ad: AnyPath | None = None,
     write_obs: bool = False,
-    conversion: Mapping[str, Any] | None = None,
+    peaks: AnyPath | None = None,
+    barcodes: AnyPath | None = None,
+    min_fragments: int | None = None,
+    layer: str | None = None,
+    use_raw: bool = False,
+    obs: AnyPath | None = None,
+    select: AnyPath | None = None,
+    chrom_sizes: AnyPath | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> "PredictReport":
@@ -366,7 +373,8 @@ def predict(
     ray: "auto" or HOST:PORT of a cluster, "local" to start Ray here; gpus: one GPU a worker, on Ray
     write_h5ad: also write the h5ad that was converted, with the labels in its obs, on a disk
     write_obs: also write the labels into the obs of the store's samples
-    conversion: of files, fields of ``ingest.convert.ConvertOptions``, as peaks="peaks.bed"
+    peaks, barcodes, min_fragments, layer, use_raw, obs: of files, as of ``convert``
+    select: of files, the BED file that the model's islands were made of; chrom_sizes: of an assembly not built in
     options: as in ``annotate.confidence.ConfidenceOptions``, as novel_threshold=0.5, novel_rate=0.05 or coverage=0.9
     """
     from annatac_scale.annotate.labels_writer import Share
@@ -388,13 +396,25 @@ def predict(
         "progress": progress,
         **options,
     }
+    of_files = {
+        "peaks": peaks,
+        "barcodes": barcodes,
+        "min_fragments": min_fragments,
+        "layer": layer,
+        "use_raw": use_raw or None,
+        "obs": obs,
+        "select": None if select is None else str(select),
+        "chrom_sizes": chrom_sizes,
+    }
+    conversion = {name: value for name, value in of_files.items() if value is not None}
     store = store_given([location_of(one) for one in given])
     if store is None:
-        return predict_files(given, model, out, conversion or {}, **asked)
+        return predict_files(given, model, out, conversion, **asked)
     if conversion:
+        options_said = ", ".join(f"--{name.replace('_', '-')}" for name in conversion)
         raise ConfigError(
-            f"{store}: an island store, and options of a conversion ({', '.join(conversion)}) were given too; expected "
-            "them with h5ad, 10x or fragment files alone; leave them out"
+            f"{store}: an island store, and {options_said} of a conversion were given too; expected them with h5ad, "
+            "10x or fragment files alone; leave them out"
         )
     return run(store, model, out, **asked)
 

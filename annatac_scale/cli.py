@@ -6,13 +6,25 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from annatac_scale import api
+from annatac_scale.cli_options import (
+    LABEL_MAP_HELP,
+    LOCATION,
+    conversion_options,
+    file,
+    folder,
+    islands_options,
+    json_option,
+    place,
+    store_argument,
+    text,
+    training_options,
+)
 from annatac_scale.errors import AnnatacError, RunInterruptedError
 from annatac_scale.terminal import TerminalProgress
 
@@ -90,90 +102,9 @@ def main() -> None:
     """Annotate the cell types of scATAC-seq atlases: convert, pretrain, fine-tune, predict, evaluate."""
 
 
-class _LocationType(click.ParamType):
-    """A Path, but for a URL, which stays text: a Path would make one slash of its two."""
-
-    name = "location"
-
-    def convert(
-        self, value: "Location", param: click.Parameter | None, ctx: click.Context | None
-    ) -> "Location":
-        """As store.place.location_of."""
-        from annatac_scale.store.place import location_of
-
-        return location_of(value)
-
-
-_LOCATION = _LocationType()
-_file = partial(click.option, type=_LOCATION, metavar="FILE")
-_folder = partial(click.option, type=_LOCATION, metavar="FOLDER")
-_place = partial(click.option, type=_LOCATION, metavar="FOLDER|URL")
-_text = partial(click.option, metavar="FILE")
-_LABEL_MAP_HELP = "Table of from and to that renames, merges and (empty to) drops labels first."
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-def _store(command: Any) -> Any:
-    return click.argument("store", type=_LOCATION)(command)
-
-
-def _together(*options: Any) -> Any:
-    """One decorator of several options, which help lists in the given order."""
-
-    def decorate(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-def _islands_options(assembly_needed: bool) -> Any:
-    return _together(
-        click.option(
-            "--assembly", metavar="NAME", required=assembly_needed,
-            help="hg38, hg19, mm10, mm9, or any name with --chrom-sizes"
-            + ("." if assembly_needed else "; needed with INPUTS."),
-        ),
-        click.option(
-            "--select", default="tss", metavar="tss|all|FILE",
-            help="Islands: bins with a TSS, all bins, or the windows of a BED file.",
-        ),
-        _file("--chrom-sizes", help="Chromosome sizes, for an assembly that is not built in."),
-        _file("--tss", help="TSS table (chrom, tss0, strand, gene, type) or BED6."),
-        _file("--gtf", help="GTF file with the genes of the assembly, in place of --tss."),
-    )  # fmt: skip
-
-
-_training_options = _together(
-    click.option("--epochs", metavar="N", type=click.IntRange(min=1), help="Epochs, in place of the preset's."),
-    _file("--config", help="TOML file of settings over the preset's."),
-    click.option(
-        "--set", "settings", multiple=True, metavar="KEY=VALUE",
-        help="One setting over preset and file, as train.learning_rate=1e-3; repeatable.",
-    ),
-)  # fmt: skip
-
-
-_CONVERSION = ("peaks", "barcodes", "min_fragments", "layer", "use_raw", "obs", "select", "chrom_sizes")
-_conversion_options = _together(
-    _text("--peaks", help="Of files: BED file of peaks, for fragments."),
-    _text("--barcodes", help="Of files: list of the cells to label, one barcode a line."),
-    click.option(
-        "--min-fragments", metavar="N", type=click.IntRange(min=0),
-        help="Of files: fragments that make a barcode a cell; default: 1000.",
-    ),
-    click.option("--layer", metavar="NAME", help="Of files: layer of an h5ad that holds the counts."),
-    click.option("--use-raw", is_flag=True, help="Of files: the counts are in raw/X of the h5ad."),
-    _text("--obs", help="Of files: table of columns for obs."),
-    _file("--select", help="Of files: BED file that the model's islands were made of, where they were."),
-    _file("--chrom-sizes", help="Of files: chromosome sizes, where the model's assembly is not built in."),
-)  # fmt: skip
-
-
 @main.command()
-@_islands_options(assembly_needed=True)
-@_file("--out", help="Write the islands here (tsv.gz).")
+@islands_options(assembly_needed=True)
+@file("--out", help="Write the islands here (tsv.gz).")
 def islands(out: "Location | None", **options: Any) -> None:
     """Show the islands of an assembly, or write them."""
     space = api.islands(out=out, progress=TerminalProgress(), **options)
@@ -186,20 +117,20 @@ def islands(out: "Location | None", **options: Any) -> None:
 
 @main.command()
 @click.argument("inputs", nargs=-1)
-@_islands_options(assembly_needed=False)
+@islands_options(assembly_needed=False)
 @click.option(
     "--out", required=True, metavar="FOLDER|URL",
     help="The island store, on disk or as s3://...; one that is there gets the samples added.",
 )  # fmt: skip
-@_text("--sheet", help="Table of inputs: sample, path, peaks, barcodes, obs; others become obs columns.")
+@text("--sheet", help="Table of inputs: sample, path, peaks, barcodes, obs; others become obs columns.")
 @click.option(
     "--sample",
     multiple=True,
     metavar="NAME",
     help="Name of an input, in their order; default: after the files.",
 )
-@_text("--peaks", help="BED file of peaks, for fragment files.")
-@_text("--barcodes", help="List of the cells to keep, one barcode a line; each gets a row.")
+@text("--peaks", help="BED file of peaks, for fragment files.")
+@text("--barcodes", help="List of the cells to keep, one barcode a line; each gets a row.")
 @click.option(
     "--min-fragments",
     default=1000,
@@ -225,7 +156,7 @@ def islands(out: "Location | None", **options: Any) -> None:
     "--counting", default="insertion", help="What is counted in a peak.",
     type=click.Choice(["insertion", "fragment", "paired-insertion"]),
 )  # fmt: skip
-@_text("--obs", help="Table of labels: barcode, optional sample, any columns; X stays untouched.")
+@text("--obs", help="Table of labels: barcode, optional sample, any columns; X stays untouched.")
 @click.option("--layer", metavar="NAME", help="Layer of an h5ad that holds the counts.")
 @click.option("--use-raw", is_flag=True, help="The counts are in raw/X of the h5ad.")
 @click.option(
@@ -249,7 +180,7 @@ def islands(out: "Location | None", **options: Any) -> None:
 @click.option(
     "--dry-run", is_flag=True, help="Only tell what would be done, what it costs and what is wrong."
 )
-@_json
+@json_option
 @click.pass_context
 def convert(context: click.Context, inputs: Sequence[str], as_json: bool, **options: Any) -> None:
     """Convert peak matrices and fragment files into an island store.
@@ -267,9 +198,9 @@ def convert(context: click.Context, inputs: Sequence[str], as_json: bool, **opti
 
 
 @main.command()
-@_store
+@store_argument
 @click.option("--qc", is_flag=True, help="Show the quality of the cells instead, one line a sample.")
-@_file("--plot", help="With --qc: draw it as well; the ending says which of png, svg and pdf.")
+@file("--plot", help="With --qc: draw it as well; the ending says which of png, svg and pdf.")
 @click.option("--digest", is_flag=True, help="Print the store's digest alone.")
 @click.option(
     "--verify", is_flag=True,
@@ -283,7 +214,7 @@ def convert(context: click.Context, inputs: Sequence[str], as_json: bool, **opti
     "--cost", is_flag=True,
     help="Show instead what its cells cost by preset: FLOPs, memory, cells/s measured here in some seconds.",
 )  # fmt: skip
-@_json
+@json_option
 @click.pass_context
 def info(context: click.Context, store: "Location", as_json: bool, **options: Any) -> None:
     """Show what a store holds, verify it, or tell what training costs."""
@@ -297,8 +228,8 @@ def info(context: click.Context, store: "Location", as_json: bool, **options: An
 
 
 @main.command()
-@_store
-@_place("--out", required=True, help="Folder of the run; the model is FOLDER/model.")
+@store_argument
+@place("--out", required=True, help="Folder of the run; the model is FOLDER/model.")
 @click.option(
     "--preset", default="tiny", type=click.Choice(["tiny", "small", "paper"]),
     help="Size, objective and rates; paper: as published.",
@@ -307,7 +238,7 @@ def info(context: click.Context, store: "Location", as_json: bool, **options: An
     "--attend", type=click.Choice(["all", "open"]),
     help="Train the Linformer on tokens of these islands; default: as in the preset.",
 )  # fmt: skip
-@_training_options
+@training_options
 @click.option(
     "--workers", default="0", metavar="N|MIN:MAX",
     help="Processes on Ray Train, or as many as there are places for; 0: this one, or torchrun's.",
@@ -345,10 +276,10 @@ def pretrain(store: "Location", **options: Any) -> None:
 
 
 @main.command()
-@_store
-@_place("--model", required=True, help="The pretrained model.")
+@store_argument
+@place("--model", required=True, help="The pretrained model.")
 @click.option("--labels", required=True, metavar="COLUMN", help="obs column with the cell types.")
-@_folder("--out", required=True, help="Folder of the run; the model is FOLDER/model.")
+@folder("--out", required=True, help="Folder of the run; the model is FOLDER/model.")
 @click.option(
     "--head",
     type=click.Choice(["pooled", "linear", "cnn", "subtype"]),
@@ -364,12 +295,12 @@ def pretrain(store: "Location", **options: Any) -> None:
     help="Keep the cells of a donor or batch together: whole groups test, never cells of one that trains.",
 )  # fmt: skip
 @click.option("--freeze-encoder", is_flag=True, help="Train the head alone.")
-@_file("--label-map", help=_LABEL_MAP_HELP)
-@_file(
+@file("--label-map", help=LABEL_MAP_HELP)
+@file(
     "--hierarchy",
     help="What lies above the labels: table of child and parent, or the Cell Ontology as .obo or .owl.",
 )
-@_training_options
+@training_options
 def finetune(store: "Location", **options: Any) -> None:
     """Fine-tune a pretrained model on the labelled cells of a store.
 
@@ -382,9 +313,9 @@ def finetune(store: "Location", **options: Any) -> None:
 
 
 @main.command()
-@click.argument("inputs", nargs=-1, required=True, type=_LOCATION)
-@_place("--model", required=True, help="The fine-tuned model.")
-@_place("--out", required=True, help="Where the labels go, a Parquet data set.")
+@click.argument("inputs", nargs=-1, required=True, type=LOCATION)
+@place("--model", required=True, help="The fine-tuned model.")
+@place("--out", required=True, help="Where the labels go, a Parquet data set.")
 @click.option(
     "--probabilities", is_flag=True, help="Also write the probabilities of all types, a column of lists."
 )
@@ -398,7 +329,7 @@ def finetune(store: "Location", **options: Any) -> None:
     is_flag=True,
     help="Map a store of other islands of the same assembly onto the model's, by overlap.",
 )
-@_text("--part", help="K/N: do share K of N, as one of N jobs over the same OUT.")
+@text("--part", help="K/N: do share K of N, as one of N jobs over the same OUT.")
 @click.option(
     "--workers", default=0, metavar="N", type=click.IntRange(min=0),
     help="Processes of this machine, or with --ray of a cluster; 0: this one alone.",
@@ -437,9 +368,9 @@ def finetune(store: "Location", **options: Any) -> None:
     "--hierarchy-threshold", metavar="SHARE", type=float,
     help="Probability that a lineage needs, for a model with a hierarchy; default: 0.8.",
 )  # fmt: skip
-@_file("--write-h5ad", help="Also write the h5ad that was converted, with the labels in its obs.")
+@file("--write-h5ad", help="Also write the h5ad that was converted, with the labels in its obs.")
 @click.option("--write-obs", is_flag=True, help="Also write the labels into the obs of the store's samples.")
-@_conversion_options
+@conversion_options
 def predict(inputs: Sequence["Location"], **options: Any) -> None:
     """Label every cell of a store.
 
@@ -449,9 +380,7 @@ def predict(inputs: Sequence["Location"], **options: Any) -> None:
     Run again, the same command does the parts that are missing. Any number of jobs may share the work, each with a
     --part of its own, on machines that know nothing of each other; the last one completes the data set.
     """
-    conversion = {name: options.pop(name) for name in _CONVERSION}
-    conversion = {name: value for name, value in conversion.items() if not (value is None or value is False)}
-    report = api.predict(list(inputs), conversion=conversion, progress=TerminalProgress(), **options)
+    report = api.predict(list(inputs), progress=TerminalProgress(), **options)
     low_depth = f", {report.n_low_depth:,} Unassigned_low_depth" if options["min_open"] else ""
     others = "" if report.complete else "; other parts are still missing"
     click.echo(
@@ -460,15 +389,15 @@ def predict(inputs: Sequence["Location"], **options: Any) -> None:
 
 
 @main.command()
-@click.argument("labels", type=_LOCATION)
-@_place("--store", help="The store with the true types.")
-@_text("--truth-file", help="In place of --store: a CSV, TSV, Parquet or h5ad file with the true types.")
+@click.argument("labels", type=LOCATION)
+@place("--store", help="The store with the true types.")
+@text("--truth-file", help="In place of --store: a CSV, TSV, Parquet or h5ad file with the true types.")
 @click.option(
     "--truth", required=True, metavar="COLUMN", help="Column with the true types, of obs or the file."
 )
 @click.option("--labels-column", metavar="COLUMN", help="Column with the labels; default: label of predict.")
 @click.option(
-    "--against", metavar="PLACE", type=_LOCATION, help="Other labels of the same cells, for a paired test."
+    "--against", metavar="PLACE", type=LOCATION, help="Other labels of the same cells, for a paired test."
 )
 @click.option("--against-column", metavar="COLUMN", help="The same as --labels-column, of --against.")
 @click.option(
@@ -476,13 +405,13 @@ def predict(inputs: Sequence["Location"], **options: Any) -> None:
     type=click.Choice(["test", "all"]),
     help="Held-out test cells, or all; default: test where predict wrote any of the labels.",
 )
-@_file("--label-map", help=_LABEL_MAP_HELP)
+@file("--label-map", help=LABEL_MAP_HELP)
 @click.option(
     "--group",
     metavar="COLUMN",
     help="Column beside --truth, as of the donor: figures of each, intervals over them.",
 )
-@_json
+@json_option
 def evaluate(labels: "Location", as_json: bool, **options: Any) -> None:
     """Compare labels with the truth.
 
@@ -494,7 +423,7 @@ def evaluate(labels: "Location", as_json: bool, **options: Any) -> None:
 
 
 @main.command()
-@_store
+@store_argument
 @click.option(
     "--out", required=True, metavar="FILE.h5ad|FOLDER.zarr", help="Where to; the ending says what it is."
 )
@@ -506,9 +435,9 @@ def export(store: "Location", **options: Any) -> None:
 
 
 @main.command()
-@_folder("--out", default=Path("demo"), help="Folder to work in.")
+@folder("--out", default=Path("demo"), help="Folder to work in.")
 @click.option("--full", is_flag=True, help="All five folds of each data set, pooled.")
-@_json
+@json_option
 def demo(out: "Location", full: bool, as_json: bool) -> None:
     """Run the whole road on real data that the package ships."""
     figures = api.demo(out, full=full, progress=TerminalProgress())

@@ -27,7 +27,7 @@ FLOORS = (
     ("biology",),
     ("report",),
     ("baseline",),
-    ("demonstration", "api", "terminal", "cli", "__init__", "__main__"),
+    ("demonstration", "api", "terminal", "cli", "cli_options", "__init__", "__main__"),
 )
 """From the lowest to the highest: a room may import from its own and from lower floors."""
 
@@ -43,7 +43,7 @@ FENCES = {
     "safetensors": ("model/",),
     "pronto": ("model/ontology.py",),
     "sklearn": ("train/", "annotate/", "baseline.py", "demonstration.py"),
-    "click": ("cli.py",),
+    "click": ("cli.py", "cli_options.py"),
     "rich": ("terminal.py",),
     "matplotlib": ("report/", "biology/"),
 }

@@ -10,7 +10,7 @@ from typing import Any
 from annatac_scale.errors import InputError, StoreError
 from annatac_scale.model.folder import ModelInfo
 from annatac_scale.progress import Progress
-from annatac_scale.store.place import Location, is_url, place_of
+from annatac_scale.store.place import Location, is_url, parent_of, place_of
 from annatac_scale.store.store import IslandStore
 
 _STORE = ".cells.zarr"
@@ -18,10 +18,23 @@ _STORE = ".cells.zarr"
 
 
 def store_given(inputs: Sequence[Location]) -> Location | None:
-    """The island store that the inputs of a prediction are, None where they are files to convert."""
-    if len(inputs) == 1 and place_of(inputs[0]).size("zarr.json") is not None:
-        return inputs[0]
+    """The island store that the inputs of a prediction are, None where they are files to convert.
+
+    What is not there at all is taken for a store, which then says so.
+    """
+    if len(inputs) != 1:
+        return None
+    (given,) = inputs
+    if place_of(given).size("zarr.json") is not None or not _is_there(given):
+        return given
     return None
+
+
+def _is_there(given: Location) -> bool:
+    if not is_url(given):
+        return Path(given).exists()
+    folder, name = parent_of(given), str(given).rstrip("/").rpartition("/")[2]
+    return folder is not None and (place_of(folder).size(name) is not None or bool(place_of(given).folders()))
 
 
 @contextmanager
@@ -32,15 +45,12 @@ def temporary_store(
 
     out: the data set. On a disk the store lies in it, for a prediction that is stopped to go on with, and goes when the
     context ends without an error; for one in object storage it lies among the temporary files, and always goes.
-    options: fields of ingest.convert.ConvertOptions; assembly and counting are the model's
+    options: fields of ingest.convert.ConvertOptions, but for the counting, which is the model's
 
     Raises InputError for whatever is wrong with the inputs.
     """
     from annatac_scale.ingest.convert import convert
 
-    for name in ("counting", "assembly"):
-        if name in options:
-            raise InputError(f"{name}: found {options[name]!r}; expected none, as it is the model's")
     select = options.get("select") or _selection(info)
     chosen = {**options, "select": select, "counting": info.counting}
     with _place(out) as path:

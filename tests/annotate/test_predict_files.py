@@ -14,7 +14,7 @@ from small_atlas import small_model
 
 from annatac_scale import api
 from annatac_scale.annotate import temporary_store as temporary_module
-from annatac_scale.errors import AnnatacError, ConfigError, InputError, ModelError
+from annatac_scale.errors import AnnatacError, ConfigError, ModelError
 from annatac_scale.genome.assembly import Assembly
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.ingest.convert import convert
@@ -44,7 +44,7 @@ def write_h5ad(path: Path, n_cells: int) -> None:
 
 
 def options(folder: Path, **more: Any) -> dict[str, Any]:
-    return {"model": folder / "model", "conversion": {"chrom_sizes": folder / "toy.chrom.sizes"}, **more}
+    return {"model": folder / "model", "chrom_sizes": folder / "toy.chrom.sizes", **more}
 
 
 def test_an_h5ad_is_predicted_as_the_store_of_it_and_the_temporary_one_goes(
@@ -71,14 +71,11 @@ def test_several_files_are_samples_of_one_data_set(folder: Path, tmp_path: Path)
 
 def test_fragments_are_predicted_in_one_command(tmp_path: Path) -> None:
     with as_file(files("annatac_scale") / "data" / "archr_PBSmall.tsv.gz") as fragments:
-        convert(fragments, assembly="hg19", out=tmp_path / "atlas.zarr", min_fragments=300, qc=False)
+        convert(fragments, assembly="hg19", out=tmp_path / "atlas.zarr", min_fragments=300)
         space = IslandStore.open(tmp_path / "atlas.zarr").space
         small_model(tmp_path / "model", space=space, vocabulary=np.arange(0, len(space), 7, dtype=np.int32))
         api.predict(tmp_path / "atlas.zarr", model=tmp_path / "model", out=tmp_path / "store")
-        report = api.predict(
-            fragments, model=tmp_path / "model", out=tmp_path / "file",
-            conversion={"min_fragments": 300, "qc": False},
-        )  # fmt: skip
+        report = api.predict(fragments, model=tmp_path / "model", out=tmp_path / "file", min_fragments=300)
     assert report.n_cells > 10
     assert_same_bytes(tmp_path / "store", tmp_path / "file")
 
@@ -122,13 +119,8 @@ def test_what_needs_a_store_that_stays_is_refused_of_files(folder: Path, tmp_pat
     for more in ({"part": "1/2"}, {"write_obs": True}):
         with pytest.raises(ConfigError, match="found files to convert, expected an island store"):
             api.predict(folder / "cells.h5ad", out=tmp_path / "labels", **options(folder), **more)
-    with pytest.raises(ConfigError, match="options of a conversion"):
+    with pytest.raises(ConfigError, match="--chrom-sizes of a conversion"):
         api.predict(folder / "cells.zarr", out=tmp_path / "labels", **options(folder))
-    with pytest.raises(InputError, match="it is the model's"):
-        api.predict(
-            folder / "cells.h5ad", model=folder / "model", out=tmp_path / "labels",
-            conversion={"counting": "fragment"},
-        )  # fmt: skip
     assert not (tmp_path / "labels").exists()
 
 

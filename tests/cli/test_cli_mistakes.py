@@ -117,9 +117,6 @@ MISTAKES = {
         f"{PREDICT} --novel-threshold 0.9 --out {{labels}}",
         "labels: holds labels made with novel_threshold 0.5, now asked for 0.9", "another --out",
     ),
-    "prediction into object storage": (
-        f"{PREDICT} --out s3://b/labels", "--out s3://b/labels: found an URL", "expected a path on a disk",
-    ),
     "labelled cells into object storage": (
         f"{PREDICT} --write-h5ad s3://b/x.h5ad", "--write-h5ad s3://b/x.h5ad: found an URL", "a path on a disk",
     ),
@@ -135,9 +132,6 @@ MISTAKES = {
     "evaluation with no store": (f"{EVALUATE} --store nosuch", *NO_STORE),
     "evaluation with another store": (
         f"{EVALUATE} --store {{other}}", "labels: found 24 of 24 cells that", "give the store that was predicted",
-    ),
-    "evaluation of labels in object storage": (
-        "evaluate s3://b/labels --store {store} --truth cell_type", "labels s3://b/labels: found an URL", "on a disk",
     ),
     "evaluation without a truth": (
         "evaluate {labels} --truth cell_type", "found neither a store nor a file", "give --store or --truth-file",
