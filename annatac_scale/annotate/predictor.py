@@ -29,10 +29,10 @@ from annatac_scale.model.folder import Model, read_model
 from annatac_scale.model.hierarchy import DEFAULT_THRESHOLD
 from annatac_scale.model.novelty import PROFILED, Outputs
 from annatac_scale.progress import Progress
-from annatac_scale.store.open_islands import OpenIslands
-from annatac_scale.store.schema import SHARD_BLOCKS
+from annatac_scale.store.encoded_rows import EncodedRows
+from annatac_scale.store.schema import BLOCK_CELLS, SHARD_BLOCKS
 from annatac_scale.store.store import IslandStore, Sample
-from annatac_scale.stream.batch import Batch
+from annatac_scale.stream.batch import Batch, RowsOrigin
 
 ADAPT_CELLS = 100
 """Cells that a sample must have for its median novelty score to be taken: with fewer it is too uncertain."""
@@ -138,6 +138,8 @@ class Predictor:
         self._attend = model.attend
         self._lister = model.lister(store, self.projection)
         self._n_listed = dict(zip(store.samples, map(len, self.projection.measured), strict=True))
+        new_of_old = None if self.projection.projected else model.vocabulary.new_of_old()
+        self._origin = RowsOrigin(str(store.path), store.n_islands, new_of_old)
         self._splits = Splits.beside(model.path)
         self._cells: dict[str, _SampleCells] = {}
         self._cells_lock, self._at_work = threading.Lock(), threading.Lock()
@@ -167,8 +169,8 @@ class Predictor:
         """Read, compute and write a part. Only one is computed at a time, so that others are read and written then."""
         sample = self._store.samples[part.sample]
         blocks = range(part.unit * SHARD_BLOCKS, min((part.unit + 1) * SHARD_BLOCKS, sample.n_blocks))
-        rows = OpenIslands.concatenate([sample.read_block(block) for block in blocks])
-        rows = self.projection.rows(rows, sample)
+        chunks = zip(blocks, sample.read_chunks(blocks), strict=True)
+        rows = EncodedRows.concatenate([sample.decompress(block, chunk) for block, chunk in chunks])
         cells = self._cells_of(sample)
         with self._at_work:
             outputs = self._outputs(sample, np.arange(part.first, part.first + part.n_cells), rows)
@@ -176,8 +178,9 @@ class Predictor:
         give_back_freed_memory()
 
     def _table(self, part: Part, cells: "_SampleCells", outputs: Outputs) -> pa.Table:
-        own = slice(part.first, part.first + part.n_cells)
-        return self._rule.table(part.sample, cells.barcodes[own], outputs, cells.split[own], cells.shift)
+        barcodes = cells.barcodes.slice(part.first, part.n_cells)
+        split = cells.split[part.first : part.first + part.n_cells]
+        return self._rule.table(part.sample, barcodes, outputs, split, cells.shift)
 
     def _embeddings(self, outputs: Outputs) -> NDArray[np.float16] | None:
         if not self._written.embeddings:
@@ -189,7 +192,7 @@ class Predictor:
         """Kept from part to part, as a sample's parts follow each other."""
         with self._cells_lock:
             if sample.name not in self._cells:
-                barcodes = sample.obs().index.to_numpy(object)
+                barcodes = sample.barcodes()
                 split = self._splits.of(sample, barcodes)
                 self._cells[sample.name] = _SampleCells(barcodes, split, self._shift(sample, split))
                 if len(self._cells) > _SAMPLES_KEPT:
@@ -207,7 +210,7 @@ class Predictor:
         if not rule.novel_adapt or calib is None:
             return 0.0
         cells = evenly_spaced(np.flatnonzero(split != "train"), PART_CELLS)
-        rows = self.projection.rows(self._store.read(sample.first_cell + cells), sample)
+        rows = _encoded(sample, cells)
         with self._at_work:
             outputs = self._outputs(sample, cells, rows)
         deep = outputs.n_open >= max(rule.min_open, 1)
@@ -220,36 +223,56 @@ class Predictor:
             return 0.0
         return float(np.median(scores) - np.median(calib.scores[rule.novelty]))
 
-    def _outputs(self, sample: Sample, cells: NDArray[np.int64], rows: OpenIslands) -> Outputs:
-        """What the model says of some cells of a sample. rows: theirs, as the vocabulary numbers islands"""
+    def _outputs(self, sample: Sample, cells: NDArray[np.int64], rows: EncodedRows) -> Outputs:
+        """What the model says of some cells of a sample. cells: counted within the sample; rows: theirs
+
+        Rows are decoded batch by batch, where the numbers then lie in the processor's cache: of a whole part that takes
+        twice as long.
+        """
         classifier, profiles = self._typer.head.classifier, self._profiles
         fit = None if profiles is None else np.empty(len(rows), np.float32)
+        n_open = np.empty(len(rows), np.int64)
         logits = np.empty((len(rows), classifier.out_features), np.float32)
         embedding = np.empty((len(rows), classifier.in_features), np.float32)
 
         def compute(chosen: NDArray[np.int64]) -> None:
             if self._stopped.is_set():
                 raise StoppedError("stopped")
-            opened = rows.take(chosen)
-            batch = self._lister(Batch.from_open(sample.first_cell + cells[chosen], opened))
+            ids = sample.first_cell + cells[chosen]
+            opened = self._origin.decode(ids, rows.take(chosen))
+            if self.projection.projected:
+                opened = self.projection.rows(opened, sample)
+            n_open[chosen] = opened.n_open
+            batch = self._lister(Batch.from_open(ids, opened))
             logits[chosen], embedding[chosen] = self._typer.predict_with_embedding(batch)
             if profiles is not None and fit is not None:
                 fit[chosen] = profiles.fit(opened)
 
-        # Tokens that the lister will give each cell.
-        n_tokens = rows.n_open
+        # At most as many tokens as there are: an open island takes a byte or more.
+        n_tokens = rows.sizes
         if self._attend == "all":
             n_tokens = np.full(len(rows), self._n_listed[sample.name], np.int64)
         for _ in self._threads.map(compute, cut_batches(n_tokens)):
             pass
-        return Outputs(logits, embedding, rows.n_open, fit)
+        return Outputs(logits, embedding, n_open, fit)
+
+
+def _encoded(sample: Sample, cells: NDArray[np.int64]) -> EncodedRows:
+    """The rows of some cells of a sample, increasing; of their blocks nothing else is kept."""
+    parts = []
+    owner = cells // BLOCK_CELLS
+    for block in np.unique(owner).tolist():
+        rows = sample.decompress(block, sample.read_chunks([block])[0])
+        own = rows.take(cells[owner == block] - block * BLOCK_CELLS)
+        parts.append(EncodedRows.of_bytes(*own.packed()))
+    return EncodedRows.concatenate(parts)
 
 
 @dataclass(frozen=True, eq=False)
 class _SampleCells:
-    """A sample's barcodes and splits, object [n_cells], and what is taken off its novelty scores."""
+    """A sample's barcodes, its splits, object [n_cells], and what is taken off its novelty scores."""
 
-    barcodes: NDArray[np.object_]
+    barcodes: pa.StringArray
     split: NDArray[np.object_]
     shift: float
 

@@ -53,7 +53,7 @@ class Splits:
         except FileNotFoundError:
             return cls()
 
-    def of(self, sample: Sample, barcodes: NDArray[np.object_]) -> NDArray[np.object_]:
+    def of(self, sample: Sample, barcodes: pa.StringArray) -> NDArray[np.object_]:
         """The split of a sample's cells, object [n], None for a cell that was not in the fine-tuning."""
         if self._digests.get(sample.name) != sample.x_sha256:
             return np.full(len(barcodes), None, object)
@@ -64,6 +64,6 @@ class Splits:
             raise ModelError(
                 f"{self._file}: sample {sample.name!r} has cell {twice!r} twice; run finetune again"
             )
-        found = split.reindex(barcodes).to_numpy(object)
+        found = split.reindex(barcodes.to_numpy(zero_copy_only=False)).to_numpy(object)
         found[pd.isna(found)] = None
         return found

@@ -91,14 +91,14 @@ class LabelRule:
     def table(
         self,
         sample: str,
-        barcodes: NDArray[np.object_],
+        barcodes: pa.StringArray,
         outputs: Outputs,
         split: NDArray[np.object_],
         shift: float = 0.0,
     ) -> pa.Table:
         """The rows of ``n`` cells of a sample.
 
-        barcodes: str [n]; split: str or None [n]; shift: to take off the novelty scores. Of equally likely classes the
+        barcodes: [n]; split: str or None [n]; shift: to take off the novelty scores. Of equally likely classes the
         one that comes first is the better one. Raises ModelError for logits that are not finite.
         """
         n, one_class = len(barcodes), len(self.classes) == 1

@@ -29,6 +29,7 @@ from annatac_scale.store.shards import ShardReader
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
     from annatac_scale.genome.islands import IslandSpace
 
@@ -97,11 +98,23 @@ class Sample:
         """bool [n_islands]: islands that hold at least one peak of this sample's peak set."""
         return np.asarray(read_elem(self.group["var/measured"]), bool)
 
+    @property
+    def _obs(self) -> zarr.Group:
+        obs = self.group.get("obs")
+        if not isinstance(obs, zarr.Group):
+            raise StoreError(f"{self.path}: found no obs; open the store again, or convert the sample again")
+        return obs
+
     def obs(self) -> "pd.DataFrame":
         """One row a cell, indexed by barcode. Raises StoreError where it is gone."""
-        if "obs" not in self.group:
-            raise StoreError(f"{self.path}: found no obs; open the store again, or convert the sample again")
-        return read_elem(self.group["obs"])
+        return read_elem(self._obs)
+
+    def barcodes(self) -> "pa.StringArray":
+        """The barcode of each cell, and nothing else of obs. Raises StoreError where it is gone."""
+        import pyarrow as pa
+
+        index = str(self._obs.attrs["_index"])
+        return pa.array(read_elem(self._obs[index]).tolist(), pa.string())
 
     @property
     def n_blocks(self) -> int:
