@@ -6,8 +6,9 @@ Cases: memory (peak of one process at 100,000 and 1,000,000 cells of 1,501 open 
 takes there), speed (``predict`` over the model alone on batches in memory, in cells a second on as many threads),
 published (``predict`` at the paper's size on open islands beside one cell at a time through the published dense model),
 workers (one process, several, Ray actors and shares make the same files), kills (the same after SIGKILLs of processes,
-workers and actors at random moments). Every run is a process of its own. Models have random weights. Ends with one line
-of JSON; exit 1 where a run failed or files differ.
+workers and actors at random moments), real (with --labelled: granja and snareseq straight from their h5ad files, by models
+fine-tuned on granja's donor D6, and on four fifths of snareseq). Every run is a process of its own. All other models have
+random weights. Ends with one line of JSON; exit 1 where a run failed or files differ.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from typing import Any
 import commands
 import psutil
 from bench_stream import cpu_model
+from measure import measured
 from store_writer import Spec, make_store
 from turns import Rounds, Run, ratio, summaries, take_turns
 
@@ -47,7 +49,7 @@ PATIENCE_S = 300.0
 
 @dataclass(frozen=True)
 class Bench:
-    """What the cases run with. data: folder of stores and models, kept"""
+    """What the cases run with. data: folder of stores and models, kept; labelled: of labelled h5ad files"""
 
     data: Path
     scratch: Path
@@ -55,6 +57,7 @@ class Bench:
     quick: bool
     kills: int
     seed: int
+    labelled: Path | None = None
 
     @property
     def threads(self) -> int:
@@ -272,12 +275,47 @@ def title_of(process: psutil.Process) -> str:
         return ""
 
 
+REAL: Mapping[str, tuple[str, str, str, tuple[str, ...]]] = {
+    "granja": ("granja2019_bmmc_14k.h5ad", "hg19", "coarse_label", ("--holdout", "donor=D5")),
+    "snareseq": ("snareseq_mouse_cortex_10k.h5ad", "mm10", "cell_type", ("--holdout", "0.2")),
+}
+"""File, assembly, column of types and what is held out."""
+
+
+def real(bench: Bench) -> Case:
+    """h5ad files straight to labels, in one command."""
+    if bench.labelled is None:
+        print("real: skipped, no --labelled given", flush=True)
+        return {"runs": {}, "bars": {}}
+    runs: dict[str, dict[str, Any]] = {}
+    for name, (file, assembly, labels, held) in REAL.items():
+        cells, work = bench.labelled / file, bench.data / name
+        model = work / "finetuned" / "model"
+        if not model.exists():
+            store = work / "cells.zarr"
+            made = ["--assembly", assembly, "--select", "all", "--out", str(store)]
+            commands.printed([*commands.ANNATAC, "convert", str(cells), *made])
+            commands.printed([*commands.ANNATAC, "pretrain", str(store), "--out", str(work / "pretrained")])
+            tuned = ["--model", str(work / "pretrained" / "model"), "--labels", labels, *held]
+            commands.printed([*commands.ANNATAC, "finetune", str(store), *tuned, "--out", str(model.parent)])
+        out = bench.scratch / f"real_{name}"
+        command = command_of(cells, model, out, "--embeddings", "--write-h5ad", str(out.with_suffix(".h5ad")))
+        environment = {**commands.ENVIRONMENT, "OMP_NUM_THREADS": str(bench.threads)}
+        figures = measured(command, commands.ROOT, environment)
+        print(f"{name:12} {figures['wall_s']:6.1f} s   peak {figures['rss_mb']:5.0f} MB", flush=True)
+        runs[name] = {
+            key: figures[key] for key in ("cpu_s", "wall_s", "rss_mb", "printed", "failed") if key in figures
+        }
+    return {"runs": runs, "bars": {}}
+
+
 CASES: Mapping[str, Callable[[Bench], Case]] = {
     "memory": memory,
     "speed": speed,
     "published": published,
     "workers": workers,
     "kills": kills,
+    "real": real,
 }
 
 
@@ -301,6 +339,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, help="folder that keeps stores and models; default: a temporary one"
     )
+    parser.add_argument("--labelled", type=Path, help="folder of the labelled h5ad files, for the case real")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -315,6 +354,7 @@ def main() -> None:
             quick=options.quick,
             kills=2 if options.quick else options.kills,
             seed=options.seed,
+            labelled=options.labelled,
         )
         cases: dict[str, Case] = {}
         for name in options.cases:

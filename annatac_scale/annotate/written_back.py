@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
@@ -15,6 +16,7 @@ from annatac_scale.store.place import is_url
 from annatac_scale.store.store import IslandStore
 
 OBS_PREFIX = "annatac_"
+OBSM = "X_annatac"
 _MAY_BE_ABSENT = ("novelty_p", "set", "set_size", "split")
 """Columns that obs goes without where no cell has a value."""
 
@@ -57,8 +59,14 @@ def h5ad_source(store: IslandStore, out: Path) -> Path:
 
 
 def write_into_h5ad(source: Path, folder: LabelsFolder, out: Path) -> None:
-    """Copy an h5ad file, the labels of a data set in its obs. Raises InputError where it cannot be made."""
-    write_obs_into_h5ad(source, _obs_columns(folder, folder.manifest.parts), out)
+    """Copy an h5ad file, the labels of a data set in its obs, and its embeddings, if it has any, in its obsm.
+
+    Raises InputError where it cannot be made.
+    """
+    parts, obsm = folder.manifest.parts, {}
+    if folder.manifest.written.embeddings:
+        obsm[OBSM] = np.concatenate([folder.read_embeddings(part) for part in parts]).astype(np.float32)
+    write_obs_into_h5ad(source, _obs_columns(folder, parts), out, obsm)
 
 
 def write_into_store(store: IslandStore, folder: LabelsFolder, progress: Progress) -> None:

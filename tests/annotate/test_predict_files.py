@@ -8,6 +8,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from predicted import assert_same_bytes
 from scipy import sparse
 from small_atlas import small_model
@@ -60,6 +61,29 @@ def test_an_h5ad_is_predicted_as_the_store_of_it_and_the_temporary_one_goes(
     labelled = anndata.read_h5ad(tmp_path / "out.h5ad")
     table = pd.read_parquet(tmp_path / "file").set_index("barcode").loc[labelled.obs_names]
     assert labelled.obs["annatac_label"].astype(str).tolist() == table["label"].tolist()
+
+
+def test_embeddings_go_into_the_obsm_of_an_h5ad(folder: Path, tmp_path: Path) -> None:
+    api.predict(
+        folder / "cells.h5ad",
+        out=tmp_path / "labels",
+        embeddings=True,
+        write_h5ad=tmp_path / "out.h5ad",
+        **options(folder),
+    )
+    rows = zarr.open_group(tmp_path / "labels/_embeddings.zarr", mode="r")["cells"][:]
+    labelled = anndata.read_h5ad(tmp_path / "out.h5ad")
+    place = pd.Index(pd.read_parquet(tmp_path / "labels")["barcode"]).get_indexer(labelled.obs_names)
+    np.testing.assert_array_equal(labelled.obsm["X_annatac"], rows[place].astype(np.float32))
+    again = tmp_path / "again.h5ad"
+    labelled.write_h5ad(again)
+    report = api.predict(
+        again, out=tmp_path / "more", embeddings=True, write_h5ad=tmp_path / "twice.h5ad", **options(folder)
+    )
+    assert report.h5ad == tmp_path / "twice.h5ad"
+    np.testing.assert_array_equal(
+        anndata.read_h5ad(report.h5ad).obsm["X_annatac"], labelled.obsm["X_annatac"]
+    )
 
 
 def test_several_files_are_samples_of_one_data_set(folder: Path, tmp_path: Path) -> None:
