@@ -6,9 +6,9 @@ Cases: memory (peak of one process at 100,000 and 1,000,000 cells of 1,501 open 
 takes there), speed (``predict`` over the model alone on batches in memory, in cells a second on as many threads),
 published (``predict`` at the paper's size on open islands beside one cell at a time through the published dense model),
 workers (one process, several, Ray actors and shares make the same files), kills (the same after SIGKILLs of processes,
-workers and actors at random moments), real (with --labelled: granja and snareseq straight from their h5ad files, by models
-fine-tuned on granja's donor D6, and on four fifths of snareseq). Every run is a process of its own. All other models have
-random weights. Ends with one line of JSON; exit 1 where a run failed or files differ.
+workers and actors at random moments), real (with --labelled: granja and snareseq straight from their h5ad files, by
+models fine-tuned on granja's donor D6, and on four fifths of snareseq). Every run is a process of its own. All other
+models have random weights. Ends with one line of JSON; exit 1 where a run failed or files differ.
 """
 
 import argparse
