@@ -12,6 +12,8 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 bench: Any = importlib.import_module("bench_predict")
+measure: Any = importlib.import_module("measure")
+store_writer: Any = importlib.import_module("store_writer")
 
 
 @pytest.mark.slow
@@ -36,6 +38,27 @@ def test_the_benchmark_of_prediction_runs_quickly_and_ends_with_json(tmp_path: P
     assert cases["kills"]["equal"]
     assert cases["kills"]["runs"]["kills"]["kills"] == 2
     assert report["bars"]["over_bare_model"]["bar"] == ">= 0.9"
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_cells(tmp_path: Path) -> None:
+    """Ten times as many parts; kept, or their rows, they would take 300 MB."""
+    peaks = []
+    for cells in (12_000, 120_000):
+        spec = store_writer.Spec(cells=cells, islands=2_000, open=500, types=3)
+        store = store_writer.make_store(tmp_path / str(cells), spec)
+        task = {
+            "store": str(store),
+            "model": str(tmp_path / f"model{cells}"),
+            "out": str(tmp_path / f"out{cells}"),
+        }
+        for work in ("model", "predict"):
+            (tmp_path / "task.json").write_text(json.dumps({**task, "work": work}))
+            command = [sys.executable, str(BENCHMARKS / "predict_work.py"), str(tmp_path / "task.json")]
+            figures = measure.measured(command, BENCHMARKS)
+            assert "failed" not in figures, figures["failed"]
+        peaks.append(figures["rss_mb"])
+    assert peaks[1] < peaks[0] + 80
 
 
 def test_unknown_cases_are_named_and_the_command_explains_itself() -> None:
