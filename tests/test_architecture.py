@@ -42,6 +42,8 @@ FENCES = {
     "torch": ("stream/", "model/", "train/", "annotate/", "biology/"),
     "safetensors": ("model/",),
     "pronto": ("model/ontology.py",),
+    "igraph": ("annotate/clusters.py",),
+    "pynndescent": ("annotate/clusters.py",),
     "sklearn": ("train/", "annotate/", "baseline.py", "demonstration.py"),
     "click": ("cli.py", "cli_options.py"),
     "rich": ("terminal.py",),

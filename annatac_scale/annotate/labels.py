@@ -5,6 +5,8 @@
       <sample>-00000.parquet   part: the cells of 16 blocks (4,000 cells) of one sample, in their order
       _embeddings.zarr/        where they were asked for: <sample>, float16 [cells, width]
 
+A complete one may have a consensus besides: CONSENSUS_COLUMNS, which are the last ones then.
+
 ``labels/*.parquet`` is the data set to any reader of Parquet; those that take the folder itself pass, by custom, over
 names that begin with "_". A part appears whole or not at all, its embeddings before its rows, and carries what it was
 made with in its schema metadata.
@@ -35,6 +37,10 @@ MANIFEST = "_manifest.json"
 EMBEDDINGS = "_embeddings.zarr"
 PART_CELLS = SHARD_CELLS
 """Cells in a part: 16 blocks of one sample."""
+
+CONSENSUS_COLUMNS = ("cluster", "consensus", "consensus_share")
+"""cluster: of the cell, null where it is in none; consensus: the label that most of the cluster's voting cells have;
+consensus_share: their share, float32; the two are null where no cell votes. ``annotate.consensus`` says who does."""
 
 _MADE_WITH = b"annatac_scale"
 _CLASSES = b"classes"
@@ -86,6 +92,37 @@ class Written:
 
 
 @dataclass(frozen=True)
+class Consensus:
+    """How the consensus of a data set was found.
+
+    by: "leiden", or the column of obs that names the clusters
+    seed, resolution: of Leiden; None for a column
+    column_sha256: of the clusters that a column names; None for Leiden, whose clusters follow from the data set
+    n_clusters: that have a cell; n_voting: cells that are in a cluster and vote; n_agree: those of them whose label is
+    the consensus
+    """
+
+    by: str
+    seed: int | None = None
+    resolution: float | None = None
+    column_sha256: str | None = None
+    n_clusters: int = 0
+    n_voting: int = 0
+    n_agree: int = 0
+
+    def same_clusters(self, other: "Consensus") -> bool:
+        """Whether the two are over the same clusters."""
+        return replace(self, n_clusters=0, n_voting=0, n_agree=0) == replace(
+            other, n_clusters=0, n_voting=0, n_agree=0
+        )
+
+    @property
+    def share(self) -> float:
+        """The share of the voting cells whose label is the consensus; NaN where none votes."""
+        return self.n_agree / self.n_voting if self.n_voting else float("nan")
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a labels data set is of.
 
@@ -94,6 +131,7 @@ class Manifest:
     classes: cell types in the order of ``probabilities``; columns: of the table; written: what else there is
     parents, hierarchy_threshold: the model's hierarchy, as ``Hierarchy.to_json`` has it, and the probability that a
     lineage has at least; None where it has none
+    consensus: how it was found; None where there is none, or some parts may lack it
     """
 
     model: str
@@ -107,11 +145,17 @@ class Manifest:
     complete: bool = False
     parents: dict[str, list[str]] | None = None
     hierarchy_threshold: float | None = None
+    consensus: Consensus | None = None
 
     @property
     def hierarchy(self) -> Hierarchy | None:
         """What lies above the classes. Raises InputError where ``parents`` say none of these classes."""
         return None if self.parents is None else Hierarchy.of(self.classes, self.parents, MANIFEST)
+
+    @property
+    def predicted_columns(self) -> tuple[str, ...]:
+        """Columns of the table but for those of a consensus."""
+        return tuple(name for name in self.columns if name not in CONSENSUS_COLUMNS)
 
     @property
     def parts(self) -> list[Part]:
@@ -151,12 +195,14 @@ def read_manifest(path: Location) -> Manifest:
                 f"{file}: found format {values['format']} {values['version']}, expected {FORMAT} "
                 f"{FORMAT_VERSION}; upgrade annatac_scale or predict again"
             )
+        consensus = values.get("consensus")
         return Manifest(
             samples={name: SampleRecord(**record) for name, record in values["samples"].items()},
             rule=ConfidenceRule(**values["rule"]),
             written=Written(**values["written"]),
             classes=tuple(values["classes"]),
             columns=tuple(values["columns"]),
+            consensus=None if consensus is None else Consensus(**consensus),
             **{key: values[key] for key in ("model", "store", "split_sha256", "complete")},
             **{key: values.get(key) for key in ("parents", "hierarchy_threshold")},
         )
@@ -261,9 +307,13 @@ class LabelsFolder:
         pq.write_table(table, out, compression="zstd", write_page_checksum=True)
         self.place.write(part.file, out.getvalue().to_pybytes(), wait=True)
 
-    def write_manifest(self, complete: bool) -> None:
-        """Write the manifest, whole or not at all."""
-        self.manifest = replace(self.manifest, complete=complete)
+    def write_manifest(self, complete: bool, consensus: Consensus | None = None) -> None:
+        """Write the manifest, whole or not at all.
+
+        consensus: that all parts have now; an earlier one is not kept, as whoever writes the manifest changes parts
+        """
+        columns = self.manifest.predicted_columns + (() if consensus is None else CONSENSUS_COLUMNS)
+        self.manifest = replace(self.manifest, complete=complete, columns=columns, consensus=consensus)
         self.place.write(MANIFEST, json.dumps(self.manifest.to_dict(), indent=1).encode(), wait=True)
 
 

@@ -1,4 +1,4 @@
-"""Writing a labels data set, by one process or by many at once: begun, gone on with, ended.
+"""Writing a labels data set, by one process or by many at once: begun, gone on with, ended; and its rows written anew.
 
 Locks keep two processes from the same work, and the manifest from being changed by two at once. That nothing is spoiled
 does not rest on them: parts are written whole or not at all, and whoever makes a part makes the same one.
@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from annatac_scale.annotate.labels import MANIFEST, LabelsFolder, Manifest, Part, SampleRecord, read_manifest
+from annatac_scale.annotate.labels import (
+    MANIFEST,
+    Consensus,
+    LabelsFolder,
+    Manifest,
+    Part,
+    SampleRecord,
+    read_manifest,
+)
 from annatac_scale.errors import ConfigError, InputError, ModelError
 from annatac_scale.store.locks import folder_lock, try_folder_lock
 from annatac_scale.store.place import PARTIAL, Location, is_url, place_of
@@ -57,6 +65,49 @@ def labels_writer(location: Location, manifest: Manifest, share: Share) -> Itera
     """
     if not is_url(location):
         _make_folder(Path(location))
+    with _only_writer(location, share):
+        with folder_lock(location, _MANIFEST_LOCK):
+            folder = _begun(location, manifest)
+            _remove_left(location, share)
+        yield folder
+
+
+@contextmanager
+def rewriting(folder: LabelsFolder) -> Iterator[None]:
+    """Be alone with a complete data set, whose manifest is read anew, to write the rows of its parts anew.
+
+    Raises InputError where another process writes here, or parts are missing by now.
+    """
+    location, share = folder.location, Share()
+    with _only_writer(location, share):
+        with folder_lock(location, _MANIFEST_LOCK):
+            folder.manifest = _same_and_complete(folder)
+            _remove_left(location, share)
+        yield
+
+
+def note_consensus(folder: LabelsFolder, consensus: Consensus | None) -> None:
+    """Note in the manifest of a complete data set the consensus that all of its parts have, or that some may lack it.
+
+    Raises InputError where samples were added, or parts went missing meanwhile.
+    """
+    with folder_lock(folder.location, _MANIFEST_LOCK):
+        _same_and_complete(folder)
+        folder.write_manifest(complete=True, consensus=consensus)
+
+
+def _same_and_complete(folder: LabelsFolder) -> Manifest:
+    there = read_manifest(folder.location)
+    if not there.complete or there.samples != folder.manifest.samples:
+        raise InputError(
+            f"{folder.location}: found {'other samples' if there.complete else 'parts missing'} now, expected the "
+            "complete data set that it was before; run `annatac predict` again when no other process writes here"
+        )
+    return there
+
+
+@contextmanager
+def _only_writer(location: Location, share: Share) -> Iterator[None]:
     lock = try_folder_lock(location, share.lock)
     if lock is None:
         raise InputError(
@@ -64,10 +115,7 @@ def labels_writer(location: Location, manifest: Manifest, share: Share) -> Itera
             "it, stop it or choose another --out; --part K/N shares the work among processes"
         )
     try:
-        with folder_lock(location, _MANIFEST_LOCK):
-            folder = _begun(location, manifest)
-            _remove_left(location, share)
-        yield folder
+        yield
     finally:
         lock.release()
 
