@@ -349,6 +349,8 @@ def predict(
     workers: int = 0,
     ray: str | None = None,
     gpus: bool = False,
+    consensus: str | None = None,
+    consensus_resolution: float = 1.0,
     write_h5ad: AnyPath | None = None,
     write_obs: bool = False,
     peaks: AnyPath | None = None,
@@ -371,6 +373,8 @@ def predict(
     part: "K/N", to do the K-th of N shares of the work, as one of N processes that know nothing of each other
     workers: 0: this process alone; N: as many processes of this machine, or with ``ray`` of a cluster
     ray: "auto" or HOST:PORT of a cluster, "local" to start Ray here; gpus: one GPU a worker, on Ray
+    consensus: also vote in clusters, of "leiden" on the embeddings or of the obs column of that name; columns
+        ``cluster``, ``consensus``, ``consensus_share``; consensus_resolution: of Leiden, the higher, the more clusters
     write_h5ad: also write the h5ad that was converted, with the labels in its obs, on a disk
     write_obs: also write the labels into the obs of the store's samples
     peaks, barcodes, min_fragments, layer, use_raw, obs: of files, as of ``convert``
@@ -391,6 +395,8 @@ def predict(
         "embeddings": embeddings,
         "project": project,
         "workers": Workers(workers or int(ray is not None), ray, gpus, share),
+        "consensus": consensus,
+        "consensus_resolution": consensus_resolution,
         "write_h5ad": write_h5ad,
         "write_obs": write_obs,
         "progress": progress,

@@ -368,6 +368,14 @@ def finetune(store: "Location", **options: Any) -> None:
     "--hierarchy-threshold", metavar="SHARE", type=float,
     help="Probability that a lineage needs, for a model with a hierarchy; default: 0.8.",
 )  # fmt: skip
+@click.option(
+    "--consensus", metavar="leiden|COLUMN",
+    help="Also vote in clusters, found on embeddings or named by an obs column: cluster, consensus, consensus_share.",
+)  # fmt: skip
+@click.option(
+    "--consensus-resolution", metavar="X", default=1.0, type=click.FloatRange(min=0, min_open=True),
+    help="Of leiden: the higher, the more clusters.",
+)  # fmt: skip
 @file("--write-h5ad", help="Also write the h5ad that was converted, with the labels in its obs.")
 @click.option("--write-obs", is_flag=True, help="Also write the labels into the obs of the store's samples.")
 @conversion_options
@@ -386,6 +394,11 @@ def predict(inputs: Sequence["Location"], **options: Any) -> None:
     click.echo(
         f"{report.out}: {report.n_cells:,} cells, {report.n_novel:,} named Novel_cell_type{low_depth}{others}"
     )
+    if report.consensus is not None:
+        click.echo(
+            f"consensus of {report.consensus.n_clusters:,} clusters: {report.consensus.share:.1%} of the cells that vote "
+            "have its label"
+        )
 
 
 @main.command()

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from annatac_scale.annotate.clusters import LEIDEN, RESOLUTION
 from annatac_scale.annotate.confidence import ConfidenceOptions, few_for_sets
+from annatac_scale.annotate.consensus import add_consensus
 from annatac_scale.annotate.here import run_here
-from annatac_scale.annotate.labels import LabelsFolder, Part, Written
+from annatac_scale.annotate.labels import Consensus, LabelsFolder, Part, Written
 from annatac_scale.annotate.labels_writer import Share, finish, labels_writer, reopen
 from annatac_scale.annotate.predictor import Asked, Predictor, PredictTask, device
 from annatac_scale.annotate.processes import run_in_processes
@@ -39,7 +41,7 @@ class PredictReport:
     labels: cells of each label, most frequent first
     dropped: for each sample of which all is there the share of its open islands that the model has no token for; none
         where islands were projected
-    h5ad: the file with the labels in its obs, if one was asked for
+    h5ad: the file with the labels in its obs, if one was asked for; consensus: likewise
     """
 
     out: Location
@@ -50,6 +52,7 @@ class PredictReport:
     labels: dict[str, int]
     dropped: dict[str, float]
     h5ad: Path | None = None
+    consensus: Consensus | None = None
 
     @property
     def n_novel(self) -> int:
@@ -97,6 +100,8 @@ def predict(
     embeddings: bool = False,
     project: bool = False,
     workers: Workers | None = None,
+    consensus: str | None = None,
+    consensus_resolution: float = RESOLUTION,
     write_h5ad: Location | None = None,
     write_obs: bool = False,
     progress: Progress | None = None,
@@ -109,6 +114,8 @@ def predict(
     probabilities: also write those of all classes; embeddings: also write what the logits stand on, float16, as a Zarr
         group in the data set
     project: map a store of other islands of the same assembly onto the model's (stream/projection.py says how)
+    consensus: also vote in clusters (annotate/consensus.py): "leiden", which needs embeddings and so has them written, or
+        the obs column of the store that names them; consensus_resolution: of Leiden, the higher, the more clusters
     options: as in ConfidenceOptions, as novel_threshold=0.5 or coverage=0.9
     write_h5ad: where to write the h5ad that the one sample was converted from, with the labels in its obs
     write_obs: write the labels into the obs of the store's samples; its digest changes with them
@@ -125,9 +132,12 @@ def predict(
     store = store if isinstance(store, IslandStore) else IslandStore.open(store)
     if not isinstance(model, Model):
         model = read_model(model, "cpu" if workers.n else device())
-    asked = Asked(
-        ConfidenceOptions(**options), hierarchy_threshold, Written(probabilities, embeddings), project
-    )
+    if workers.share.of > 1:
+        _check_share(
+            workers.share, {"--write-h5ad": h5ad, "--write-obs": write_obs, "--consensus": consensus}
+        )
+    written = Written(probabilities, embeddings or consensus == LEIDEN)
+    asked = Asked(ConfidenceOptions(**options), hierarchy_threshold, written, project)
     threads = torch.get_num_threads()
     predictor = Predictor(store, model, asked, progress, threads)
     if too_few := few_for_sets(model, predictor.manifest.rule):
@@ -136,11 +146,6 @@ def predict(
         if (warning := coverage.warning()) is not None:
             progress.say(warning)
     source = None if h5ad is None else h5ad_source(store, h5ad)
-    if workers.share.of > 1 and (source or write_obs):
-        raise ConfigError(
-            f"--part {workers.share}: found {'--write-h5ad' if source else '--write-obs'} too; expected it when all "
-            "parts are there; run the same command once more without --part"
-        )
     with labels_writer(out, predictor.manifest, workers.share) as folder:
         own = workers.share.of_parts(folder.manifest.parts)
         missing = folder.missing(own)
@@ -165,12 +170,26 @@ def predict(
             progress.say(coverage.text())
     for name, share in report.dropped.items():
         progress.say(f"{name}: {share:.1%} of the open islands are not in the model's vocabulary")
+    if consensus is not None:
+        folder = LabelsFolder.open(out)
+        found = add_consensus(folder, consensus, store, progress, resolution=consensus_resolution)
+        report = replace(report, consensus=found)
     if write_obs:
         write_into_store(store, folder, progress)
     if source is None or h5ad is None:
         return report
     write_into_h5ad(source, folder, h5ad)
     return replace(report, h5ad=h5ad)
+
+
+def _check_share(share: Share, asked: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what is done when all parts are there."""
+    for name, value in asked.items():
+        if value:
+            raise ConfigError(
+                f"--part {share}: found {name} too; expected it when all parts are there; run the same command once more "
+                "without --part"
+            )
 
 
 def predict_files(

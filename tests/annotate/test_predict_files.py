@@ -86,6 +86,38 @@ def test_embeddings_go_into_the_obsm_of_an_h5ad(folder: Path, tmp_path: Path) ->
     )
 
 
+def test_the_consensus_of_an_obs_column_and_of_leiden_is_asked_for_in_the_same_command(
+    folder: Path, tmp_path: Path
+) -> None:
+    data = anndata.read_h5ad(folder / "cells.h5ad")
+    data.obs["group"] = np.where(np.arange(30) < 20, "a", "b")
+    data.write_h5ad(tmp_path / "cells.h5ad")
+    report = api.predict(
+        tmp_path / "cells.h5ad", out=tmp_path / "labels", consensus="group", **options(folder)
+    )
+    table = pd.read_parquet(tmp_path / "labels").set_index("barcode").loc[data.obs_names]
+    assert table["cluster"].tolist() == data.obs["group"].tolist()
+    for name, own in table.groupby("cluster"):
+        counts = own["label"].value_counts()
+        assert set(own["consensus"]) <= set(counts.index[counts == counts.max()]), name
+        assert own["consensus_share"].tolist() == pytest.approx([counts.max() / counts.sum()] * len(own))
+    assert report.consensus is not None
+    assert report.consensus.n_clusters == 2
+    found = api.predict(
+        tmp_path / "cells.h5ad",
+        out=tmp_path / "more",
+        consensus="leiden",
+        consensus_resolution=0.5,
+        **options(folder),
+    )
+    assert found.consensus is not None
+    assert found.consensus.resolution == 0.5
+    assert (tmp_path / "more/_embeddings.zarr").exists()
+    store = folder / "cells.zarr"
+    with pytest.raises(ConfigError, match="--part 1/2: found --consensus too"):
+        api.predict(store, model=folder / "model", out=tmp_path / "x", consensus="group", part="1/2")
+
+
 def test_several_files_are_samples_of_one_data_set(folder: Path, tmp_path: Path) -> None:
     write_h5ad(tmp_path / "one.h5ad", 1)
     write_h5ad(tmp_path / "three.h5ad", 3)
