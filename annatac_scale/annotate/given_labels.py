@@ -1,14 +1,17 @@
 """Labels of cells from wherever they lie, and which cells of two such tables are the same."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from annatac_scale.errors import InputError
 from annatac_scale.ingest.label_column import is_label_file, read_label_column
 from annatac_scale.model.labels import label_texts
+from annatac_scale.store.columns import sample_frame
 from annatac_scale.store.place import Location, is_url, place_of
 from annatac_scale.store.store import IslandStore
 
@@ -20,15 +23,22 @@ _SHOWN = 3
 
 @dataclass(frozen=True, eq=False)
 class CellLabels:
-    """A label of each of some cells.
+    """A label of each of some cells, in memory that is small a cell: its barcode and 24 bytes.
+
+    Barcodes are given as texts, object [n], or as Arrow's; each label and each sample is one text, of all cells that
+    have it.
 
     place: where they are from; label: "" where one is missing; sample: None where the place names no samples
     """
 
     place: str
-    barcode: Texts
+    barcode: pa.LargeStringArray
     label: Texts
     sample: Texts | None = None
+
+    def __post_init__(self) -> None:
+        # Of Python's texts each takes 50 bytes besides.
+        object.__setattr__(self, "barcode", pa.array(self.barcode, pa.large_string()))
 
     def __len__(self) -> int:
         return len(self.barcode)
@@ -36,7 +46,8 @@ class CellLabels:
     def take(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> "CellLabels":
         """Some of the cells."""
         sample = None if self.sample is None else self.sample[rows]
-        return CellLabels(self.place, self.barcode[rows], self.label[rows], sample)
+        barcode = self.barcode.take(pa.array(np.arange(len(self))[rows]))
+        return CellLabels(self.place, barcode, self.label[rows], sample)
 
     def some(self) -> str:
         """Its first cells, for messages."""
@@ -45,7 +56,7 @@ class CellLabels:
     def name_of(self, row: int) -> str:
         """A cell in words."""
         of = "" if self.sample is None else f" of sample {self.sample[row]!r}"
-        return f"{self.barcode[row]!r}{of}"
+        return f"{self.barcode[row].as_py()!r}{of}"
 
 
 def is_store(location: Location) -> bool:
@@ -72,15 +83,34 @@ def given_labels(location: Location, column: str | None, option: str) -> CellLab
 def file_labels(location: Location, column: str) -> CellLabels:
     """A column of a file, as ``ingest.label_column`` reads it."""
     table = read_label_column(location, column)
-    sample = table["sample"].to_numpy(object) if "sample" in table else None
+    sample = _one_text_each(table["sample"]) if "sample" in table else None
     return CellLabels(str(location), table["barcode"].to_numpy(object), label_texts(table["label"]), sample)
 
 
 def store_labels(store: IslandStore, column: str) -> CellLabels:
     """An obs column of a store."""
-    obs = store.obs([column])
-    barcode, sample = (obs[name].to_numpy(object) for name in ("barcode", "sample"))
+    return _of_obs(store, store.obs([column]), column)
+
+
+def sample_labels(store: IslandStore, sample: str, columns: Sequence[str]) -> list[CellLabels]:
+    """Obs columns of one sample of a store, without a cell where it has no such sample."""
+    if sample not in store.samples:
+        nothing = np.empty(0, object)
+        return [CellLabels(str(store.path), nothing, nothing, nothing) for _ in columns]
+    obs = sample_frame(store.samples[sample], columns)
+    return [_of_obs(store, obs, column) for column in columns]
+
+
+def _of_obs(store: IslandStore, obs: pd.DataFrame, column: str) -> CellLabels:
+    barcode, sample = obs["barcode"].to_numpy(object), _one_text_each(obs["sample"])
     return CellLabels(str(store.path), barcode, label_texts(obs[column]), sample)
+
+
+def _one_text_each(texts: pd.Series) -> Texts:
+    """The same texts, object [n], equal ones in one place."""
+    codes, found = pd.factorize(texts.to_numpy(object))
+    one: Texts = np.asarray(found, object)[codes]
+    return one
 
 
 def rows_in(cells: CellLabels, others: CellLabels) -> Ints:
@@ -102,9 +132,11 @@ def rows_in(cells: CellLabels, others: CellLabels) -> Ints:
 
 def _keys(cells: CellLabels, others: CellLabels, by_sample: bool) -> tuple[Ints, Ints]:
     """A number for each cell, equal for cells that are the same."""
-    codes, barcodes = pd.factorize(np.concatenate([cells.barcode, others.barcode]))
+    encoded = pa.chunked_array([cells.barcode, others.barcode]).dictionary_encode().combine_chunks()
+    codes = encoded.indices.to_numpy().astype(np.int64)
     if by_sample and cells.sample is not None and others.sample is not None:
-        codes = codes + len(barcodes) * pd.factorize(np.concatenate([cells.sample, others.sample]))[0]
+        samples = pd.factorize(np.concatenate([cells.sample, others.sample]))[0]
+        codes += len(encoded.dictionary) * samples
     return codes[: len(cells)], codes[len(cells) :]
 
 

@@ -5,7 +5,7 @@ writes them, are read by hand, all others by zarr.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -95,12 +95,36 @@ def obs_frame(store: "IslandStore", names: Sequence[str] | None) -> "pd.DataFram
     columns = {name: _read_all(store, name) for name in wanted if name != "sample"}
     frames = []
     for number, sample in enumerate(store.samples.values()):
-        found = {name: column for name, of in columns.items() if (column := of[number]) is not None}
-        frame = pd.DataFrame({name: column.plain() for name, column in found.items()}).assign(
-            sample=sample.name
-        )
-        frames.append(frame.reindex(columns=wanted))
+        frames.append(_frame(sample, wanted, {name: of[number] for name, of in columns.items()}))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=wanted)
+
+
+def sample_frame(sample: "Sample", names: Sequence[str]) -> "pd.DataFrame":
+    """As ``obs_frame``, of one sample: no other sample's obs is read. A column that it lacks is missing in all rows.
+
+    ``check_columns`` tells whether any sample has it.
+    """
+    wanted = list(dict.fromkeys([*_BESIDE_OBS, *names]))
+    return _frame(sample, wanted, {name: _read(sample, name) for name in wanted if name != "sample"})
+
+
+def check_columns(store: "IslandStore", names: Sequence[str]) -> None:
+    """Raise InputError where no sample has a column of one of these names."""
+    refuse_without_samples(store, names)
+    wanted = [name for name in names if name not in _BESIDE_OBS]
+    there = set(obs_names(store)) if wanted else set()
+    for name in wanted:
+        if name not in there:
+            raise _no_column(store, name)
+
+
+def _frame(
+    sample: "Sample", wanted: Sequence[str], columns: Mapping[str, ObsColumn | None]
+) -> "pd.DataFrame":
+    import pandas as pd
+
+    found = {name: column.plain() for name, column in columns.items() if column is not None}
+    return pd.DataFrame(found).assign(sample=sample.name).reindex(columns=wanted)
 
 
 def obs_names(store: "IslandStore") -> list[str]:
@@ -165,12 +189,16 @@ def _read_all(store: "IslandStore", name: str) -> list[ObsColumn | None]:
     """A column of each sample, None where one lacks it. Raises InputError where all do."""
     columns = _in_threads(lambda sample: _read(sample, name), list(store.samples.values()))
     if columns and not any(columns):
-        known = sorted([*obs_names(store), *_BESIDE_OBS])
-        raise InputError(
-            f"{store.path}: no obs column {name!r}; there are {', '.join(known)}; give one of these, or "
-            "join a table that has it with `annatac convert --obs`"
-        )
+        raise _no_column(store, name)
     return columns
+
+
+def _no_column(store: "IslandStore", name: str) -> InputError:
+    known = sorted([*obs_names(store), *_BESIDE_OBS])
+    return InputError(
+        f"{store.path}: no obs column {name!r}; there are {', '.join(known)}; give one of these, or "
+        "join a table that has it with `annatac convert --obs`"
+    )
 
 
 def _in_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
