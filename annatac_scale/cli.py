@@ -489,6 +489,19 @@ def evaluate(labels: "Location", as_json: bool, **options: Any) -> None:
 
 
 @main.command()
+@click.argument("labels", type=_LOCATION)
+@_file("--out", help="Also write it as one HTML file, with pictures.")
+@_json
+def report(labels: "Location", as_json: bool, **options: Any) -> None:
+    """Sum up what predict wrote: labels by sample, confidence, prediction sets.
+
+    LABELS is a folder or URL that predict wrote; of one that is not complete the parts that are there count.
+    """
+    found = api.report(labels, progress=TerminalProgress(), **options)
+    click.echo(_dumped(found.to_dict()) if as_json else "\n".join(found.text()))
+
+
+@main.command()
 @_store
 @click.option(
     "--out", required=True, metavar="FILE.h5ad|FOLDER.zarr", help="Where to; the ending says what it is."

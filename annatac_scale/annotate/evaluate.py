@@ -1,6 +1,8 @@
 """How good labels are: joined to the true types, on the cells that fine-tuning held out where that is known."""
 
+import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,10 +65,9 @@ def evaluate(
     Cells are joined by sample and barcode, or by barcode alone where one side names no samples. Those that one side
     does not have, or has no label of, are left out and counted.
 
-    What ``predict`` wrote is compared with a store sample by sample: memory is that of the largest sample, some 300
-    bytes a cell of it, and 5 bytes a cell that is evaluated, 100 while the figures of novelty scores are made. Labels
-    or truths of a file, and other labels of a store, are held as a whole: some 100 bytes a cell besides its barcode on
-    either side, and for a moment, while a text file is read, what Python takes for its texts.
+    What ``predict`` wrote is compared with a store sample by sample: memory is that of the largest sample, some 500
+    bytes a cell of it, and 5 bytes a cell that is evaluated, about 75 while the figures of novelty scores are made.
+    Labels or truths of a file, and other labels of a store, are held as a whole: some 500 bytes a cell.
 
     Raises InputError where no part of predict's labels is there, no cell was held out, a cell of predict's is not in
     the store, it is not clear which cell is which, no cell is in both, or none has a truth.
@@ -144,13 +145,13 @@ class _Truth:
         return found[0], None if self.group is None else found[1].label
 
 
-def _samples(first: LabelSource, second: LabelSource | None, true: _Truth) -> list[str] | list[None]:
+def _samples(first: LabelSource, second: LabelSource | None, true: _Truth) -> Sequence[str | None]:
     """The samples to join one after the other, in the order of the first labels; [None] for all at once."""
-    manifests = [source.manifest for source in (first, second) if source is not None]
-    if true.store is None or None in manifests:
+    sources = [source for source in (first, second) if source is not None]
+    named = [list(source.manifest.samples) for source in sources if source.manifest is not None]
+    if true.store is None or len(named) < len(sources):
         return [None]
-    named = [manifest.samples for manifest in manifests if manifest is not None]
-    return list(dict.fromkeys(name for samples in (*named, true.store.samples) for name in samples))
+    return list(dict.fromkeys([*itertools.chain(*named), *true.store.samples]))
 
 
 class _Found:

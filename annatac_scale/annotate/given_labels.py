@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from annatac_scale.errors import InputError
 from annatac_scale.ingest.label_column import is_label_file, read_label_column
-from annatac_scale.model.labels import label_texts
-from annatac_scale.store.columns import sample_frame
+from annatac_scale.model.labels import label_text, label_texts
+from annatac_scale.store.columns import sample_columns
 from annatac_scale.store.place import Location, is_url, place_of
 from annatac_scale.store.store import IslandStore
 
@@ -29,16 +29,20 @@ class CellLabels:
     have it.
 
     place: where they are from; label: "" where one is missing; sample: None where the place names no samples
+    each_once: whether it is known that no cell comes twice, as in a store
     """
 
     place: str
     barcode: pa.LargeStringArray
     label: Texts
     sample: Texts | None = None
+    each_once: bool = False
 
     def __post_init__(self) -> None:
         # Of Python's texts each takes 50 bytes besides.
-        object.__setattr__(self, "barcode", pa.array(self.barcode, pa.large_string()))
+        is_text = not isinstance(self.barcode, pa.Array)
+        barcode = pa.array(self.barcode, pa.large_string()) if is_text else self.barcode
+        object.__setattr__(self, "barcode", barcode.cast(pa.large_string()))
 
     def __len__(self) -> int:
         return len(self.barcode)
@@ -89,7 +93,9 @@ def file_labels(location: Location, column: str) -> CellLabels:
 
 def store_labels(store: IslandStore, column: str) -> CellLabels:
     """An obs column of a store."""
-    return _of_obs(store, store.obs([column]), column)
+    obs = store.obs([column])
+    barcode, sample = obs["barcode"].to_numpy(object), _one_text_each(obs["sample"])
+    return CellLabels(str(store.path), barcode, label_texts(obs[column]), sample)
 
 
 def sample_labels(store: IslandStore, sample: str, columns: Sequence[str]) -> list[CellLabels]:
@@ -97,13 +103,19 @@ def sample_labels(store: IslandStore, sample: str, columns: Sequence[str]) -> li
     if sample not in store.samples:
         nothing = np.empty(0, object)
         return [CellLabels(str(store.path), nothing, nothing, nothing) for _ in columns]
-    obs = sample_frame(store.samples[sample], columns)
-    return [_of_obs(store, obs, column) for column in columns]
+    found = sample_columns(store.samples[sample], ["barcode", *columns])
+    barcode = found["barcode"]
+    assert barcode is not None
+    barcodes, samples = barcode.in_arrow(), np.full(len(barcode.values), sample, object)
 
+    def labels(column: str) -> Texts:
+        values = found[column]
+        if column == "sample" or values is None:
+            return np.full(len(samples), label_text(sample) if column == "sample" else "", object)
+        return label_texts(values.plain())
 
-def _of_obs(store: IslandStore, obs: pd.DataFrame, column: str) -> CellLabels:
-    barcode, sample = obs["barcode"].to_numpy(object), _one_text_each(obs["sample"])
-    return CellLabels(str(store.path), barcode, label_texts(obs[column]), sample)
+    place = str(store.path)
+    return [CellLabels(place, barcodes, labels(column), samples, each_once=True) for column in columns]
 
 
 def _one_text_each(texts: pd.Series) -> Texts:
@@ -119,6 +131,8 @@ def rows_in(cells: CellLabels, others: CellLabels) -> Ints:
     Cells are the same that have the same sample and barcode, or the same barcode where one of the two names no sample.
     Raises InputError where that does not tell which cell is which: one that both have comes twice in one of them.
     """
+    if _are_same(cells, others):
+        return np.arange(len(cells))
     by_sample = cells.sample is not None and others.sample is not None
     keys, other_keys = _keys(cells, others, by_sample)
     _check_once(cells, others, keys, other_keys, by_sample)
@@ -128,6 +142,13 @@ def rows_in(cells: CellLabels, others: CellLabels) -> Ints:
     places = np.append(np.flatnonzero(once), -1)
     rows: Ints = places[found]
     return rows
+
+
+def _are_same(cells: CellLabels, others: CellLabels) -> bool:
+    """Whether all cells are the same in the same order, as where all of a sample was predicted: that takes no table."""
+    if not (cells.each_once or others.each_once) or cells.sample is None or others.sample is None:
+        return False
+    return bool(cells.barcode.equals(others.barcode)) and np.array_equal(cells.sample, others.sample)
 
 
 def _keys(cells: CellLabels, others: CellLabels, by_sample: bool) -> tuple[Ints, Ints]:

@@ -287,7 +287,7 @@ class LabelsFolder:
         table = table.replace_schema_metadata(self.manifest.made_with(part.sample))
         out = pa.BufferOutputStream()
         pq.write_table(table, out, compression="zstd", write_page_checksum=True)
-        self.place.write(part.file, memoryview(out.getvalue()), wait=True)
+        self.place.write(part.file, out.getvalue().to_pybytes(), wait=True)
 
     def write_manifest(self, complete: bool) -> None:
         """Write the manifest, whole or not at all."""

@@ -5,7 +5,7 @@ writes them, are read by hand, all others by zarr.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -54,6 +54,11 @@ class ObsColumn:
         texts = np.append(self.texts.to_numpy(zero_copy_only=False).astype(object), np.nan)
         return texts[self.values]
 
+    def in_arrow(self) -> pa.StringArray:
+        """The values as text, null where it is missing: no Python text a cell."""
+        column = self.as_text()
+        return column.texts.take(pa.array(column.values, mask=column.values < 0))  # type: ignore[union-attr]
+
     def as_text(self) -> "ObsColumn":
         """The same with numbers and truth values as text, a missing number as missing text."""
         if self.texts is not None:
@@ -95,17 +100,20 @@ def obs_frame(store: "IslandStore", names: Sequence[str] | None) -> "pd.DataFram
     columns = {name: _read_all(store, name) for name in wanted if name != "sample"}
     frames = []
     for number, sample in enumerate(store.samples.values()):
-        frames.append(_frame(sample, wanted, {name: of[number] for name, of in columns.items()}))
+        found = {name: column for name, of in columns.items() if (column := of[number]) is not None}
+        frame = pd.DataFrame({name: column.plain() for name, column in found.items()}).assign(
+            sample=sample.name
+        )
+        frames.append(frame.reindex(columns=wanted))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=wanted)
 
 
-def sample_frame(sample: "Sample", names: Sequence[str]) -> "pd.DataFrame":
-    """As ``obs_frame``, of one sample: no other sample's obs is read. A column that it lacks is missing in all rows.
+def sample_columns(sample: "Sample", names: Sequence[str]) -> dict[str, ObsColumn | None]:
+    """Columns of obs of one sample, also "barcode", None for one that it lacks; no other sample's obs is read.
 
-    ``check_columns`` tells whether any sample has it.
+    ``check_columns`` tells whether any sample has it. Raises StoreError for one that is damaged.
     """
-    wanted = list(dict.fromkeys([*_BESIDE_OBS, *names]))
-    return _frame(sample, wanted, {name: _read(sample, name) for name in wanted if name != "sample"})
+    return {name: _read(sample, name) for name in dict.fromkeys(names)}
 
 
 def check_columns(store: "IslandStore", names: Sequence[str]) -> None:
@@ -116,15 +124,6 @@ def check_columns(store: "IslandStore", names: Sequence[str]) -> None:
     for name in wanted:
         if name not in there:
             raise _no_column(store, name)
-
-
-def _frame(
-    sample: "Sample", wanted: Sequence[str], columns: Mapping[str, ObsColumn | None]
-) -> "pd.DataFrame":
-    import pandas as pd
-
-    found = {name: column.plain() for name, column in columns.items() if column is not None}
-    return pd.DataFrame(found).assign(sample=sample.name).reindex(columns=wanted)
 
 
 def obs_names(store: "IslandStore") -> list[str]:

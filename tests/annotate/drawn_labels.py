@@ -18,14 +18,16 @@ from annatac_scale.store.writer import SampleWriter, create_store
 
 CLASSES = ("B cell", "NK", "T cell", "mono", "plasma")
 PARENTS = {
-    **dict.fromkeys(("B cell", "NK", "T cell", "plasma"), ["lymphocyte"]),
-    **dict.fromkeys(("lymphocyte", "mono"), ["leukocyte"]),
+    **{name: ["lymphocyte"] for name in ("B cell", "NK", "T cell", "plasma")},
+    **{name: ["leukocyte"] for name in ("lymphocyte", "mono")},
 }
 TRUTHS = (*CLASSES, "lymphocyte", "glia")
 RULE = ConfidenceRule(0.9, True, "joint", 0.05, None, False, 50)
 
 
-def manifest_of(sizes: dict[str, int], hierarchy: bool = True, classes: tuple[str, ...] = CLASSES) -> Manifest:
+def manifest_of(
+    sizes: dict[str, int], hierarchy: bool = True, classes: tuple[str, ...] = CLASSES
+) -> Manifest:
     parents = PARENTS if hierarchy else None
     known = Hierarchy.of(classes, parents, "drawn") if parents else None
     columns = LabelRule(classes, Scaling(1.0), RULE, None, known).schema.names
@@ -50,9 +52,7 @@ def draw_part(manifest: Manifest, part: Part, seed: int = 0) -> pa.Table:
     sizes[rng.random(n) < 0.01] = 0
     sets = [classes[order[i, : sizes[i]]].tolist() for i in range(n)]
     best = classes[order[:, 0]]
-    schema = LabelRule(
-        manifest.classes, Scaling(1.0), manifest.rule, None, manifest.hierarchy
-    ).schema
+    schema = LabelRule(manifest.classes, Scaling(1.0), manifest.rule, None, manifest.hierarchy).schema
     columns = {
         "sample": [part.sample] * n,
         "barcode": [f"{part.sample}-{part.first + i:07d}-ACGTACGT" for i in range(n)],
@@ -98,4 +98,3 @@ def write_store(path: Path, sizes: dict[str, int], seed: int = 0) -> None:
             for shard in range(-(-n // PART_CELLS)):
                 writer.write_shard(shard, OpenIslands.empty(min(PART_CELLS, n - shard * PART_CELLS)))
             writer.commit(obs, np.ones(len(small_space()), np.bool_), {"kind": "fragments"})
-
