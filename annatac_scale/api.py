@@ -441,10 +441,17 @@ def report(
 
     labels: on a disk or in object storage; out: an HTML file on a disk that is written besides
     """
-    from annatac_scale.report.labels import report_labels
+    from annatac_scale.annotate.labels_summary import summarize
+    from annatac_scale.report.labels import LabelsReport
     from annatac_scale.store.place import on_disk
 
-    return report_labels(labels, None if out is None else on_disk(out, "--out"), progress)
+    page = None if out is None else on_disk(out, "--out")
+    report = LabelsReport(summarize(labels, progress))
+    if page is not None:
+        from annatac_scale.report.labels_html import write_page
+
+        write_page(report, page)
+    return report
 
 
 def export(

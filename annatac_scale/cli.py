@@ -493,7 +493,7 @@ def evaluate(labels: "Location", as_json: bool, **options: Any) -> None:
 @_file("--out", help="Also write it as one HTML file, with pictures.")
 @_json
 def report(labels: "Location", as_json: bool, **options: Any) -> None:
-    """Sum up what predict wrote: labels by sample, confidence, prediction sets.
+    """Sum up the labels that predict wrote, sample by sample.
 
     LABELS is a folder or URL that predict wrote; of one that is not complete the parts that are there count.
     """

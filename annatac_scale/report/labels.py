@@ -2,14 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from annatac_scale.annotate.labels_summary import LabelsSummary, Quantiles, SampleSummary, summarize
+from annatac_scale.annotate.labels_summary import LabelsSummary, Quantiles, SampleSummary
 from annatac_scale.model.labels import LOW_DEPTH, NOVEL
-from annatac_scale.progress import Progress
-from annatac_scale.store.files import write_whole
-from annatac_scale.store.place import Location
 
 _LABELS_IN_TEXT, _LABELS_IN_HTML = 6, 20
 """Labels that have a column of their own in the table of samples."""
@@ -163,18 +159,3 @@ def _plural(n: int, what: str) -> str:
 
 def _on_a_line(name: str) -> str:
     return " ".join(name.split())
-
-
-def report_labels(
-    location: Location, out: Path | None = None, progress: Progress | None = None
-) -> LabelsReport:
-    """Sum up a labels data set, the parts that are there, and write it as one HTML file if asked to.
-
-    Raises InputError where there is none, or no part of it; StoreError where ``out`` cannot be written.
-    """
-    report = LabelsReport(summarize(location, progress))
-    if out is not None:
-        from annatac_scale.report.labels_html import page
-
-        write_whole(out, page(report).encode())
-    return report

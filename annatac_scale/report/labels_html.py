@@ -2,9 +2,11 @@
 
 import base64
 from html import escape
+from pathlib import Path
 
 from annatac_scale.report.labels import LabelsReport, TextTable
 from annatac_scale.report.labels_pictures import draw_pictures
+from annatac_scale.store.files import write_whole
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em }
@@ -14,6 +16,11 @@ table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabula
 th, td { padding: 2px 10px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
 th.text, td.text { text-align: left }
 """
+
+
+def write_page(report: LabelsReport, path: Path) -> None:
+    """Write the page, whole or not at all."""
+    write_whole(path, page(report).encode())
 
 
 def page(report: LabelsReport) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from drawn_labels import CLASSES, PARENTS, TRUTHS, write_labels, write_store
+from object_storage import ObjectStorage
 
 from annatac_scale.annotate.bootstrap import compare_labels, figures_of_drawn_groups
 from annatac_scale.annotate.by_group import ByGroup
@@ -53,6 +54,13 @@ def test_sample_by_sample_the_figures_are_those_of_all_cells_at_once(
     assert by_sample.coverage is not None
     assert by_sample.lineage is not None
     assert by_sample.types_above.keys() == {"lymphocyte"}
+
+
+def test_labels_in_object_storage_are_evaluated_as_those_on_a_disk(atlas: Path, s3: ObjectStorage) -> None:
+    url = f"{s3.bucket()}/labels"
+    write_labels(url, SIZES)
+    remote, here = (evaluate(place, atlas / "atlas.zarr", "truth") for place in (url, atlas / "labels"))
+    assert {**figures(remote), "labels": ""} == {**figures(here), "labels": ""}
 
 
 def test_a_truth_may_be_the_sample_itself_and_a_column_that_one_sample_has(tmp_path: Path) -> None:

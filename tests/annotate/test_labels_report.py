@@ -13,7 +13,6 @@ import annatac_scale as ats
 from annatac_scale.annotate.labels import LabelsFolder
 from annatac_scale.errors import InputError
 from annatac_scale.model.labels import LOW_DEPTH, NOVEL
-from annatac_scale.report.labels import LabelsReport, report_labels
 
 SIZES = {"z": 4100, "none": 0, "a": 300}
 EVIL = ('<script>alert("x")</script>', "_hidden & $x^{", "a\nb", "T|B")
@@ -49,7 +48,7 @@ class Page(HTMLParser):
 
 
 def test_the_text_has_each_label_each_sample_the_sets_and_the_rule(labels: Path) -> None:
-    report = report_labels(labels)
+    report = ats.report(labels)
     summary, lines = report.summary, squeezed(report.text())
     assert lines[0] == f"{labels}: 4,400 cells of 3 samples"
     assert lines[1] == "model mmmmmmmmmmmm, 5 types; store atlas.zarr"
@@ -140,7 +139,7 @@ def test_a_consensus_is_told_where_there_is_one(labels: Path, tmp_path: Path) ->
     from test_labels_summary import with_consensus
 
     with_consensus(tmp_path / "voted", labels)
-    report = LabelsReport(report_labels(tmp_path / "voted").summary)
+    report = ats.report(tmp_path / "voted")
     found = report.summary.consensus
     said = f"consensus: {found.n_differ:,} of {found.n_cells:,} cells ({found.n_differ / found.n_cells:.1%}) have"
     assert any(line.startswith(said) for line in report.facts())

@@ -135,9 +135,6 @@ MISTAKES = {
     "evaluation with another store": (
         f"{EVALUATE} --store {{other}}", "labels: found 24 of 24 cells that", "give the store that was predicted",
     ),
-    "evaluation of labels in object storage": (
-        "evaluate s3://b/labels --store {store} --truth cell_type", "labels s3://b/labels: found an URL", "on a disk",
-    ),
     "evaluation without a truth": (
         "evaluate {labels} --truth cell_type", "found neither a store nor a file", "give --store or --truth-file",
     ),
