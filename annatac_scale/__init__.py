@@ -10,6 +10,7 @@ if not (os.access(Path(__file__).parent, os.W_OK) or os.access(Path.home(), os.W
     # numba refuses to import a cached kernel where it can write its cache nowhere: give it a place for this process.
     os.environ.setdefault("NUMBA_CACHE_DIR", tempfile.mkdtemp(prefix="annatac-numba-"))
 
+import annatac_scale.report  # noqa: F401 (the folder; imported later, it would take the place of the function)
 from annatac_scale.api import (
     convert,
     demo,
@@ -20,6 +21,7 @@ from annatac_scale.api import (
     islands,
     predict,
     pretrain,
+    report,
 )
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ __all__ = [
     "predict",
     "pretrain",
     "read_model",
+    "report",
     "to_device",
 ]
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from annatac_scale.genome.islands import IslandSpace
     from annatac_scale.ingest.convert import ConvertReport
     from annatac_scale.ingest.dry_run import ConversionPlan
+    from annatac_scale.report.labels import LabelsReport
     from annatac_scale.report.quality import QualityTable
     from annatac_scale.store.csr import ExportReport
     from annatac_scale.store.findings import VerifyReport
@@ -460,6 +461,26 @@ def evaluate(
         label_map=label_map,
         group=group,
     )
+
+
+def report(
+    labels: "Location", *, out: AnyPath | None = None, progress: Progress | None = None
+) -> "LabelsReport":
+    """Sum up what ``predict`` wrote, all of it or the parts that are there: labels by sample, confidence, sets.
+
+    labels: on a disk or in object storage; out: an HTML file on a disk that is written besides
+    """
+    from annatac_scale.annotate.labels_summary import summarize
+    from annatac_scale.report.labels import LabelsReport
+    from annatac_scale.store.place import on_disk
+
+    page = None if out is None else on_disk(out, "--out")
+    report = LabelsReport(summarize(labels, progress))
+    if page is not None:
+        from annatac_scale.report.labels_html import write_page
+
+        write_page(report, page)
+    return report
 
 
 def export(

@@ -396,8 +396,8 @@ def predict(inputs: Sequence["Location"], **options: Any) -> None:
     )
     if report.consensus is not None:
         click.echo(
-            f"consensus of {report.consensus.n_clusters:,} clusters: {report.consensus.share:.1%} of the cells that vote "
-            "have its label"
+            f"consensus of {report.consensus.n_clusters:,} clusters: {report.consensus.share:.1%} of the cells that "
+            "vote have its label"
         )
 
 
@@ -433,6 +433,19 @@ def evaluate(labels: "Location", as_json: bool, **options: Any) -> None:
     """
     report = api.evaluate(labels, **options)
     click.echo(_dumped(report.to_dict()) if as_json else "\n".join(report.text()))
+
+
+@main.command()
+@click.argument("labels", type=LOCATION)
+@file("--out", help="Also write it as one HTML file, with pictures.")
+@json_option
+def report(labels: "Location", as_json: bool, **options: Any) -> None:
+    """Sum up the labels that predict wrote, sample by sample.
+
+    LABELS is a folder or URL that predict wrote; of one that is not complete the parts that are there count.
+    """
+    found = api.report(labels, progress=TerminalProgress(), **options)
+    click.echo(_dumped(found.to_dict()) if as_json else "\n".join(found.text()))
 
 
 @main.command()

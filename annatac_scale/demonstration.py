@@ -129,7 +129,7 @@ class _Road:
         self.progress.say(
             f"logistic regression on the same islands, tuned on the same training cells: {tuned}"
         )
-        folder = LabelsFolder.open_complete(labels)
+        folder = LabelsFolder.open(labels)
         parts = [
             folder.read(part, ["sample", "barcode", "label"]).to_pandas() for part in folder.manifest.parts
         ]

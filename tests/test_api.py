@@ -24,7 +24,18 @@ from annatac_scale.ingest.convert import ConvertOptions
 from annatac_scale.store.store import IslandStore
 from annatac_scale.train.run_options import RunOptions
 
-COMMANDS = ["islands", "convert", "info", "pretrain", "finetune", "predict", "evaluate", "export", "demo"]
+COMMANDS = [
+    "islands",
+    "convert",
+    "info",
+    "pretrain",
+    "finetune",
+    "predict",
+    "evaluate",
+    "report",
+    "export",
+    "demo",
+]
 
 
 @pytest.fixture

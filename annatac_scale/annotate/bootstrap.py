@@ -113,13 +113,20 @@ class PairedTest:
 
 
 def compare_labels(
-    truth: ArrayLike, first: ArrayLike, second: ArrayLike, n_draws: int = DRAWS, seed: int = SEED
+    truth: ArrayLike,
+    first: ArrayLike,
+    second: ArrayLike,
+    n_draws: int = DRAWS,
+    seed: int = SEED,
+    n_cells: Ints | None = None,
 ) -> PairedTest:
     """Compare two sets of labels of the same cells, each cell drawn together with both its labels.
 
     Cells are drawn whatever their type for accuracy, within each true type for macro F1.
 
-    truth, first, second: labels [n], as for ``evaluate_labels``; cells without a truth are left out.
+    truth, first, second: labels [n], as for ``evaluate_labels``; cells without a truth are left out
+    n_cells: cells that each row stands for, int64 [n]; None: one each
+
     Raises InputError if the lengths differ, no cell has a truth or a label is missing, ConfigError for less than one
     draw.
     """
@@ -130,18 +137,21 @@ def compare_labels(
             "expected one of each a cell; join the tables by barcode first"
         )
     known = texts[0] != ""
+    n = (np.ones(len(known), np.int64) if n_cells is None else n_cells)[known]
     texts = [text[known] for text in texts]
-    n_blank = sum(int((text == "").sum()) for text in texts)
+    n_blank = sum(int(n[text == ""].sum()) for text in texts)
     if n_blank or not len(texts[0]):
         raise InputError(
-            f"paired test: found {n_blank:,} missing labels of {len(texts[0]):,} cells with a truth; expected two "
+            f"paired test: found {n_blank:,} missing labels of {n.sum():,} cells with a truth; expected two "
             "labels of each of some cells; leave out cells without one"
         )
     number_of = {name: i for i, name in enumerate(sorted(set(texts[0])))}
     n_types = len(number_of)
     # A label that no cell truly has is never right, whatever it is.
     codes = pd.DataFrame([[number_of.get(label, n_types) for label in text] for text in texts]).T
-    combinations = codes.value_counts(sort=False)
+    combinations = (
+        pd.Series(n).groupby([codes[i] for i in codes]).sum()
+    )  # sorted, whatever the order of the cells
     truths, *labels = combinations.index.to_frame().to_numpy().T
     return _paired(truths, labels, combinations.to_numpy(), n_types, n_draws, seed)
 
@@ -237,11 +247,18 @@ def _samples(n_cells: Ints, strata: Ints, n_draws: int, seed: int) -> Iterator[I
 
 
 def figures_of_drawn_groups(
-    groups: Texts, truth: Texts, labels: Sequence[Texts], n_draws: int, seed: int = SEED
+    groups: Texts,
+    truth: Texts,
+    labels: Sequence[Texts],
+    n_draws: int,
+    seed: int = SEED,
+    n_cells: Ints | None = None,
 ) -> list[Figures]:
     """Figures of each set of labels in each draw of whole groups, as many as there are, float64 [draws].
 
-    groups, truth: str [n]; labels: str [n] each. Macro F1 is over the types that the drawn groups have.
+    groups, truth: str [n]; labels: str [n] each; n_cells: cells that each row stands for, int64 [n]; None: one each
+    Which groups are drawn together depends on the order in which they first come. Macro F1 is over the types that the
+    drawn groups have.
     """
     types = pd.Index(sorted(set(truth)))
     codes = [types.get_indexer(pd.Index(text)) for text in (truth, *labels)]
@@ -250,7 +267,7 @@ def figures_of_drawn_groups(
     combinations, place = np.unique(table.to_numpy()[:, 1:], axis=0, return_inverse=True)
     n_groups = int(table[0].max()) + 1
     counts = np.zeros((n_groups, len(combinations)), np.int64)
-    np.add.at(counts, (table[0].to_numpy(), place.ravel()), 1)
+    np.add.at(counts, (table[0].to_numpy(), place.ravel()), 1 if n_cells is None else n_cells)
     sums = [_Sums(combinations[:, 0], label, len(types)) for label in combinations.T[1:]]
     rng = np.random.default_rng(seed)
     found: list[list[Figures]] = [[] for _ in sums]

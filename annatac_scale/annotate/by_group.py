@@ -21,6 +21,7 @@ FEWEST_GROUPS = 5
 """Groups that an interval over groups takes: of fewer there are hardly any different draws."""
 
 Texts = NDArray[np.object_]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,42 +43,51 @@ class ByGroup:
 
     @classmethod
     def of(
-        cls, column: str, groups: Texts, truth: Texts, label: Texts, other: Texts | None = None
+        cls,
+        column: str,
+        groups: Texts,
+        truth: Texts,
+        label: Texts,
+        other: Texts | None = None,
+        n_cells: Ints | None = None,
     ) -> "ByGroup":
         """Figures of cells with a truth. groups: str [n], "" where a cell has none; truth, label, other: str [n]
+
+        n_cells: cells that each row stands for, int64 [n]; None: one each
 
         Raises InputError where no cell has a group.
         """
         known = groups != ""
+        n = np.ones(len(groups), np.int64) if n_cells is None else n_cells
         if not known.any():
             raise InputError(
-                f"--group {column}: found no value of it in any of {len(groups):,} evaluated cells; expected the donor "
+                f"--group {column}: found no value of it in any of {n.sum():,} evaluated cells; expected the donor "
                 "or batch of each; name the column that holds it"
             )
-        n_groups = len(set(groups[known]))
-        if 2 * n_groups > known.sum() > FEWEST_GROUPS:
+        n_groups, n_without = len(set(groups[known])), int(n[~known].sum())
+        n, truth, groups = n[known], truth[known], groups[known]
+        if 2 * n_groups > n.sum() > FEWEST_GROUPS:
             raise InputError(
-                f"--group {column}: found {n_groups:,} values among {known.sum():,} evaluated cells, expected a donor "
+                f"--group {column}: found {n_groups:,} values among {n.sum():,} evaluated cells, expected a donor "
                 "or batch that many cells share; name the column that holds it"
             )
         labels = [label[known]] if other is None else [label[known], other[known]]
-        truth, groups = truth[known], groups[known]
         rows = []
         for name in sorted(set(groups)):
             own = groups == name
-            row: dict[str, Any] = {"group": name, "n_cells": int(own.sum())}
+            row: dict[str, Any] = {"group": name, "n_cells": int(n[own].sum())}
             for prefix, one in zip(("", "other_"), labels, strict=False):
-                found = evaluate_labels(truth[own], one[own])
+                found = evaluate_labels(truth[own], one[own], n[own])
                 row |= {f"{prefix}{figure}": getattr(found, figure) for figure in FIGURES}
             rows.append(row)
         intervals: dict[str, Interval] = {}
         differences: dict[str, Interval] = {}
         if len(rows) >= FEWEST_GROUPS:
-            drawn = figures_of_drawn_groups(groups, truth, labels, DRAWS)
+            drawn = figures_of_drawn_groups(groups, truth, labels, DRAWS, n_cells=n)
             intervals = {name: percentiles(drawn[0][name]) for name in FIGURES}
             if other is not None:
                 differences = {name: percentiles(drawn[0][name] - drawn[1][name]) for name in FIGURES}
-        return cls(column, pd.DataFrame(rows), int((~known).sum()), intervals, differences)
+        return cls(column, pd.DataFrame(rows), n_without, intervals, differences)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it in the types of JSON."""

@@ -32,17 +32,22 @@ Intervals = Mapping[str, Interval]
 
 @dataclass(frozen=True, eq=False)
 class Against:
-    """Other labels of the same cells. test: the evaluated labels are the first, these the second."""
+    """Other labels of the same cells.
+
+    test: the evaluated labels are the first, these the second; n_missing: cells that ``predict`` has not labelled yet
+    """
 
     labels: str
     evaluation: Evaluation
     intervals: Intervals
     test: PairedTest
+    n_missing: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """All of it in the types of JSON."""
         return {
             "labels": self.labels,
+            "n_missing": self.n_missing,
             "intervals": _as_json(self.intervals),
             "test": self.test.to_dict(),
             **self.evaluation.to_dict(),
@@ -88,6 +93,7 @@ class EvaluationReport:
     cells: "test", those that fine-tuning held out, or "all"
     evaluation: the figures of the labels, where Novel_cell_type and Unassigned_low_depth are errors
     intervals: 95% bootstrap intervals of its headline figures
+    n_missing: cells in parts of a data set of ``predict`` that are not there, of which nothing is known
     n_by_split: all cells of the labels by split, "none" for those that were not in the fine-tuning
     n_trained_on: evaluated cells that were used in fine-tuning, of either model where two are compared
     n_novel, n_low_depth: evaluated cells that are named Novel_cell_type, Unassigned_low_depth
@@ -114,6 +120,7 @@ class EvaluationReport:
     n_novel: int
     n_trained_on: int = 0
     n_low_depth: int = 0
+    n_missing: int = 0
     assigned: Evaluation | None = None
     truth_file: str | None = None
     left_out: LeftOut = LeftOut()
@@ -203,7 +210,12 @@ class EvaluationReport:
     def _notes_on_left_out(self) -> list[str]:
         left, place, labels = self.left_out, self.truth_file or "the store", str(self.labels)
         either = labels if self.against is None else f"{labels} or {self.against.labels}"
-        counts = {
+        counts = {f"cells of {labels} are not predicted yet, and left out": self.n_missing}
+        if self.against is not None:
+            counts[f"cells of {self.against.labels} are not predicted yet, and left out"] = (
+                self.against.n_missing
+            )
+        counts |= {
             f"cells of {labels} are not in {place}, and left out": left.n_not_in_truth,
             f"cells with a {self.truth} have no label in {either}, and are left out": left.n_without_label,
         }
@@ -222,6 +234,7 @@ class EvaluationReport:
             "truth": self.truth,
             "truth_file": self.truth_file,
             "cells": self.cells,
+            "n_missing": self.n_missing,
             "n_by_split": self.n_by_split,
             "n_trained_on": self.n_trained_on,
             "left_out": asdict(self.left_out),

@@ -1,14 +1,17 @@
 """Labels of cells from wherever they lie, and which cells of two such tables are the same."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from annatac_scale.errors import InputError
 from annatac_scale.ingest.label_column import is_label_file, read_label_column
-from annatac_scale.model.labels import label_texts
+from annatac_scale.model.labels import label_text, label_texts
+from annatac_scale.store.columns import sample_columns
 from annatac_scale.store.place import Location, is_url, place_of
 from annatac_scale.store.store import IslandStore
 
@@ -20,15 +23,26 @@ _SHOWN = 3
 
 @dataclass(frozen=True, eq=False)
 class CellLabels:
-    """A label of each of some cells.
+    """A label of each of some cells, in memory that is small a cell: its barcode and 24 bytes.
+
+    Barcodes are given as texts, object [n], or as Arrow's; each label and each sample is one text, of all cells that
+    have it.
 
     place: where they are from; label: "" where one is missing; sample: None where the place names no samples
+    each_once: whether it is known that no cell comes twice, as in a store
     """
 
     place: str
-    barcode: Texts
+    barcode: pa.LargeStringArray
     label: Texts
     sample: Texts | None = None
+    each_once: bool = False
+
+    def __post_init__(self) -> None:
+        # Of Python's texts each takes 50 bytes besides.
+        is_text = not isinstance(self.barcode, pa.Array)
+        barcode = pa.array(self.barcode, pa.large_string()) if is_text else self.barcode
+        object.__setattr__(self, "barcode", barcode.cast(pa.large_string()))
 
     def __len__(self) -> int:
         return len(self.barcode)
@@ -36,7 +50,8 @@ class CellLabels:
     def take(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> "CellLabels":
         """Some of the cells."""
         sample = None if self.sample is None else self.sample[rows]
-        return CellLabels(self.place, self.barcode[rows], self.label[rows], sample)
+        barcode = self.barcode.take(pa.array(np.arange(len(self))[rows]))
+        return CellLabels(self.place, barcode, self.label[rows], sample)
 
     def some(self) -> str:
         """Its first cells, for messages."""
@@ -45,7 +60,7 @@ class CellLabels:
     def name_of(self, row: int) -> str:
         """A cell in words."""
         of = "" if self.sample is None else f" of sample {self.sample[row]!r}"
-        return f"{self.barcode[row]!r}{of}"
+        return f"{self.barcode[row].as_py()!r}{of}"
 
 
 def is_store(location: Location) -> bool:
@@ -72,15 +87,42 @@ def given_labels(location: Location, column: str | None, option: str) -> CellLab
 def file_labels(location: Location, column: str) -> CellLabels:
     """A column of a file, as ``ingest.label_column`` reads it."""
     table = read_label_column(location, column)
-    sample = table["sample"].to_numpy(object) if "sample" in table else None
+    sample = _one_text_each(table["sample"]) if "sample" in table else None
     return CellLabels(str(location), table["barcode"].to_numpy(object), label_texts(table["label"]), sample)
 
 
 def store_labels(store: IslandStore, column: str) -> CellLabels:
     """An obs column of a store."""
     obs = store.obs([column])
-    barcode, sample = (obs[name].to_numpy(object) for name in ("barcode", "sample"))
+    barcode, sample = obs["barcode"].to_numpy(object), _one_text_each(obs["sample"])
     return CellLabels(str(store.path), barcode, label_texts(obs[column]), sample)
+
+
+def sample_labels(store: IslandStore, sample: str, columns: Sequence[str]) -> list[CellLabels]:
+    """Obs columns of one sample of a store, without a cell where it has no such sample."""
+    if sample not in store.samples:
+        nothing = np.empty(0, object)
+        return [CellLabels(str(store.path), nothing, nothing, nothing) for _ in columns]
+    found = sample_columns(store.samples[sample], ["barcode", *columns])
+    barcode = found["barcode"]
+    assert barcode is not None
+    barcodes, samples = barcode.in_arrow(), np.full(len(barcode.values), sample, object)
+
+    def labels(column: str) -> Texts:
+        values = found[column]
+        if column == "sample" or values is None:
+            return np.full(len(samples), label_text(sample) if column == "sample" else "", object)
+        return label_texts(values.plain())
+
+    place = str(store.path)
+    return [CellLabels(place, barcodes, labels(column), samples, each_once=True) for column in columns]
+
+
+def _one_text_each(texts: pd.Series) -> Texts:
+    """The same texts, object [n], equal ones in one place."""
+    codes, found = pd.factorize(texts.to_numpy(object))
+    one: Texts = np.asarray(found, object)[codes]
+    return one
 
 
 def rows_in(cells: CellLabels, others: CellLabels) -> Ints:
@@ -89,6 +131,8 @@ def rows_in(cells: CellLabels, others: CellLabels) -> Ints:
     Cells are the same that have the same sample and barcode, or the same barcode where one of the two names no sample.
     Raises InputError where that does not tell which cell is which: one that both have comes twice in one of them.
     """
+    if _are_same(cells, others):
+        return np.arange(len(cells))
     by_sample = cells.sample is not None and others.sample is not None
     keys, other_keys = _keys(cells, others, by_sample)
     _check_once(cells, others, keys, other_keys, by_sample)
@@ -100,11 +144,20 @@ def rows_in(cells: CellLabels, others: CellLabels) -> Ints:
     return rows
 
 
+def _are_same(cells: CellLabels, others: CellLabels) -> bool:
+    """Whether all cells are the same in the same order, as where all of a sample was predicted: that takes no table."""
+    if not (cells.each_once or others.each_once) or cells.sample is None or others.sample is None:
+        return False
+    return bool(cells.barcode.equals(others.barcode)) and np.array_equal(cells.sample, others.sample)
+
+
 def _keys(cells: CellLabels, others: CellLabels, by_sample: bool) -> tuple[Ints, Ints]:
     """A number for each cell, equal for cells that are the same."""
-    codes, barcodes = pd.factorize(np.concatenate([cells.barcode, others.barcode]))
+    encoded = pa.chunked_array([cells.barcode, others.barcode]).dictionary_encode().combine_chunks()
+    codes = encoded.indices.to_numpy().astype(np.int64)
     if by_sample and cells.sample is not None and others.sample is not None:
-        codes = codes + len(barcodes) * pd.factorize(np.concatenate([cells.sample, others.sample]))[0]
+        samples = pd.factorize(np.concatenate([cells.sample, others.sample]))[0]
+        codes += len(encoded.dictionary) * samples
     return codes[: len(cells)], codes[len(cells) :]
 
 

@@ -56,16 +56,23 @@ class LineageFigures:
 
 
 def lineage_figures(
-    hierarchy: Hierarchy, truth: ArrayLike, best: ArrayLike, lineage: ArrayLike
+    hierarchy: Hierarchy,
+    truth: ArrayLike,
+    best: ArrayLike,
+    lineage: ArrayLike,
+    n_cells: NDArray[np.int64] | None = None,
 ) -> LineageFigures:
     """Compare best types and lineages with the truth, labels [n]; cells without a truth are left out.
 
     lineage: missing where none was likely enough
+    n_cells: cells that each row stands for, int64 [n]; None: one each
     """
     true_type = label_texts(truth)
     nodes = pd.Index(hierarchy.nodes, dtype=object)
     code = nodes.get_indexer(pd.Index(true_type, dtype=object))
     inside = code >= 0
+    n_all = np.ones(len(code), np.int64) if n_cells is None else n_cells
+    n = n_all[inside]
     true_code = code[inside]
     best_code, lineage_code = (
         nodes.get_indexer(pd.Index(label_texts(labels)[inside], dtype=object)) for labels in (best, lineage)
@@ -73,15 +80,15 @@ def lineage_figures(
     at_or_below = _lies_above(hierarchy, true_code, best_code)
     given = lineage_code >= 0
     return LineageFigures(
-        n_cells=len(true_code),
-        n_outside=int((~inside & (true_type != "")).sum()),
-        exact=_mean(best_code == true_code),
-        at_or_below=_mean(at_or_below),
-        related=_mean(at_or_below | _lies_above(hierarchy, best_code, true_code)),
-        named=_mean(given),
-        lineage_right=_mean(_lies_above(hierarchy, lineage_code, true_code)),
-        lineage_depth=_mean(hierarchy.depth[lineage_code[given]]),
-        truth_depth=_mean(hierarchy.depth[true_code]),
+        n_cells=int(n.sum()),
+        n_outside=int(n_all[~inside & (true_type != "")].sum()),
+        exact=_mean(best_code == true_code, n),
+        at_or_below=_mean(at_or_below, n),
+        related=_mean(at_or_below | _lies_above(hierarchy, best_code, true_code), n),
+        named=_mean(given, n),
+        lineage_right=_mean(_lies_above(hierarchy, lineage_code, true_code), n),
+        lineage_depth=_mean(hierarchy.depth[lineage_code[given]], n[given]),
+        truth_depth=_mean(hierarchy.depth[true_code], n),
     )
 
 
@@ -90,5 +97,5 @@ def _lies_above(hierarchy: Hierarchy, upper: NDArray[np.intp], lower: NDArray[np
     return (upper >= 0) & (lower >= 0) & hierarchy.above[upper, lower]
 
 
-def _mean(values: NDArray[Any]) -> float:
-    return float(np.mean(values)) if len(values) else math.nan
+def _mean(values: NDArray[Any], n_cells: NDArray[np.int64]) -> float:
+    return float((values * n_cells).sum() / n_cells.sum()) if len(values) else math.nan

@@ -1,63 +1,15 @@
-"""Labels to evaluate: opened wherever they lie, and joined by cell with the truth and with other labels."""
+"""Which cells of two tables are the same, and which of them are evaluated: labels joined with the truth."""
 
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
-from numpy.typing import NDArray
 
 from annatac_scale.annotate.evaluation_report import LeftOut
-from annatac_scale.annotate.given_labels import CellLabels, Ints, given_labels, rows_in
-from annatac_scale.annotate.labels import LabelsFolder, Manifest
+from annatac_scale.annotate.given_labels import CellLabels, Ints, rows_in
+from annatac_scale.annotate.label_sources import Bools, Labels, LabelSource
 from annatac_scale.errors import InputError
-from annatac_scale.model.labels import label_texts
-from annatac_scale.store.place import Location
-from annatac_scale.train.splits import SPLITS
 
-Bools = NDArray[np.bool_]
-
-NO_SPLIT = "none"
-"""Stands for the split of a cell that was not in the fine-tuning."""
-
-_READ = ("sample", "barcode", "best", "confidence", "split", "set", "novelty_score")
-
-
-@dataclass(frozen=True, eq=False)
-class Labels:
-    """Labels of a place.
-
-    cells: with their labels, "" where one is missing
-    manifest, rows: of what ``predict`` wrote; rows as they are in its tables, one a cell
-    """
-
-    cells: CellLabels
-    manifest: Manifest | None = None
-    rows: pd.DataFrame | None = None
-
-    def __len__(self) -> int:
-        return len(self.cells)
-
-    @property
-    def n_by_split(self) -> dict[str, int]:
-        """The cells by split."""
-        if self.rows is None:
-            return {NO_SPLIT: len(self)}
-        n_of = Counter(self.rows["split"])
-        return {name: n_of[name] for name in (*SPLITS, NO_SPLIT) if n_of[name]}
-
-    @property
-    def trained(self) -> Bools:
-        """Which cells fine-tuning used; none of what predict did not write."""
-        if self.rows is None:
-            return np.zeros(len(self), np.bool_)
-        return self.rows["split"].isin(SPLITS[:-1]).to_numpy(np.bool_)
-
-    def take(self, rows: Ints | Bools) -> "Labels":
-        """Some of the cells."""
-        own = None if self.rows is None else self.rows.iloc[np.arange(len(self))[rows]]
-        return replace(self, cells=self.cells.take(rows), rows=own)
+_SHOWN = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,53 +17,26 @@ class Joined:
     """The cells to evaluate, and those that have no first label besides: of these ``predict`` wrote all else.
 
     rows: of each among the first labels, int64 [n]; true, other: among the true and the other labels
+    labelled, other_labelled: cells with a first and with another label that are asked for, bool [first], [other]
+    common: those that have both; in_truth: the row of each first label among the true ones, int64 [first], -1 for none
     left_out: cells that are not evaluated
     """
 
     rows: Ints
     true: Ints
     other: Ints
+    labelled: Bools
+    other_labelled: Bools
+    common: Bools
+    in_truth: Ints
     left_out: LeftOut
 
 
-def opened_labels(location: Location, column: str | None, option: str) -> Labels:
-    """All labels at a location."""
-    given = given_labels(location, column, option)
-    if given is not None:
-        return Labels(given)
-    folder = LabelsFolder.open_complete(location)
-    column = column or "label"
-    if column not in folder.manifest.columns:
-        raise InputError(
-            f"{folder.location}: found no column {column!r}; expected {option} to be one of "
-            f"{', '.join(folder.manifest.columns)}"
-        )
-    rows = _rows(folder, column)
-    cells = CellLabels(
-        str(folder.location),
-        rows["barcode"].to_numpy(object),
-        label_texts(rows[column]),
-        rows["sample"].to_numpy(object),
-    )
-    return Labels(cells, folder.manifest, rows)
-
-
-def _rows(folder: LabelsFolder, column: str) -> pd.DataFrame:
-    """The rows of a data set, of the columns that figures are made of; split is NO_SPLIT where there is none."""
-    lineage = [] if folder.manifest.parents is None else ["lineage"]
-    columns = list(dict.fromkeys([*_READ, column, *lineage]))
-    table = pa.concat_tables([folder.read(part, columns) for part in folder.manifest.parts])
-    rows: pd.DataFrame = table.to_pandas()
-    return rows.assign(split=rows["split"].fillna(NO_SPLIT))
-
-
-def joined_labels(
-    first: Labels, second: Labels | None, true: CellLabels, cells: str, is_store: bool
-) -> Joined:
-    """Find the cells to evaluate in all tables.
+def joined_labels(first: Labels, second: Labels | None, true: CellLabels, cells: str) -> Joined:
+    """Find the cells to evaluate in all tables, which are of all samples or of one.
 
     All cells are joined before any is left out: a barcode that is two cells is two also where one of them is not
-    evaluated. Raises InputError where it is not clear which cell is which, or no cell is left.
+    evaluated. Raises InputError where it is not clear which cell is which.
     """
     other = first if second is None else second
     in_other = np.arange(len(first)) if second is None else rows_in(first.cells, second.cells)
@@ -122,9 +47,6 @@ def joined_labels(
     asked, other_asked = _asked(first, other, in_other, cells)
     labelled, other_labelled = asked & (first.cells.label != ""), other_asked & (other.cells.label != "")
     common = labelled & np.append(other_labelled, False)[in_other]
-    if second is not None and not common.any():
-        raise _nothing_in_common(first.cells.take(labelled), second.cells.take(other_labelled))
-    _check_found(in_truth[common], first.take(common), true, is_store)
     to_label = np.full(len(true), cells == "all") | _hit(
         len(true), in_truth[asked], other_in_truth[other_asked]
     )
@@ -137,12 +59,15 @@ def joined_labels(
     )
     chosen = asked if second is None else asked & np.append(other_labelled, False)[in_other]
     rows = np.flatnonzero(chosen & (in_truth >= 0))
-    return Joined(rows, in_truth[rows], in_other[rows], left_out)
+    return Joined(rows, in_truth[rows], in_other[rows], labelled, other_labelled, common, in_truth, left_out)
 
 
 def _hit(n: int, *rows: Ints) -> Bools:
     """Which of ``n`` rows some of ``rows`` are; those below 0 are none."""
-    return np.isin(np.arange(n), np.concatenate(rows))
+    hit = np.zeros(n + 1, np.bool_)
+    for some in rows:
+        hit[some] = True  # -1 is the last one, which is none of them
+    return hit[:n]
 
 
 def _asked(first: Labels, other: Labels, in_other: Ints, cells: str) -> tuple[Bools, Bools]:
@@ -164,32 +89,84 @@ def _held_out(labels: Labels) -> Bools | None:
     """Which cells fine-tuning held out; None for what predict did not write."""
     if labels.rows is None:
         return None
-    held_out: Bools = (labels.rows["split"] == "test").to_numpy(np.bool_)
-    if not held_out.any():
-        raise InputError(
-            f"{labels.cells.place}: found no held-out cell among {len(labels):,}, expected some with split test; "
-            "use --cells all, or predict the store that the model was fine-tuned on"
-        )
+    held_out: Bools = np.asarray(labels.rows.split == "test", np.bool_)
     return held_out
 
 
-def _check_found(place: Ints, labels: Labels, true: CellLabels, is_store: bool) -> None:
-    """Raise InputError where no cell has a truth, or one that predict labelled is not in the store."""
-    absent = np.flatnonzero(place < 0)
-    if labels.manifest is not None and is_store and len(absent):
-        row = absent[0]
-        assert labels.cells.sample is not None
-        raise InputError(
-            f"{labels.cells.place}: found {len(absent):,} of {len(place):,} cells that {true.place} does not have, the "
-            f"first {labels.cells.barcode[row]!r} of sample {labels.cells.sample[row]!r}; give the store that was "
-            "predicted"
-        )
-    if len(absent) == len(place):
-        raise _nothing_in_common(labels.cells, true)
+@dataclass
+class _Some:
+    """Cells of which messages name the first."""
+
+    n: int = 0
+    names: list[str] = field(default_factory=list)
+
+    def add(self, cells: CellLabels, which: Bools) -> None:
+        self.n += int(which.sum())
+        if len(self.names) < _SHOWN:
+            rows = np.flatnonzero(which)[: _SHOWN - len(self.names)]
+            self.names += [cells.name_of(row) for row in rows.tolist()]
+
+    def __str__(self) -> str:
+        return ", ".join(self.names) or "none"
 
 
-def _nothing_in_common(cells: CellLabels, others: CellLabels) -> InputError:
+class Meeting:
+    """What the joins of all samples come to: the cells that are left out, and whether anything is to be evaluated."""
+
+    def __init__(self, first: LabelSource, second: LabelSource | None, true: str) -> None:
+        """true: the place of the true labels, for messages."""
+        self._first, self._second, self._true = first, second, true
+        self._labelled, self._other_labelled, self._common = _Some(), _Some(), _Some()
+        self._absent, self._true_cells = _Some(), _Some()
+        self._counts = dict.fromkeys(asdict(LeftOut()), 0)
+
+    @property
+    def left_out(self) -> LeftOut:
+        """Cells of all samples that are not evaluated."""
+        return LeftOut(**self._counts)
+
+    def add(self, first: Labels, second: Labels | None, true: CellLabels, joined: Joined) -> None:
+        """Add the cells of a sample."""
+        for name, n in asdict(joined.left_out).items():
+            self._counts[name] += n
+        self._labelled.add(first.cells, joined.labelled)
+        self._common.add(first.cells, joined.common)
+        self._absent.add(first.cells, joined.common & (joined.in_truth < 0))
+        self._true_cells.add(true, np.ones(len(true), np.bool_))
+        if second is not None:
+            self._other_labelled.add(second.cells, joined.other_labelled)
+
+    def check(self, cells: str, n_test: list[int], is_store: bool) -> None:
+        """Raise InputError where no cell is left, or one that predict labelled is not in the store.
+
+        n_test: held-out cells of the first and of the other labels
+        """
+        for source, n in zip((self._first, self._second), n_test, strict=False):
+            if cells == "test" and source is not None and source.manifest is not None and not n:
+                raise _none_held_out(source)
+        if self._second is not None and not self._common.n:
+            raise _nothing_in_common(
+                self._first.place, self._labelled, self._second.place, self._other_labelled
+            )
+        if self._first.manifest is not None and is_store and self._absent.n:
+            raise InputError(
+                f"{self._first.place}: found {self._absent.n:,} of {self._common.n:,} cells that {self._true} does not "
+                f"have, the first {self._absent.names[0]}; give the store that was predicted"
+            )
+        if self._absent.n == self._common.n:
+            raise _nothing_in_common(self._first.place, self._common, self._true, self._true_cells)
+
+
+def _none_held_out(source: LabelSource) -> InputError:
+    n = sum(part.n_cells for part in source.parts)
     return InputError(
-        f"{cells.place}: found no labelled cell that {others.place} has: {cells.some()} here, {others.some()} there; "
+        f"{source.place}: found no held-out cell among {n:,}, expected some with split test; "
+        "use --cells all, or predict the store that the model was fine-tuned on"
+    )
+
+
+def _nothing_in_common(place: str, cells: _Some, other_place: str, others: _Some) -> InputError:
+    return InputError(
+        f"{place}: found no labelled cell that {other_place} has: {cells} here, {others} there; "
         "expected barcodes, and samples if both name them, that are written alike; change one of the two"
     )

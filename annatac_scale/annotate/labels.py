@@ -13,10 +13,12 @@ made with in its schema metadata.
 """
 
 import json
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,8 @@ _FOOTER_BYTES = 64 << 10
 """From the end of a file, in which its footer mostly is."""
 _LOOKING = 16
 """Parts that are looked at side by side."""
+_AHEAD = 8
+"""Parts that are read ahead, in which object storage answers while others are counted."""
 
 
 @dataclass(frozen=True)
@@ -232,18 +236,20 @@ class LabelsFolder:
         """Open a data set for reading, complete or not. Raises InputError where there is none."""
         return cls(location, read_manifest(location))
 
-    @classmethod
-    def open_complete(cls, location: Location) -> "LabelsFolder":
-        """Open a data set for reading. Raises InputError where there is none, or parts of it are missing."""
-        folder = cls.open(location)
-        parts = folder.manifest.parts
-        n_missing = len(folder.missing(parts))
-        if n_missing or not folder.manifest.complete:
+    def there(self) -> tuple[list[Part], int]:
+        """The parts that are there, in their order, and how many cells the others have.
+
+        Raises InputError where none of the parts is there.
+        """
+        parts = self.manifest.parts
+        missing = set(self.missing(parts))
+        if parts and len(missing) == len(parts):
             raise InputError(
-                f"{location}: found {len(parts) - n_missing:,} of {len(parts):,} parts, {n_missing:,} are missing; "
-                "expected a complete data set; run the same `annatac predict` again, it goes on where it stopped"
+                f"{self.location}: found none of its {len(parts):,} parts, expected some to read; run the same "
+                "`annatac predict` again, it goes on where it stopped"
             )
-        return folder
+        n_missing = sum(part.n_cells for part in missing)
+        return [part for part in parts if part not in missing], n_missing
 
     def missing(self, parts: Sequence[Part]) -> list[Part]:
         """Those of some parts that are not there, whole to the footer, and made with what the manifest says."""
@@ -286,6 +292,28 @@ class LabelsFolder:
                 f"{file}: cannot be read ({error}); expected a whole Parquet file; delete it and run the same "
                 "`annatac predict` again"
             ) from error
+
+    def read_all(
+        self, parts: Iterable[Part], columns: Sequence[str], n_ahead: int = _AHEAD
+    ) -> Iterator[tuple[Part, pa.Table]]:
+        """Columns of parts, one after the other, in their order; ``n_ahead`` of them are read meanwhile.
+
+        Memory is that of ``n_ahead`` parts. Raises InputError as ``read``.
+        """
+        left = iter(parts)
+        with ThreadPoolExecutor(n_ahead, "labels") as pool:
+            reading: deque[tuple[Part, Future[pa.Table]]] = deque()
+            try:
+                while True:
+                    for part in islice(left, n_ahead - len(reading)):
+                        reading.append((part, pool.submit(self.read, part, columns)))
+                    if not reading:
+                        return
+                    part, future = reading.popleft()
+                    yield part, future.result()
+            finally:
+                for _, future in reading:
+                    future.cancel()
 
     def read_embeddings(self, part: Part) -> NDArray[np.float16]:
         """Embeddings of the cells of a part, float16 [n, width]. Raises StoreError where they cannot be read."""

@@ -61,12 +61,16 @@ class Evaluation:
         }
 
 
-def evaluate_labels(truth: ArrayLike, predicted: ArrayLike) -> Evaluation:
-    """Compare predicted with true labels, cell by cell.
+def evaluate_labels(
+    truth: ArrayLike, predicted: ArrayLike, n_cells: NDArray[np.int64] | None = None
+) -> Evaluation:
+    """Compare predicted with true labels, cell by cell, or row by row of a table of counts.
 
     truth, predicted: labels [n], of text or whole numbers (compared as text). Cells whose truth is missing
-    (NaN, None, blank) are left out and counted. Raises InputError if the lengths differ, no cell has a truth,
-    or a cell with a truth has no predicted label.
+    (NaN, None, blank) are left out and counted.
+    n_cells: cells that each pair of labels stands for, int64 [n]; None: one each
+
+    Raises InputError if the lengths differ, no cell has a truth, or a cell with a truth has no predicted label.
     """
     true_label, label = label_texts(truth), label_texts(predicted)
     if len(true_label) != len(label):
@@ -75,17 +79,18 @@ def evaluate_labels(truth: ArrayLike, predicted: ArrayLike) -> Evaluation:
             "expected one of each a cell; join the two tables by barcode first"
         )
     known = true_label != ""
-    _check_cells(known, label)
-    return _evaluation(confusion_table(true_label[known], label[known]), int((~known).sum()))
+    n = np.ones(len(label), np.int64) if n_cells is None else n_cells
+    _check_cells(known, label, n)
+    return _evaluation(confusion_table(true_label[known], label[known], n[known]), int(n[~known].sum()))
 
 
-def _check_cells(known: NDArray[np.bool_], label: NDArray[np.object_]) -> None:
+def _check_cells(known: NDArray[np.bool_], label: NDArray[np.object_], n_cells: NDArray[np.int64]) -> None:
     if not known.any():
         raise InputError(
-            f"truth: found no label in any of {len(known):,} cells; expected some; "
+            f"truth: found no label in any of {n_cells.sum():,} cells; expected some; "
             "name the column that holds the types"
         )
-    n_blank = int((known & (label == "")).sum())
+    n_blank = int(n_cells[known & (label == "")].sum())
     if n_blank:
         raise InputError(
             f"predicted labels: found none for {n_blank:,} cells; expected one each; predict these cells too"

@@ -114,8 +114,8 @@ def predict(
     probabilities: also write those of all classes; embeddings: also write what the logits stand on, float16, as a Zarr
         group in the data set
     project: map a store of other islands of the same assembly onto the model's (stream/projection.py says how)
-    consensus: also vote in clusters (annotate/consensus.py): "leiden", which needs embeddings and so has them written, or
-        the obs column of the store that names them; consensus_resolution: of Leiden, the higher, the more clusters
+    consensus: also vote in clusters (annotate/consensus.py): of "leiden", which has the embeddings written, or of the obs
+        column of the store that names them; consensus_resolution: of Leiden, the higher, the more clusters
     options: as in ConfidenceOptions, as novel_threshold=0.5 or coverage=0.9
     write_h5ad: where to write the h5ad that the one sample was converted from, with the labels in its obs
     write_obs: write the labels into the obs of the store's samples; its digest changes with them
@@ -187,8 +187,8 @@ def _check_share(share: Share, asked: Mapping[str, Any]) -> None:
     for name, value in asked.items():
         if value:
             raise ConfigError(
-                f"--part {share}: found {name} too; expected it when all parts are there; run the same command once more "
-                "without --part"
+                f"--part {share}: found {name} too; expected it when all parts are there; run the same command once "
+                "more without --part"
             )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from annatac_scale.annotate.bootstrap import DRAWS, LEVEL, SEED, Interval, share_interval
@@ -75,34 +75,63 @@ def calibration(
             f"calibration: found confidences of shape {sure.shape} and outcomes of shape {hits.shape}; expected one of "
             "each of at least one cell, confidences from 0 to 1; give the probability of each cell's label"
         )
-    bin_of = confidence_bins(sure, n_bins)
-    part_of = np.clip(((sure * n_bins - bin_of) * _FINE).astype(np.int64), 0, _FINE - 1)
-    fine = bin_of * _FINE + part_of
-    n = np.bincount(fine, minlength=n_bins * _FINE)
-    mean = np.bincount(fine, sure, len(n)) / np.maximum(n, 1)
-    used = np.flatnonzero(n)
-    drawn = np.random.default_rng(seed).binomial(n[used], np.minimum(mean[used], 1), (n_draws, len(used)))
-    coarse, starts = np.unique(used // _FINE, return_index=True)
-    drawn_right = np.add.reduceat(drawn, starts, axis=1)
-    n_of_bin = np.add.reduceat(n[used], starts)
-    expected = np.add.reduceat(n[used] * mean[used], starts)
-    n_right = np.bincount(bin_of, hits, n_bins)[coarse]
-    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    errors = np.abs(drawn_right - expected).sum(axis=1) / len(sure)
-    low, high = np.quantile(drawn_right / n_of_bin, tails, axis=0)
-    bins = pd.DataFrame(
-        {
-            "low": coarse / n_bins,
-            "high": (coarse + 1) / n_bins,
-            "n": n_of_bin,
-            "confidence": expected / n_of_bin,
-            "right": n_right / n_of_bin,
-            "band_low": low,
-            "band_high": high,
-        }
-    )
-    error = float(np.abs(n_right - expected).sum() / len(sure))
-    return Calibration(len(sure), error, Interval(*map(float, np.quantile(errors, tails))), bins)
+    sums = ConfidenceSums(n_bins)
+    sums.add(sure, hits)
+    return sums.calibration(n_draws, seed)
+
+
+class ConfidenceSums:
+    """What the calibration of predictions is made of, in bins: any number of cells, of which none is kept."""
+
+    def __init__(self, n_bins: int = BINS) -> None:
+        self._n_bins = n_bins
+        self._n = np.zeros(n_bins * _FINE, np.int64)
+        self._sum = np.zeros(n_bins * _FINE)
+        self._right = np.zeros(n_bins)
+
+    def __len__(self) -> int:
+        return int(self._n.sum())
+
+    def add(self, confidence: NDArray[np.floating], right: NDArray[np.bool_]) -> None:
+        """Add cells. confidence: float [n], 0 to 1; right: bool [n]
+
+        Sums are those of one array with all cells, bit by bit: they are added one by one, in their order.
+        """
+        sure = confidence.astype(np.float64)
+        bin_of = confidence_bins(sure, self._n_bins)
+        part_of = np.clip(((sure * self._n_bins - bin_of) * _FINE).astype(np.int64), 0, _FINE - 1)
+        fine = bin_of * _FINE + part_of
+        np.add.at(self._n, fine, 1)
+        np.add.at(self._sum, fine, sure)
+        np.add.at(self._right, bin_of, right.astype(np.float64))
+
+    def calibration(self, n_draws: int = DRAWS, seed: int = SEED) -> Calibration:
+        """The calibration of all cells, at least one, as ``calibration`` has it."""
+        n, n_bins, n_cells = self._n, self._n_bins, len(self)
+        mean = self._sum / np.maximum(n, 1)
+        used = np.flatnonzero(n)
+        drawn = np.random.default_rng(seed).binomial(n[used], np.minimum(mean[used], 1), (n_draws, len(used)))
+        coarse, starts = np.unique(used // _FINE, return_index=True)
+        drawn_right = np.add.reduceat(drawn, starts, axis=1)
+        n_of_bin = np.add.reduceat(n[used], starts)
+        expected = np.add.reduceat(n[used] * mean[used], starts)
+        n_right = self._right[coarse]
+        tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+        errors = np.abs(drawn_right - expected).sum(axis=1) / n_cells
+        low, high = np.quantile(drawn_right / n_of_bin, tails, axis=0)
+        bins = pd.DataFrame(
+            {
+                "low": coarse / n_bins,
+                "high": (coarse + 1) / n_bins,
+                "n": n_of_bin,
+                "confidence": expected / n_of_bin,
+                "right": n_right / n_of_bin,
+                "band_low": low,
+                "band_high": high,
+            }
+        )
+        error = float(np.abs(n_right - expected).sum() / n_cells)
+        return Calibration(n_cells, error, Interval(*map(float, np.quantile(errors, tails))), bins)
 
 
 @dataclass(frozen=True)
@@ -125,7 +154,9 @@ def novelty_figures(score: ArrayLike, novel: ArrayLike) -> NoveltyFigures:
     score: float [n], higher where a cell is more likely novel; novel: bool [n], the truth
     Raises InputError for scores that are not finite, and without a cell of each kind.
     """
-    scores, truth = np.asarray(score, np.float64), np.asarray(novel, np.bool_)
+    scores, truth = np.asarray(score), np.asarray(novel, np.bool_)
+    if scores.dtype != np.float32:  # which is half the memory, and orders cells as well
+        scores = scores.astype(np.float64)
     n_novel = int(truth.sum())
     if scores.shape != truth.shape or not np.isfinite(scores).all() or not 0 < n_novel < len(truth):
         raise InputError(
@@ -155,6 +186,17 @@ class Coverage:
     mean_size: float
     n_empty: int
 
+    @classmethod
+    def of_counts(cls, n_cells: int, n_covered: int, n_types: int, n_empty: int) -> "Coverage":
+        """n_covered: cells whose set holds their type; n_types: types in all sets; n_empty: sets without a type."""
+        return cls(
+            n_cells=n_cells,
+            coverage=n_covered / n_cells,
+            interval=share_interval(n_covered, n_cells),
+            mean_size=n_types / n_cells,
+            n_empty=n_empty,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """All of it in the types of JSON."""
         return {
@@ -179,11 +221,5 @@ def set_coverage(members: ArrayLike, codes: ArrayLike) -> Coverage:
             "[cells, types] and [cells], codes below the number of types, of at least one cell"
         )
     covered = held[np.arange(len(truth)), truth] & (truth >= 0)
-    n_covered, sizes = int(covered.sum()), held.sum(axis=1)
-    return Coverage(
-        n_cells=len(truth),
-        coverage=n_covered / len(truth),
-        interval=share_interval(n_covered, len(truth)),
-        mean_size=float(sizes.mean()),
-        n_empty=int((sizes == 0).sum()),
-    )
+    sizes = held.sum(axis=1)
+    return Coverage.of_counts(len(truth), int(covered.sum()), int(sizes.sum()), int((sizes == 0).sum()))

@@ -54,6 +54,11 @@ class ObsColumn:
         texts = np.append(self.texts.to_numpy(zero_copy_only=False).astype(object), np.nan)
         return texts[self.values]
 
+    def in_arrow(self) -> pa.StringArray:
+        """The values as text, null where it is missing: no Python text a cell."""
+        column = self.as_text()
+        return column.texts.take(pa.array(column.values, mask=column.values < 0))  # type: ignore[union-attr]
+
     def as_text(self) -> "ObsColumn":
         """The same with numbers and truth values as text, a missing number as missing text."""
         if self.texts is not None:
@@ -101,6 +106,24 @@ def obs_frame(store: "IslandStore", names: Sequence[str] | None) -> "pd.DataFram
         )
         frames.append(frame.reindex(columns=wanted))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=wanted)
+
+
+def sample_columns(sample: "Sample", names: Sequence[str]) -> dict[str, ObsColumn | None]:
+    """Columns of obs of one sample, also "barcode", None for one that it lacks; no other sample's obs is read.
+
+    ``check_columns`` tells whether any sample has it. Raises StoreError for one that is damaged.
+    """
+    return {name: _read(sample, name) for name in dict.fromkeys(names)}
+
+
+def check_columns(store: "IslandStore", names: Sequence[str]) -> None:
+    """Raise InputError where no sample has a column of one of these names."""
+    refuse_without_samples(store, names)
+    wanted = [name for name in names if name not in _BESIDE_OBS]
+    there = set(obs_names(store)) if wanted else set()
+    for name in wanted:
+        if name not in there:
+            raise _no_column(store, name)
 
 
 def obs_names(store: "IslandStore") -> list[str]:
@@ -165,12 +188,16 @@ def _read_all(store: "IslandStore", name: str) -> list[ObsColumn | None]:
     """A column of each sample, None where one lacks it. Raises InputError where all do."""
     columns = _in_threads(lambda sample: _read(sample, name), list(store.samples.values()))
     if columns and not any(columns):
-        known = sorted([*obs_names(store), *_BESIDE_OBS])
-        raise InputError(
-            f"{store.path}: no obs column {name!r}; there are {', '.join(known)}; give one of these, or "
-            "join a table that has it with `annatac convert --obs`"
-        )
+        raise _no_column(store, name)
     return columns
+
+
+def _no_column(store: "IslandStore", name: str) -> InputError:
+    known = sorted([*obs_names(store), *_BESIDE_OBS])
+    return InputError(
+        f"{store.path}: no obs column {name!r}; there are {', '.join(known)}; give one of these, or "
+        "join a table that has it with `annatac convert --obs`"
+    )
 
 
 def _in_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

@@ -21,16 +21,19 @@ FEWEST_CELLS = 17
 80%: 0.025 ** (1 / 17) = 0.805."""
 
 
-def confusion_table(truth: NDArray[np.object_], predicted: NDArray[np.object_]) -> pd.DataFrame:
+def confusion_table(
+    truth: NDArray[np.object_], predicted: NDArray[np.object_], n_cells: NDArray[np.int64] | None = None
+) -> pd.DataFrame:
     """Counts of cells: a row each type of the truth, a column each type in the same order, then each other label.
 
-    truth, predicted: labels as text, object [n]
+    truth, predicted: labels as text, object [n]; n_cells: cells that each pair stands for, int64 [n]; None: one each
     """
     types = sorted(set(truth))
     labels = types + sorted(set(predicted) - set(types))
     number_of = {label: i for i, label in enumerate(labels)}
     row, column = pd.Series(truth).map(number_of), pd.Series(predicted).map(number_of)
-    counts = np.bincount(row * len(labels) + column, minlength=len(types) * len(labels))
+    counts = np.zeros(len(types) * len(labels), np.int64)
+    np.add.at(counts, (row * len(labels) + column).to_numpy(np.int64), 1 if n_cells is None else n_cells)
     return pd.DataFrame(
         counts.reshape(len(types), len(labels)),
         pd.Index(types, name="truth"),

@@ -278,22 +278,42 @@ def test_without_a_held_out_cell_all_must_be_asked_for(atlas: Path, tmp_path: Pa
     assert not any("fine-tuning" in note for note in report.notes)
 
 
-def test_incomplete_data_sets_are_refused_with_the_parts_that_are_missing(
+def test_of_a_data_set_that_is_not_complete_the_parts_that_are_there_are_evaluated(
     atlas: Path, tmp_path: Path
 ) -> None:
-    store = atlas / "atlas.zarr"
-    predict(store, atlas / "run/model", tmp_path / "labels")
+    store, whole = atlas / "atlas.zarr", evaluate(atlas / "labels", atlas / "atlas.zarr", "truth")
+    shutil.copytree(atlas / "labels", tmp_path / "labels")
     manifest = tmp_path / "labels" / MANIFEST
-    text = manifest.read_text()
-    manifest.write_text(text.replace('"complete": true', '"complete": false'))
-    with pytest.raises(InputError, match=r"found 3 of 3 parts, 0 are missing; .*annatac predict"):
-        evaluate(tmp_path / "labels", store, "truth")
-    manifest.write_text(text)
+    manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
+    report = evaluate(tmp_path / "labels", store, "truth")
+    assert report.n_missing == 0
+    assert {**report.to_dict(), "labels": ""} == {**whole.to_dict(), "labels": ""}
+
     (tmp_path / "labels/a-00000.parquet").unlink()
-    with pytest.raises(InputError, match=r"found 2 of 3 parts, 1 are missing; .*annatac predict"):
-        evaluate(tmp_path / "labels", store, "truth")
+    table = joined(atlas)
+    own = table[table["sample"] == "b"]
+    report = evaluate(tmp_path / "labels", store, "truth")
+    assert_figures(report, own[own["split"] == "test"])
+    assert report.n_missing == report.to_dict()["n_missing"] == 200
+    assert report.left_out.n_without_label == 0
+    note = f"200 cells of {tmp_path / 'labels'} are not predicted yet, and left out"
+    assert note in report.notes
+    assert note in report.text()
+    everything = evaluate(tmp_path / "labels", store, "truth", cells="all")
+    assert_figures(everything, own)
+    assert everything.left_out.n_without_label == table[table["sample"] == "a"]["truth"].notna().sum()
+    beside = evaluate(atlas / "labels", store, "truth", against=tmp_path / "labels")
+    assert (beside.n_missing, beside.against.n_missing) == (0, 200)
+    assert beside.evaluation.to_dict() == report.evaluation.to_dict()
+    assert note in beside.notes
+
+
+def test_a_data_set_without_a_part_and_no_data_set_are_refused(atlas: Path, tmp_path: Path) -> None:
+    shutil.copytree(atlas / "labels", tmp_path / "labels", ignore=shutil.ignore_patterns("*.parquet"))
+    with pytest.raises(InputError, match=r"found none of its 3 parts, .*annatac predict"):
+        evaluate(tmp_path / "labels", atlas / "atlas.zarr", "truth")
     with pytest.raises(InputError, match=r"found no _manifest\.json, expected a folder of labels"):
-        evaluate(tmp_path / "nowhere", store, "truth")
+        evaluate(tmp_path / "nowhere", atlas / "atlas.zarr", "truth")
 
 
 def test_damage_inside_a_part_is_noticed(atlas: Path, tmp_path: Path) -> None:

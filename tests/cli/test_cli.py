@@ -92,6 +92,18 @@ def test_evaluate_of_types_that_the_model_does_not_know_is_still_json(atlas: Atl
     assert (values["accuracy"], values["calibration_error"]) == (0, None)
 
 
+def test_report_sums_up_what_predict_wrote(atlas: Atlas, tmp_path: Path) -> None:
+    values = strict_json(done("report", atlas.labels, "--json").stdout)
+    table = pd.read_parquet(atlas.labels)
+    assert {one["name"]: one["n_cells"] for one in values["by_label"]} == table[
+        "label"
+    ].value_counts().to_dict()
+    assert [(one["name"], one["n_cells"]) for one in values["by_sample"]] == [("cells", len(table))]
+    result = done("report", atlas.labels, "--out", tmp_path / "report.html")
+    assert result.stdout.startswith(f"{atlas.labels}: {len(table)} cells of 1 sample")
+    assert "<h2>Prediction sets</h2>" in (tmp_path / "report.html").read_text()
+
+
 def test_evaluate_compares_the_labels_of_any_tool_with_those_of_predict(atlas: Atlas, tmp_path: Path) -> None:
     file = tmp_path / "tool.csv"
     said = atlas.obs["cell_type"].where(np.arange(N_CELLS) % 5 > 0, "B cell")
@@ -212,7 +224,18 @@ def test_settings_stand_over_the_file_and_the_file_over_the_preset(atlas: Atlas)
 
 
 def test_commands_stand_in_the_order_of_the_work() -> None:
-    names = ["islands", "convert", "info", "pretrain", "finetune", "predict", "evaluate", "export", "demo"]
+    names = [
+        "islands",
+        "convert",
+        "info",
+        "pretrain",
+        "finetune",
+        "predict",
+        "evaluate",
+        "report",
+        "export",
+        "demo",
+    ]
     assert list(main.commands) == names
     text = done("--help").stdout
     assert sorted(names, key=lambda name: text.index(f"\n  {name} ")) == names

@@ -140,6 +140,9 @@ MISTAKES = {
         "evaluate {cells} --store {store} --truth cell_type", "cells.tsv: found a file", "--labels-column COLUMN",
     ),
     "truth that is no column": (f"{EVALUATE} --truth celltype", "no obs column 'celltype'", "cell_type, donor"),
+    # report
+    "report of no labels": ("report nosuch", "nosuch: found no", "`annatac predict`"),
+    "report into object storage": ("report {labels} --out s3://b/r.html", "--out s3://b/r.html: found an URL"),
     # export
     "export of no store": ("export nosuch --out {new}.h5ad", *NO_STORE),
     "export into what is no ending": ("export {store} --out {new}", "found the ending ''", "expected .h5ad or .zarr"),
