@@ -372,58 +372,40 @@ def predict(
     probabilities: also write those of all classes; embeddings: also write those, as a Zarr group in ``out``
     project: map a store of other islands of the same assembly onto the model's
     part: "K/N", to do the K-th of N shares of the work, as one of N processes that know nothing of each other
-    workers: 0: this process alone; N: as many processes of this machine, or with ``ray`` of a cluster
-    ray: "auto" or HOST:PORT of a cluster, "local" to start Ray here; gpus: one GPU a worker, on Ray
-    consensus: also vote in clusters, of "leiden" on the embeddings or of the obs column of that name; columns
-        ``cluster``, ``consensus``, ``consensus_share``; consensus_resolution: of Leiden, the higher, the more clusters
-    write_h5ad: also write the h5ad that was converted, with the labels in its obs, on a disk
-    write_obs: also write the labels into the obs of the store's samples
-    peaks, barcodes, min_fragments, layer, use_raw, obs: of files, as of ``convert``
-    select: of files, the BED file that the model's islands were made of; chrom_sizes: of an assembly not built in
+    workers: 0: this process alone; N: as many processes of this machine, or with ``ray`` of a cluster ("auto",
+        HOST:PORT, "local" to start Ray here); gpus: one GPU a worker, on Ray
+    consensus: also vote in clusters, of "leiden" on the embeddings or of the obs column of that name
+    consensus_resolution: of Leiden, the higher, the more clusters
+    write_h5ad, write_obs: also write the labels into a copy of the one h5ad, or into the obs of the store's samples
+    peaks, barcodes, min_fragments, layer, use_raw, obs, chrom_sizes: of files, as of ``convert``; select: a BED file
     options: as in ``annotate.confidence.ConfidenceOptions``, as novel_threshold=0.5, novel_rate=0.05 or coverage=0.9
     """
     from annatac_scale.annotate.labels_writer import Share
-    from annatac_scale.annotate.predict import Workers, predict_files
-    from annatac_scale.annotate.predict import predict as run
-    from annatac_scale.annotate.temporary_store import store_given
-    from annatac_scale.store.place import location_of
+    from annatac_scale.annotate.predict import Workers
+    from annatac_scale.annotate.predict_files import predict_inputs
 
     share = Share() if part is None else Share.parsed(part)
-    given = [inputs] if isinstance(inputs, str | Path) else list(inputs)
-    asked: dict[str, Any] = {
-        "hierarchy_threshold": hierarchy_threshold,
-        "probabilities": probabilities,
-        "embeddings": embeddings,
-        "project": project,
-        "workers": Workers(workers or int(ray is not None), ray, gpus, share),
-        "consensus": consensus,
-        "consensus_resolution": consensus_resolution,
-        "write_h5ad": write_h5ad,
-        "write_obs": write_obs,
-        "progress": progress,
+    of_files: dict[str, Any] = {
+        "peaks": peaks, "barcodes": barcodes, "obs": obs, "chrom_sizes": chrom_sizes, "layer": layer,
+        "select": select and str(select), "min_fragments": min_fragments, "use_raw": use_raw or None,
+    }  # fmt: skip
+    return predict_inputs(
+        [inputs] if isinstance(inputs, str | Path) else list(inputs),
+        model,
+        out,
+        {name: value for name, value in of_files.items() if value is not None},
+        hierarchy_threshold=hierarchy_threshold,
+        probabilities=probabilities,
+        embeddings=embeddings,
+        project=project,
+        workers=Workers(workers or int(ray is not None), ray, gpus, share),
+        consensus=consensus,
+        consensus_resolution=consensus_resolution,
+        write_h5ad=write_h5ad,
+        write_obs=write_obs,
+        progress=progress,
         **options,
-    }
-    of_files = {
-        "peaks": peaks,
-        "barcodes": barcodes,
-        "min_fragments": min_fragments,
-        "layer": layer,
-        "use_raw": use_raw or None,
-        "obs": obs,
-        "select": None if select is None else str(select),
-        "chrom_sizes": chrom_sizes,
-    }
-    conversion = {name: value for name, value in of_files.items() if value is not None}
-    store = store_given([location_of(one) for one in given])
-    if store is None:
-        return predict_files(given, model, out, conversion, **asked)
-    if conversion:
-        options_said = ", ".join(f"--{name.replace('_', '-')}" for name in conversion)
-        raise ConfigError(
-            f"{store}: an island store, and {options_said} of a conversion were given too; expected them with h5ad, "
-            "10x or fragment files alone; leave them out"
-        )
-    return run(store, model, out, **asked)
+    )
 
 
 def evaluate(

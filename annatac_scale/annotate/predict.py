@@ -22,7 +22,6 @@ from annatac_scale.annotate.labels import Consensus, LabelsFolder, Part, Written
 from annatac_scale.annotate.labels_writer import Share, finish, labels_writer, reopen
 from annatac_scale.annotate.predictor import Asked, Predictor, PredictTask, device
 from annatac_scale.annotate.processes import run_in_processes
-from annatac_scale.annotate.temporary_store import temporary_store
 from annatac_scale.annotate.written_back import h5ad_source, write_into_h5ad, write_into_store
 from annatac_scale.errors import ConfigError, ModelError
 from annatac_scale.model.folder import Model, read_model
@@ -114,8 +113,8 @@ def predict(
     probabilities: also write those of all classes; embeddings: also write what the logits stand on, float16, as a Zarr
         group in the data set
     project: map a store of other islands of the same assembly onto the model's (stream/projection.py says how)
-    consensus: also vote in clusters (annotate/consensus.py): of "leiden", which has the embeddings written, or of the obs
-        column of the store that names them; consensus_resolution: of Leiden, the higher, the more clusters
+    consensus: also vote in clusters (annotate/consensus.py): of "leiden", which has the embeddings written, or of
+        the obs column of the store that names them; consensus_resolution: of Leiden, the higher, the more clusters
     options: as in ConfidenceOptions, as novel_threshold=0.5 or coverage=0.9
     write_h5ad: where to write the h5ad that the one sample was converted from, with the labels in its obs
     write_obs: write the labels into the obs of the store's samples; its digest changes with them
@@ -190,32 +189,6 @@ def _check_share(share: Share, asked: Mapping[str, Any]) -> None:
                 f"--part {share}: found {name} too; expected it when all parts are there; run the same command once "
                 "more without --part"
             )
-
-
-def predict_files(
-    inputs: Sequence[Location],
-    model: Model | Location,
-    out: Location,
-    conversion: Mapping[str, Any],
-    **options: Any,
-) -> PredictReport:
-    """The same for the cells of h5ad, 10x and fragment files, through a temporary store.
-
-    conversion: fields of ingest.convert.ConvertOptions; options: as of ``predict``
-
-    Raises as ``predict`` and ``convert``; ConfigError for what needs a store that stays.
-    """
-    workers: Workers = options.get("workers") or Workers()
-    if workers.share.of > 1 or options.get("write_obs"):
-        found = "--write-obs" if options.get("write_obs") else f"--part {workers.share}"
-        raise ConfigError(
-            f"{found}: found files to convert, expected an island store; make one with `annatac convert`"
-        )
-    if not isinstance(model, Model):
-        model = read_model(model, "cpu" if workers.n else device())
-    progress: Progress = options.get("progress") or Silent()
-    with temporary_store(inputs, model.info, out, conversion, progress) as store:
-        return predict(store, model, out, **options)
 
 
 def _with_progress(
