@@ -33,8 +33,8 @@ LEIDEN = "leiden"
 OPTION = "--consensus"
 
 LANDMARKS = 100_000
-"""Most cells that clusters are found among. Every other cell is compared with all of them: 0.4 ms of a core at width 64,
-an hour of one core for ten million cells."""
+"""Most cells that clusters are found among. Every other cell is compared with all of them: 0.4 ms of a core at width
+64, so about an hour of one core for ten million cells."""
 NEIGHBOURS = 15
 RESOLUTION = 1.0
 """Of the modularity: the higher, the more clusters."""
