@@ -6,7 +6,7 @@ them.
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,13 +20,20 @@ from annatac_scale.progress import Progress
 from annatac_scale.progress_lines import LineProgress
 from annatac_scale.train.cluster import Cluster
 
-MOST_DEATHS = 5
-"""Actors that may be lost in a row without a part that was done in between."""
+MOST_DEATHS = 4
+"""Actors that may be lost with the same part at work, or in a row before they began."""
 
 WAIT_SAID_S = 60.0
 """Seconds without an actor after which the user is told that the cluster has no place."""
 
 _LOOK_EVERY_S = 1.0
+_LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ActorUnschedulableError,
+)
+"""What says that an actor is no more."""
 
 
 class _PartActor:
@@ -34,8 +41,12 @@ class _PartActor:
 
     def __init__(self, task: dict[str, Any]) -> None:
         self._said: list[str] = []
+        self._task = PredictTask.from_dict(task)
+
+    def open(self) -> None:
+        """Open store and model: a call of its own, as what a constructor raises is not told."""
         torch.set_num_threads(1)  # as in one_thread_an_operation, for the life of this process
-        self._predictor, self._folder = PredictTask.from_dict(task).open(LineProgress(self._said.append))
+        self._predictor, self._folder = self._task.open(LineProgress(self._said.append))
 
     def run(self, part: list[Any]) -> list[str]:
         """Do a part; returns what there is to say."""
@@ -79,6 +90,7 @@ class _Crew:
         self._actors: list[Any] = []
         self._starting: dict[Any, Any] = {}
         self._at_work: dict[Any, tuple[Any, Part]] = {}
+        self._lost_with: Counter[Part] = Counter()
         self._deaths = 0
         for _ in range(min(cluster.most, len(parts))):
             self._start()
@@ -87,7 +99,7 @@ class _Crew:
         """Start an actor. While it waits for its place it gets no parts: others would have done them long before."""
         actor = self._actor.remote(self._task)
         self._actors.append(actor)
-        self._starting[actor.__ray_ready__.remote()] = actor
+        self._starting[actor.open.remote()] = actor
 
     def run(self) -> None:
         """Do all parts."""
@@ -97,7 +109,7 @@ class _Crew:
                 ready, _ = ray.wait([*self._at_work, *self._starting], timeout=_LOOK_EVERY_S)
                 for one in ready:
                     self._take(one)
-                nobody = len(self._starting) == len(self._actors)
+                nobody = not self._at_work
                 if nobody and not said and time.monotonic() - began > WAIT_SAID_S:
                     said = True
                     has = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
@@ -116,36 +128,39 @@ class _Crew:
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             raise (cause if isinstance(cause, AnnatacError) else error) from None
-        except ray.exceptions.RayActorError as error:
+        except _LOST as error:
             self._lost(actor, part, error)
             return
-        if part is not None:
+        if part is None:
             self._deaths = 0
+        else:
             for line in said:
                 self._progress.say(line)
             self._done(part)
         self._give(actor)
 
     def _lost(self, actor: Any, part: Part | None, error: Exception) -> None:
-        """Note that an actor was lost, and start another one."""
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, AnnatacError):
-            raise cause
+        """Note that an actor was lost, give its part to another one, and start a new one."""
+        reason = str(error).strip().splitlines()[0]
         if part is not None:
             self._left.appendleft(part)
+            self._lost_with[part] += 1
+            if self._lost_with[part] >= MOST_DEATHS:
+                raise _given_up(
+                    f"sample {part.sample}, cells from {part.first:,}: {MOST_DEATHS} workers", reason
+                )
         others = [one for one in self._actors if one is not actor]
         if len(others) == len(self._actors):  # another part of it said so already
             return
         self._actors = others
-        self._deaths += 1
-        reason = str(error).strip().splitlines()[0]
+        self._deaths += part is None  # while it opened store and model
         if self._deaths >= MOST_DEATHS:
-            raise AnnatacError(
-                f"{self._deaths} workers were lost in a row ({reason}); expected them to live, as they do where there "
-                "is memory for each; ask for fewer --workers and run the same command again"
-            )
+            raise _given_up(f"{self._deaths} workers in a row, each when it began,", reason)
         self._progress.say(f"a worker was lost ({reason}); its parts are done again")
         self._start()
+        for one in others:
+            if all(one is not starting for starting in self._starting.values()):
+                self._give(one)
 
     def _give(self, actor: Any) -> None:
         """Give an actor parts of those that are left, so many that it always has the next one."""
@@ -155,3 +170,10 @@ class _Crew:
             call = actor.run.remote([part.sample, part.unit, part.n_cells])
             self._at_work[call] = actor, part
             n_own += 1
+
+
+def _given_up(who: str, reason: str) -> AnnatacError:
+    return AnnatacError(
+        f"{who} were lost ({reason}); expected them to live, as they do where there is memory for each; ask for fewer "
+        "--workers and run the same command again"
+    )

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from annatac_scale.annotate.confidence import ConfidenceRule
 from annatac_scale.errors import InputError
 from annatac_scale.model.hierarchy import Hierarchy
-from annatac_scale.store.cell_arrays import cell_array_files, read_cell_array
+from annatac_scale.store.cell_arrays import cell_array_files, chunk_file, read_cell_array
 from annatac_scale.store.place import Location, joined, place_of
 from annatac_scale.store.schema import SHARD_CELLS
 
@@ -266,7 +266,13 @@ class LabelsFolder:
             return False
         found = metadata.metadata or {}
         same = all(found.get(key) == value for key, value in self.manifest.made_with(part.sample).items())
-        return same and metadata.num_rows == part.n_cells
+        return same and metadata.num_rows == part.n_cells and self._has_embeddings(part)
+
+    def _has_embeddings(self, part: Part) -> bool:
+        """Whether those of a part are there, where they were asked for."""
+        if not (self.manifest.written.embeddings and part.n_cells):
+            return True
+        return bool(self.place.size(f"{EMBEDDINGS}/{chunk_file(part.sample, part.unit)}"))
 
     def _metadata(self, part: Part) -> pq.FileMetaData | None:
         for n_bytes in (_FOOTER_BYTES, None):  # where the end is too short, the whole file
@@ -325,7 +331,7 @@ class LabelsFolder:
             shape = self.manifest.samples[part.sample].n_cells, embeddings.shape[1]
             files = cell_array_files(part.sample, shape, PART_CELLS, part.unit, embeddings)
             for name, data in files.items():
-                self.place.write(f"{EMBEDDINGS}/{name}", data)
+                self.place.write(f"{EMBEDDINGS}/{name}", data, wait=True)
         self.replace(part, table)
 
     def replace(self, part: Part, table: pa.Table) -> None:

@@ -4,13 +4,15 @@ Locks keep two processes from the same work, and the manifest from being changed
 does not rest on them: parts are written whole or not at all, and whoever makes a part makes the same one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from annatac_scale.annotate.labels import (
+    EMBEDDINGS,
     MANIFEST,
     Consensus,
     LabelsFolder,
@@ -20,10 +22,14 @@ from annatac_scale.annotate.labels import (
     read_manifest,
 )
 from annatac_scale.errors import ConfigError, InputError, ModelError
-from annatac_scale.store.locks import folder_lock, try_folder_lock
+from annatac_scale.store.leases import REFRESH_S, STALE_S, Lease
+from annatac_scale.store.locks import FileLock, folder_lock, try_folder_lock
 from annatac_scale.store.place import PARTIAL, Location, is_url, place_of
 
 _MANIFEST_LOCK = ".manifest.lock"
+_LOOK_EVERY_S = 5.0
+_PATIENCE_S = STALE_S + 2 * REFRESH_S + 3 * _LOOK_EVERY_S
+"""Seconds after which a lease of whoever is dead was taken over."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +56,34 @@ class Share:
         return list(parts[cut[0] : cut[1]])
 
     @property
+    def said(self) -> str:
+        """What it is a share of, in words."""
+        return "labels" if self.of == 1 else f"part {self}"
+
+    @property
     def lock(self) -> str:
         """The name of its lock."""
         return f".part-{self.number}-of-{self.of}.lock"
 
 
+def _silent(_line: str) -> None:
+    pass
+
+
 @contextmanager
-def labels_writer(location: Location, manifest: Manifest, share: Share) -> Iterator[LabelsFolder]:
+def labels_writer(
+    location: Location, manifest: Manifest, share: Share, say: Callable[[str], None] = _silent
+) -> Iterator[LabelsFolder]:
     """The data set of a manifest at ``location``, to write a share of it.
 
     A new one gets the manifest, not yet complete. One that holds parts of the same data set is gone on with, samples
-    that are new to it are added. Raises InputError where there is something else, labels of other samples or options,
-    or another process writes the same share; ModelError where there are labels of another model.
+    that are new to it are added. say: is told where it has to wait. Raises InputError where there is something else,
+    labels of other samples or options, or another process writes the same share; ModelError where there are labels of
+    another model.
     """
     if not is_url(location):
         _make_folder(Path(location))
-    with _only_writer(location, share):
+    with _only_writer(location, share, say):
         with folder_lock(location, _MANIFEST_LOCK):
             folder = _begun(location, manifest)
             _remove_left(location, share)
@@ -107,17 +125,35 @@ def _same_and_complete(folder: LabelsFolder) -> Manifest:
 
 
 @contextmanager
-def _only_writer(location: Location, share: Share) -> Iterator[None]:
-    lock = try_folder_lock(location, share.lock)
+def _only_writer(location: Location, share: Share, say: Callable[[str], None] = _silent) -> Iterator[None]:
+    lock = _try_share(location, share)
+    if lock is None and is_url(location):
+        # A process that was killed on another machine looks alive until its lease is old.
+        say(
+            f"{location}: another process writes {share.said} here, or was killed; looking for up to "
+            f"{_PATIENCE_S:.0f} s whether it lives"
+        )
+        until = time.monotonic() + _PATIENCE_S
+        while lock is None and time.monotonic() < until:
+            time.sleep(_LOOK_EVERY_S)
+            lock = _try_share(location, share)
     if lock is None:
         raise InputError(
-            f"{location}: another process is writing {'labels' if share.of == 1 else f'part {share}'} here; wait for "
-            "it, stop it or choose another --out; --part K/N shares the work among processes"
+            f"{location}: another process is writing {share.said} here; wait for it, stop it or choose another --out; "
+            "--part K/N shares the work among processes"
         )
     try:
         yield
     finally:
         lock.release()
+
+
+def _try_share(location: Location, share: Share) -> "FileLock | Lease | None":
+    if is_url(location):
+        return try_folder_lock(location, share.lock)
+    # Whoever removes what was left looks whether shares are held: it must not hold one for the time of a look.
+    with folder_lock(location, _MANIFEST_LOCK):
+        return try_folder_lock(location, share.lock)
 
 
 def _make_folder(path: Path) -> None:
@@ -147,11 +183,10 @@ def finish(folder: LabelsFolder, share: Share) -> bool:
     share: that this process has written
     """
     with folder_lock(folder.location, _MANIFEST_LOCK):
-        there = read_manifest(folder.location)
-        if there.complete or len(there.samples) != len(
-            folder.manifest.samples
-        ):  # samples were added meanwhile
-            return there.complete
+        # Another share may have added samples that came to the store meanwhile.
+        folder.manifest = read_manifest(folder.location)
+        if folder.manifest.complete:
+            return True
         names = set(place_of(folder.location).names())
         parts = folder.manifest.parts
         if not names.issuperset(part.file for part in parts) or folder.missing(parts):
@@ -165,6 +200,7 @@ def reopen(folder: LabelsFolder) -> None:
     """Note that parts are missing again, as a disk lost them: for the time in which they are made anew."""
     if folder.manifest.complete:
         with folder_lock(folder.location, _MANIFEST_LOCK):
+            folder.manifest = read_manifest(folder.location)
             folder.write_manifest(complete=False)
 
 
@@ -178,7 +214,8 @@ def _remove_left(location: Location, share: Share) -> None:
             if lock is None:
                 return
             lock.release()
-    for left in Path(location).rglob(f".*{PARTIAL}"):
+    aside = f".*{PARTIAL}"
+    for left in [*Path(location).glob(aside), *(Path(location) / EMBEDDINGS).rglob(aside)]:
         left.unlink(missing_ok=True)
 
 

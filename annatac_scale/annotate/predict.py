@@ -29,6 +29,7 @@ from annatac_scale.model.labels import LOW_DEPTH, NOVEL
 from annatac_scale.progress import Progress, Silent
 from annatac_scale.store.place import Location, is_url, location_of, on_disk
 from annatac_scale.store.store import IslandStore
+from annatac_scale.train.interruption import interruption
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def predict(
     and threads. Raises ModelError where the model has no cell types, does not fit the store or is another one than made
     the labels in ``out``; InputError where ``out`` holds something else or labels made with other options, another
     process writes the same share, where ``write_h5ad`` is a URL or asks for the impossible; ConfigError for options out
-    of range, or that contradict each other, and for ``hierarchy_threshold`` where the model has no hierarchy.
+    of range, or that contradict each other, and for ``hierarchy_threshold`` where the model has no hierarchy;
+    RunInterruptedError where a signal asked this process to end: parts that are written stay.
     """
     progress, workers, out = progress or Silent(), workers or Workers(), location_of(out)
     h5ad = None if write_h5ad is None else on_disk(write_h5ad, "--write-h5ad")
@@ -145,7 +147,7 @@ def predict(
         if (warning := coverage.warning()) is not None:
             progress.say(warning)
     source = None if h5ad is None else h5ad_source(store, h5ad)
-    with labels_writer(out, predictor.manifest, workers.share) as folder:
+    with interruption(), labels_writer(out, predictor.manifest, workers.share, progress.say) as folder:
         own = workers.share.of_parts(folder.manifest.parts)
         missing = folder.missing(own)
         if missing:
@@ -251,8 +253,7 @@ def _report(
     labels: Counter[str] = Counter()
     n_read: Counter[str] = Counter()
     n_cells: Counter[str] = Counter()
-    for part in own:
-        table = folder.read(part, ["label", "n_open"])
+    for part, table in folder.read_all(own, ["label", "n_open"]):
         labels.update({row["values"]: row["counts"] for row in table["label"].value_counts().to_pylist()})
         n_read[part.sample] += int(np.sum(table["n_open"].to_numpy()))
         n_cells[part.sample] += part.n_cells

@@ -122,7 +122,7 @@ class Predictor:
     def __init__(
         self, store: IslandStore, model: Model, asked: Asked, progress: Progress, threads: int = 1
     ) -> None:
-        self._typer = _typer_of(model)
+        self._typer = _typer_of(model).eval()  # before threads share it
         self.projection = model.projection(store, asked.project)
         info = model.info
         rule = ConfidenceRule.of(model, asked.confidence)
@@ -137,7 +137,7 @@ class Predictor:
         self._profiles = model.known.profiles if model.known and rule.novelty in PROFILED else None
         self._attend = model.attend
         self._lister = model.lister(store, self.projection)
-        self._n_listed = dict(zip(store.samples, map(len, self.projection.measured), strict=True))
+        self._n_listed = {one.sample: one.n_covered for one in self.projection.coverage}
         new_of_old = None if self.projection.projected else model.vocabulary.new_of_old()
         self._origin = RowsOrigin(str(store.path), store.n_islands, new_of_old)
         self._splits = Splits.beside(model.path)

@@ -1,13 +1,15 @@
 """Parts of a prediction in several processes of this machine; one that is killed is started again, its parts redone."""
 
+import contextlib
 import json
+import os
 import queue
 import subprocess
 import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from annatac_scale import errors
 from annatac_scale.annotate.labels import Part
@@ -17,7 +19,7 @@ from annatac_scale.errors import AnnatacError
 from annatac_scale.progress import Progress
 
 MOST_DEATHS = 3
-"""Processes that may end in a row without a part done in between: what ended them will end the next one too."""
+"""Processes that may end with the same part at work: what ended them will end the next one too."""
 
 
 def run_in_processes(
@@ -27,7 +29,7 @@ def run_in_processes(
 
     Raises what a process met, and AnnatacError where processes end again and again.
     """
-    left, told, deaths = deque(parts), queue.Queue[_Told](), 0
+    left, told, deaths = deque(parts), queue.Queue[_Told](), Counter[Part]()
     workers = [_Worker(task, told) for _ in range(min(n, len(parts)))]
     try:
         for worker in workers:
@@ -38,7 +40,6 @@ def run_in_processes(
                 case ["say", line]:
                     progress.say(line)
                 case ["done", [sample, unit, n_cells]]:
-                    deaths = 0
                     part = Part(sample, unit, n_cells)
                     worker.at_work.remove(part)
                     done(part)
@@ -46,9 +47,9 @@ def run_in_processes(
                 case ["error", kind, text]:
                     raise getattr(errors, kind)(text) if kind else RuntimeError(text)
                 case None if worker.at_work:
-                    deaths += 1
-                    if deaths >= MOST_DEATHS:
-                        raise _died(deaths, worker)
+                    deaths.update(worker.at_work)
+                    if deaths[worker.at_work[0]] >= MOST_DEATHS:
+                        raise _died(worker)
                     progress.say(
                         f"a worker ended ({worker.code}); another one does its {len(worker.at_work)} parts again"
                     )
@@ -69,21 +70,26 @@ class _Worker:
 
     def __init__(self, task: PredictTask, told: "queue.Queue[_Told]") -> None:
         self.at_work: list[Part] = []
-        # In a session of its own: Ctrl-C is for this process, which ends the others.
+        # It tells by a pipe of its own: whatever it prints goes where this process complains. In a session of its own,
+        # too: Ctrl-C is for this process, which ends the others.
+        hears, tells = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "annatac_scale.annotate.worker"],
+            [sys.executable, "-m", "annatac_scale.annotate.worker", str(tells)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=2,
             text=True,
+            pass_fds=(tells,),
             start_new_session=True,
         )
-        threading.Thread(target=self._listen, args=(told,), daemon=True).start()
+        os.close(tells)
+        threading.Thread(target=self._listen, args=(os.fdopen(hears), told), daemon=True).start()
         self._send(task.to_dict())
 
-    def _listen(self, told: "queue.Queue[_Told]") -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            told.put((self, json.loads(line)))
+    def _listen(self, hears: TextIO, told: "queue.Queue[_Told]") -> None:
+        with hears:
+            for line in hears:
+                with contextlib.suppress(ValueError):  # torn, by its end
+                    told.put((self, json.loads(line)))
         told.put((self, None))
 
     def _send(self, what: object) -> None:
@@ -121,10 +127,10 @@ class _Worker:
 _Told = tuple[_Worker, list[Any] | None]
 
 
-def _died(deaths: int, worker: _Worker) -> AnnatacError:
+def _died(worker: _Worker) -> AnnatacError:
     part = worker.at_work[0]
     return AnnatacError(
-        f"sample {part.sample}, cells from {part.first:,}: {deaths} workers ended in a row, the last one "
-        f"{worker.code}; expected them to live, as they do where there is memory for each; ask for fewer --workers and "
-        "run the same command again"
+        f"sample {part.sample}, cells from {part.first:,}: {MOST_DEATHS} workers ended while they were at it, the last "
+        f"one {worker.code}; expected them to live, as they do where there is memory for each; ask for fewer --workers "
+        "and run the same command again"
     )

@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from annatac_scale.errors import InputError, StoreError
+from annatac_scale.errors import InputError, NoRoomError, StoreError
 from annatac_scale.model.folder import ModelInfo
 from annatac_scale.progress import Progress
+from annatac_scale.store.locks import try_folder_lock
 from annatac_scale.store.place import Location, is_url, parent_of, place_of
 from annatac_scale.store.store import IslandStore
 
 _STORE = ".cells.zarr"
 """Its name in the data set's folder: readers of Parquet pass over names that begin with a dot."""
+_LOCK = ".cells.lock"
 
 
 def store_given(inputs: Sequence[Location]) -> Location | None:
@@ -47,7 +49,7 @@ def temporary_store(
     context ends without an error; for one in object storage it lies among the temporary files, and always goes.
     options: fields of ingest.convert.ConvertOptions, but for the counting, which is the model's
 
-    Raises InputError for whatever is wrong with the inputs.
+    Raises InputError for whatever is wrong with the inputs, and where another process predicts files into ``out``.
     """
     from annatac_scale.ingest.convert import convert
 
@@ -56,7 +58,9 @@ def temporary_store(
     with _place(out) as path:
         try:
             convert(list(inputs), assembly=info.assembly, out=path, progress=progress, **chosen)
-        except StoreError:  # what an earlier run left is of other inputs or options
+        except NoRoomError:
+            raise
+        except StoreError:  # what an earlier run left is of other inputs or options; nobody else is in there
             if not path.exists():
                 raise
             shutil.rmtree(path)
@@ -72,8 +76,16 @@ def _place(out: Location) -> Iterator[Path]:
         return
     path = Path(out) / _STORE
     path.parent.mkdir(parents=True, exist_ok=True)
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
+    lock = try_folder_lock(out, _LOCK)
+    if lock is None:
+        raise InputError(
+            f"{out}: another process is predicting files into it; wait for it, stop it or choose another --out"
+        )
+    try:
+        yield path
+        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        lock.release()
 
 
 def _selection(info: ModelInfo) -> str:

@@ -1,9 +1,9 @@
 """One process of several that predict parts of a data set: takes parts as lines of JSON, and tells what it did.
 
-    python -m annatac_scale.annotate.worker     started by annotate/processes.py, never by hand
+    python -m annatac_scale.annotate.worker FD     started by annotate/processes.py, never by hand
 
-In come the task, then a part a line; out go lines [what, ...]: ["say", text], ["done", part] or ["error", kind, text].
-It ends when nothing more comes, and at once where whoever started it is gone.
+In come the task, then a part a line; out, by the open file FD, go lines [what, ...]: ["say", text], ["done", part] or
+["error", kind, text]. It ends when nothing more comes, and at once where whoever started it is gone.
 """
 
 import json
@@ -27,9 +27,7 @@ class _Teller:
     """Tells the process that started this one, from any thread."""
 
     def __init__(self) -> None:
-        # What anything prints must not get between the lines.
-        self._out = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
+        self._out = os.fdopen(int(sys.argv[1]), "w")
         self._lock = threading.Lock()
 
     def __call__(self, *what: Any) -> None:

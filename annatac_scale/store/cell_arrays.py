@@ -36,8 +36,13 @@ def cell_array_files(
     if len(rows):
         chunk = np.zeros((chunk_cells, shape[1]), rows.dtype)  # chunks at the end of an array are whole, too
         chunk[: len(rows)] = rows
-        files[f"{sample}/c.{unit}.0"] = Zstd(level=ZSTD_LEVEL).encode(chunk)
+        files[chunk_file(sample, unit)] = Zstd(level=ZSTD_LEVEL).encode(chunk)
     return files
+
+
+def chunk_file(sample: str, unit: int) -> str:
+    """The name, within the group, of the file that holds part ``unit``."""
+    return f"{sample}/c.{unit}.0"
 
 
 def _metadata(shape: tuple[int, int], chunk_cells: int, dtype: str) -> bytes:
@@ -51,7 +56,7 @@ def _metadata(shape: tuple[int, int], chunk_cells: int, dtype: str) -> bytes:
             "configuration": {"chunk_shape": [chunk_cells, max(shape[1], 1)]},
         },
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": 0.0,
+        "fill_value": "NaN",  # what a chunk that was lost reads as
         "codecs": [
             {"name": "bytes", "configuration": {"endian": "little"}},
             {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}},

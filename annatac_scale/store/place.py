@@ -124,8 +124,8 @@ def open_group(location: Location) -> zarr.Group:
     if is_url(location):
         from annatac_scale.store.zarr_prefix import zarr_store
 
-        return zarr.open_group(zarr_store(str(location)), mode="r")
-    return zarr.open_group(location, mode="r")
+        return zarr.open_group(zarr_store(str(location)), mode="r", zarr_format=3)
+    return zarr.open_group(location, mode="r", zarr_format=3)
 
 
 @dataclass(frozen=True)

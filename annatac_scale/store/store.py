@@ -95,7 +95,11 @@ class Sample:
 
     @cached_property
     def measured(self) -> NDArray[np.bool_]:
-        """bool [n_islands]: islands that hold at least one peak of this sample's peak set."""
+        """bool [n_islands]: islands that hold at least one peak of this sample's peak set; kept."""
+        return self.read_measured()
+
+    def read_measured(self) -> NDArray[np.bool_]:
+        """The same, read anew and not kept."""
         return np.asarray(read_elem(self.group["var/measured"]), bool)
 
     @property

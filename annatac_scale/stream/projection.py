@@ -4,8 +4,11 @@ In the same space an island is renumbered. Other windows are projected: they are
 islands, and averaged over what a sample measures, as peaks are when a store is made.
 """
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from annatac_scale.genome.islands import IslandSpace
+
+_LOOKING, _KEPT = 16, 8
 
 LEAST_COVERED = 0.5
 """Share of the vocabulary's islands that a sample should measure; below it there is a warning."""
@@ -79,6 +84,24 @@ class Coverage:
         )
 
 
+class _PackedLists(Sequence[NDArray[np.int32]]):
+    """Lists of increasing numbers, held as bits, equal ones once; those looked at last are held as they are."""
+
+    def __init__(self, packed: Sequence[bytes]) -> None:
+        once = {bits: bits for bits in packed}
+        self._packed = [once[bits] for bits in packed]
+        self._unpacked = lru_cache(_KEPT)(self._unpack)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._unpacked(range(len(self))[index])
+
+    def _unpack(self, index: int) -> NDArray[np.int32]:
+        return np.flatnonzero(np.unpackbits(np.frombuffer(self._packed[index], np.uint8))).astype(np.int32)
+
+
 class Projection:
     """Rows of a store in the numbers of a vocabulary.
 
@@ -88,7 +111,8 @@ class Projection:
     is measured where at least one that belongs to it is. In the vocabulary's own space all this is renumbering.
 
     projected: whether the store has other islands than the vocabulary's space
-    measured: for each sample in the store's order the vocabulary's islands that it measures: int32, increasing
+    measured: for each sample in the store's order the vocabulary's islands that it measures: int32, increasing; held as
+        a bit an island
     coverage: for each sample in the store's order
     """
 
@@ -100,23 +124,23 @@ class Projection:
         self._new_of_old = new_of_old
         self._n_islands = len(vocabulary)
         self._peaks: _Peaks | None = None
-        self.measured: list[NDArray[np.int32]] = []
-        self.coverage: list[Coverage] = []
-        for sample in store.samples.values():
-            placed = new_of_old[sample.measured]
-            placed = placed[placed >= 0]
-            covered = np.unique(placed)
-            self.measured.append(covered)
-            self.coverage.append(
-                Coverage(
-                    sample.name,
-                    len(vocabulary),
-                    len(covered),
-                    int(sample.measured.sum()),
-                    len(placed),
-                    projected,
-                )
-            )
+        samples = list(store.samples.values())
+        with ThreadPoolExecutor(min(_LOOKING, max(1, len(samples))), "samples") as pool:
+            looked = list(pool.map(lambda sample: self._look(sample, len(vocabulary)), samples))
+        self.coverage = [coverage for coverage, _ in looked]
+        self.measured = _PackedLists([packed for _, packed in looked])
+
+    def _look(self, sample: Sample, n_islands: int) -> tuple[Coverage, bytes]:
+        """How a sample and the vocabulary cover each other; the vocabulary's islands that it measures, as bits."""
+        measured = sample.read_measured()  # kept by none: of all samples together it is too much
+        placed = self._new_of_old[measured]
+        placed = placed[placed >= 0]
+        covered = np.zeros(n_islands, np.bool_)
+        covered[placed] = True
+        coverage = Coverage(
+            sample.name, n_islands, int(covered.sum()), int(measured.sum()), len(placed), self.projected
+        )
+        return coverage, np.packbits(covered).tobytes()
 
     @classmethod
     def of(

@@ -1,5 +1,7 @@
 """Which islands of a cell become tokens: its open ones, or all that its sample measures."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,7 +25,7 @@ class TokenLister:
         store: IslandStore,
         vocabulary: Vocabulary,
         attend: str,
-        measured: list[NDArray[np.int32]] | None = None,
+        measured: Sequence[NDArray[np.int32]] | None = None,
     ) -> None:
         self.vocabulary = vocabulary
         self.measured = vocabulary.measured(store) if measured is None else measured

@@ -74,7 +74,7 @@ def labels_folder(
         vectors = None if embeddings is None else embeddings[part.sample][own].astype(np.float16)
         folder.write(part, table, vectors)
     folder.write_manifest(complete=True)
-    return LabelsFolder.open_complete(path)
+    return LabelsFolder.open(path)
 
 
 def drawn_labels(seed: int = 0) -> dict[str, list[str]]:
@@ -145,7 +145,7 @@ def test_a_column_of_obs_gives_what_counting_gives_and_labels_stay(
 ) -> None:
     before = table_of(folder)
     found = add_consensus(folder, "group", grouped)
-    table = table_of(LabelsFolder.open_complete(folder.location))
+    table = table_of(LabelsFolder.open(folder.location))
     expected = one_by_one(before["label"].tolist(), as_read(groups))
     pd.testing.assert_frame_equal(table[list(CONSENSUS_COLUMNS)], expected)
     pd.testing.assert_frame_equal(table[before.columns], before)
@@ -223,13 +223,13 @@ def test_running_again_writes_nothing_unless_the_clusters_are_others(
         return {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
 
     before = stamps()
-    assert add_consensus(LabelsFolder.open_complete(path), "group", grouped) == first
+    assert add_consensus(LabelsFolder.open(path), "group", grouped) == first
     assert stamps() == before
     sample = grouped.samples["a"]
     replace_obs(grouped.path, "a", sample.obs().assign(group=["c1"] * sample.n_cells))
-    changed = add_consensus(LabelsFolder.open_complete(path), "group", IslandStore.open(grouped.path))
+    changed = add_consensus(LabelsFolder.open(path), "group", IslandStore.open(grouped.path))
     assert changed.column_sha256 != first.column_sha256
-    table = table_of(LabelsFolder.open_complete(path))
+    table = table_of(LabelsFolder.open(path))
     expected = one_by_one(table["label"].tolist(), ["c1"] * SIZES["a"] + as_read(groups)[SIZES["a"] :])
     pd.testing.assert_frame_equal(table[list(CONSENSUS_COLUMNS)], expected)
 
@@ -237,7 +237,7 @@ def test_running_again_writes_nothing_unless_the_clusters_are_others(
 def test_another_column_replaces_the_consensus(folder: LabelsFolder, grouped: IslandStore) -> None:
     add_consensus(folder, "group", grouped)
     found = add_consensus(folder, "other", grouped)
-    table = table_of(LabelsFolder.open_complete(folder.location))
+    table = table_of(LabelsFolder.open(folder.location))
     assert list(table) == ["sample", "barcode", "label", *CONSENSUS_COLUMNS]
     expected = one_by_one(table["label"].tolist(), [f"d{i % 2}" for i in range(len(table))])
     pd.testing.assert_frame_equal(table[list(CONSENSUS_COLUMNS)], expected)
@@ -267,7 +267,7 @@ def test_an_interrupted_run_names_no_consensus_and_is_made_up_for(
         patch.setattr(LabelsFolder, "replace", write_some)
         with pytest.raises(KeyboardInterrupt):
             add_consensus(folder, "other", grouped)
-    between = LabelsFolder.open_complete(folder.location)
+    between = LabelsFolder.open(folder.location)
     assert between.manifest.consensus is None
     assert between.manifest.columns == ("sample", "barcode", "label")
     assert table_of(between)["label"].tolist() == table_of(undisturbed)["label"].tolist()
@@ -285,7 +285,7 @@ def predicted(tmp_path: Path) -> tuple[IslandStore, Path, Path]:
     small_model(tmp_path / "model")
     store = IslandStore.open(store.path)
     predict(store, tmp_path / "model", tmp_path / "labels", probabilities=True, embeddings=True)
-    add_consensus(LabelsFolder.open_complete(tmp_path / "labels"), "group", store)
+    add_consensus(LabelsFolder.open(tmp_path / "labels"), "group", store)
     return store, tmp_path / "model", tmp_path / "labels"
 
 
@@ -309,13 +309,13 @@ def test_new_samples_and_parts_that_are_made_again_end_the_consensus(tmp_path: P
     predict(store, model, out, probabilities=True, embeddings=True)
     manifest = read_manifest(out)
     assert (manifest.complete, manifest.consensus, manifest.columns) == (True, None, columns)
-    add_consensus(LabelsFolder.open_complete(out), "group", store)
+    add_consensus(LabelsFolder.open(out), "group", store)
     assert read_manifest(out).consensus is not None
     add_sample(store.path, "c", draw_sample(10, 3))
     assert predict(store.path, model, out, probabilities=True, embeddings=True).n_skipped == 2
     manifest = read_manifest(out)
     assert (manifest.complete, manifest.consensus, manifest.columns) == (True, None, columns)
-    found = add_consensus(LabelsFolder.open_complete(out), "group", IslandStore.open(store.path))
+    found = add_consensus(LabelsFolder.open(out), "group", IslandStore.open(store.path))
     table = pd.read_parquet(out)
     assert list(table) == [*columns, *CONSENSUS_COLUMNS]
     assert table["cluster"].isna().tolist() == (table["sample"] == "c").tolist()
@@ -395,7 +395,7 @@ def test_leiden_is_run_again_only_for_another_seed_or_resolution(
     for options in ({}, {"seed": 0}, {"seed": 1}, {"seed": 1}, {"resolution": 2.0}, {}):
         record = add_consensus(folder, "leiden", **options)
         assert (record.seed, record.resolution) == (options.get("seed", 0), options.get("resolution", 1.0))
-        folder = LabelsFolder.open_complete(folder.location)
+        folder = LabelsFolder.open(folder.location)
     assert runs == [(0, 1.0), (1, 1.0), (0, 2.0), (0, 1.0)]
 
 

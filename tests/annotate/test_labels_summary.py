@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from object_storage import ObjectStorage
 
 from annatac_scale.annotate.histograms import Histogram
-from annatac_scale.annotate.labels import LabelsFolder
+from annatac_scale.annotate.labels import Consensus, LabelsFolder
 from annatac_scale.annotate.labels_summary import QUANTILES, LabelsSummary, summarize
 from annatac_scale.errors import InputError
 from annatac_scale.model.labels import LOW_DEPTH, NOVEL
@@ -124,7 +124,7 @@ def with_consensus(location: Path, labels: Path) -> pd.DataFrame:
             table = table.append_column(name, column)
         folder.write(part, table)
         tables.append(table.to_pandas())
-    folder.write_manifest(complete=True)
+    folder.write_manifest(complete=True, consensus=Consensus("group"))
     return pd.concat(tables)
 
 

@@ -172,7 +172,7 @@ def test_workers_that_always_end_are_given_up(
     ending.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(ending))
     with pytest.raises(
-        AnnatacError, match=f"sample a, cells from 0: {MOST_DEATHS} workers ended in a row.*exit code 7"
+        AnnatacError, match=f"sample a, cells from 0: {MOST_DEATHS} workers ended while.*exit code 7"
     ):
         run(folder, tmp_path / "labels", workers=Workers(1))
     monkeypatch.undo()
@@ -236,7 +236,7 @@ def test_labels_in_object_storage_are_those_on_a_disk(
         if file.is_file()
     )
     assert s3.keys(out) == names
-    theirs, ours = LabelsFolder.open_complete(out), LabelsFolder.open_complete(tmp_path / "labels")
+    theirs, ours = LabelsFolder.open(out), LabelsFolder.open(tmp_path / "labels")
     for part in ours.manifest.parts:
         columns = list(ours.manifest.columns)
         assert theirs.read(part, columns).equals(ours.read(part, columns))
@@ -307,7 +307,7 @@ def test_gpus_need_ray(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_ray_actors_make_the_same_table_though_one_is_killed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,7 +331,7 @@ def test_ray_actors_make_the_same_table_though_one_is_killed(
         ended.set()
         thread.join()
     assert len(killed) == 1
-    assert any("a worker was lost" in line for line in progress.lines) or len(progress.lines) == 0
+    assert any("a worker was lost" in line for line in progress.lines)
     assert_undisturbed(folder, tmp_path / "labels")
 
 

@@ -180,6 +180,6 @@ def test_the_tasks_of_an_array_share_the_labels_of_a_store(
     site.finish(site.submit("predict.sbatch", "--array=1-2", *ON_CPUS, **given))
     found = pd.read_parquet(labels)
     assert len(found) == N_CELLS
-    assert LabelsFolder.open_complete(labels).manifest.complete
+    assert LabelsFolder.open(labels).manifest.complete
     api.predict(atlas, model=tuned / "model", out=tmp_path / "alone")
     pd.testing.assert_frame_equal(found, pd.read_parquet(tmp_path / "alone"))
