@@ -29,6 +29,9 @@ class StandInSample:
     name: str
     measured: np.ndarray
 
+    def read_measured(self):
+        return self.measured
+
 
 class StandInStore:
     """What a projection looks at in a store, without a disk."""
