@@ -38,8 +38,8 @@ SHORT = TASKS[1:3]
 """BM0828, and granja's 8 types: what plan tiny runs where an experiment on every set would take too long."""
 _QUICK_PEERS = ("SingleR", "CellTypist", "Cellcano")
 """The others train deep models on all islands: plan tiny runs them on BM0828 alone."""
-_SLOW_PEERS = ("EpiAnno",)
-"""Takes an hour of a core on BM0828: plan tiny leaves it out."""
+_SLOW_PEERS = ("SCANVI", "EpiAnno")
+"""They take up to an hour of a core on BM0828: plan tiny leaves them out."""
 TYPES: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("cerebellum", "cell_type"): ("Astrocytes", "Inhibitory neurons", "Microglia", "Oligodendrocytes"),
     ("bm0828", "cell_type"): ("CLP", "CMP", "GMP", "HSC", "LMPP", "MEP", "MPP"),
