@@ -82,25 +82,30 @@ def svd_regression(
     return tuned_on(svd_rows(levels, values), types, train, test, strengths)
 
 
-def svd_rows(levels: sparse.csr_matrix, values: Iterable[str], fixed: Ints | None = None) -> dict[str, Maker]:
+def svd_rows(
+    levels: sparse.csr_matrix, values: Iterable[str], unlabelled: Ints | None = None
+) -> dict[str, Maker]:
     """Makers of components, scaled, by name of values and scale.
 
-    fixed: cells that the SVD is fitted on, labelled or not; None fits it on those that each maker is given
+    unlabelled: cells that the SVD is fitted on beside those that each maker is given. No labelled cell may be among
+        them: those of an inner fold that chooses would lie in the components as no cell does that is told of, and
+        scales would be chosen that only such cells suit.
     """
 
-    def scaled(fitted: Ints, components: Maker, scale: str) -> NDArray[np.float64]:
-        return SCALES[scale](components(fitted), fitted if fixed is None else fixed)
+    def cells(fitted: Ints) -> Ints:
+        return fitted if unlabelled is None else np.union1d(fitted, unlabelled)
 
-    makers = {name: _remembered(partial(_svd_of, levels, fixed, name)) for name in values}
+    def scaled(fitted: Ints, components: Maker, scale: str) -> NDArray[np.float64]:
+        return SCALES[scale](components(fitted), cells(fitted))
+
+    makers = {
+        name: _remembered(lambda fitted, name=name: svd(levels, cells(fitted), 0, name)) for name in values
+    }
     return {
         f"{name}, {scale}": partial(scaled, components=makers[name], scale=scale)
         for name in makers
         for scale in SCALES
     }
-
-
-def _svd_of(levels: sparse.csr_matrix, fixed: Ints | None, values: str, fitted: Ints) -> NDArray[np.float64]:
-    return svd(levels, fitted if fixed is None else fixed, 0, values)
 
 
 def _remembered(make: Maker) -> Maker:

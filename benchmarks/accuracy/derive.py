@@ -14,21 +14,41 @@ from rows import digest
 
 Row = Mapping[str, Any]
 TASK = ("set", "select", "labels")
+TABLE = "derived"
 
 
 def derived(rows: Iterable[Row], predictions: Path) -> list[dict[str, Any]]:
-    """The rows, for each task of the tables "sets", "peers" and "subtypes" whose predictions are there."""
+    """The rows, for each task of the tables "sets", "peers" and "subtypes" whose predictions are there.
+
+    The linear bar of a task is the best linear row of it, whether or not its predictions are there.
+    """
     tasks: dict[tuple[str, ...], dict[str, dict[int, Told]]] = {}
+    linear: dict[tuple[str, ...], dict[str, float]] = {}
     for row in rows:
         config = row["config"]
+        if config["table"] not in ("sets", "peers", "subtypes") or "held" in config or "failed" in row:
+            continue
+        key = tuple(config[name] for name in TASK)
+        if config["model"] in LINEAR:
+            linear.setdefault(key, {})[config["model"]] = row["figures"]["pooled"]["macro_f1"]
         path = predictions / f"{digest(config)}.npz"
-        if config["table"] in ("sets", "peers", "subtypes") and "held" not in config and path.is_file():
-            task = tasks.setdefault(tuple(config[key] for key in TASK), {})
-            task.setdefault(config["model"], {})[config["seed"]] = Told.read(path)
-    return [made for key, told in tasks.items() for made in _of_task(dict(zip(TASK, key, strict=True)), told)]
+        if path.is_file():
+            tasks.setdefault(key, {}).setdefault(config["model"], {})[config["seed"]] = Told.read(path)
+    return [
+        made
+        for key, told in tasks.items()
+        for made in _of_task(dict(zip(TASK, key, strict=True)), told, linear.get(key, {}))
+    ]
 
 
-def _of_task(task: Mapping[str, str], told: Mapping[str, Mapping[int, Told]]) -> Iterator[dict[str, Any]]:
+def key(row: Row) -> tuple[str, str]:
+    """What tells such rows apart: one method may be compared with several."""
+    return digest(row["config"]), row["figures"].get("against", "")
+
+
+def _of_task(
+    task: Mapping[str, str], told: Mapping[str, Mapping[int, Told]], linear: Mapping[str, float]
+) -> Iterator[dict[str, Any]]:
     single = {name: seeds[0] for name, seeds in told.items() if 0 in seeds}
     for name, seeds in told.items():
         members = [seeds[seed] for seed in range(ENSEMBLE) if seed in seeds]
@@ -36,10 +56,7 @@ def _of_task(task: Mapping[str, str], told: Mapping[str, Mapping[int, Told]]) ->
             joined = ensemble(members)
             single[f"{name}, {ENSEMBLE} seeds"] = joined
             yield _row(task, "ensemble", f"{name}, {ENSEMBLE} seeds", {"pooled": _figures(joined)})
-    linear = [name for name in LINEAR if name in single]
-    if not linear:
-        return
-    bar = max(linear, key=lambda name: _figures(single[name])["macro_f1"])
+    bar = max(linear, key=lambda name: linear[name], default="")
     for name, one in single.items():
         for other in (bar, *NETWORKS):
             if other in single and other != name and (other == bar or name not in (*LINEAR, *NETWORKS)):
@@ -53,4 +70,4 @@ def _figures(told: Told) -> dict[str, Any]:
 
 
 def _row(task: Mapping[str, str], kind: str, model: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-    return {"config": {"table": "derived", "kind": kind, **task, "model": model}, "figures": figures}
+    return {"config": {"table": TABLE, "kind": kind, **task, "model": model}, "figures": figures}

@@ -50,8 +50,7 @@ def tell(problem: Problem, params: Params, models: Models) -> Predicted:
 
 def _on_components(problem: Problem, params: Params) -> Predicted:
     """An SVD of the cells that may be seen; inner folds choose what stands on it."""
-    fixed = problem.seen if len(problem.seen) > len(problem.train) else None
-    rows = svd_rows(problem.levels, params["values"], fixed)
+    rows = svd_rows(problem.levels, params["values"], np.setdiff1d(problem.seen, problem.train))
     if params["then"] == "neighbours":
         return neighbours(rows, problem.types, problem.train, problem.test)
     return tuned_on(rows, problem.types, problem.train, problem.test)

@@ -204,7 +204,8 @@ def saved_page() -> str:
 def merged(work: Path, saved: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of today's configurations in a work folder, in the order in which they run; what follows from them.
 
-    saved: rows of before, of which those of tables that the folder has none of stay, and come first
+    saved: rows of before, of which those stay that the folder has none for; but for those of the plans' tables whose
+    configurations no plan has any more
     """
     grid, rows, derive = (importlib.import_module(name) for name in ("grid", "rows", "derive"))
     kept = rows.Rows(work / "rows")
@@ -217,9 +218,22 @@ def merged(work: Path, saved: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     configs = list({rows.digest(config): config for config in configs}.values())
     found = [kept.read(config) for config in configs if kept.has(config)]
-    found += derive.derived(found, work / "predictions")
-    tables = {row["config"]["table"] for row in found}
-    return [row for row in saved if row["config"]["table"] not in tables] + found
+    today = {rows.digest(config) for config in configs}
+    there = {rows.digest(row["config"]) for row in found}
+    earlier = [row for row in saved if row["config"]["table"] not in (*plans.TABLES, derive.TABLE)]
+    stay = [row for row in saved if row not in earlier and rows.digest(row["config"]) in today - there]
+    made = derive.derived([*stay, *found], work / "predictions")
+    anew = {derive.key(row) for row in made}
+    followed = [
+        row for row in saved if row["config"]["table"] == derive.TABLE and derive.key(row) not in anew
+    ]
+    return [
+        *(row for row in earlier if rows.digest(row["config"]) not in there),
+        *stay,
+        *found,
+        *followed,
+        *made,
+    ]
 
 
 def main() -> None:

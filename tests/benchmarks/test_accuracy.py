@@ -226,16 +226,19 @@ def test_the_page_is_what_the_saved_rows_give() -> None:
     assert page.PAGE.read_text() == page.saved_page(), "run python benchmarks/accuracy/page.py"
 
 
-def test_tables_of_a_work_folder_take_the_place_of_the_saved_ones_and_others_stay(tmp_path: Path) -> None:
+def test_rows_of_a_work_folder_take_the_place_of_the_saved_ones_and_others_stay(tmp_path: Path) -> None:
     few, noise = (plans.configs(name, "tiny") for name in ("few", "noise"))
     figures, seconds = {"pooled": {"accuracy": 0.5}}, {"wall": 1.0}
     kept = rows.Rows(tmp_path / "rows")
     kept.write(few[1], figures, seconds, "")
-    saved = [{"config": config, "figures": {}, "seconds": {}} for config in (few[0], noise[0])]
+    gone = {**noise[0], "model": "of no plan any more"}
+    paired = {"table": "derived", "kind": "paired", "model": "m", "set": "s", "select": "all", "labels": "t"}
+    saved = [{"config": config, "figures": {}, "seconds": {}} for config in (few[0], few[1], noise[0], gone)]
+    saved += [{"config": paired, "figures": {"against": other}} for other in ("a", "b")]
     found = page.merged(tmp_path, saved)
-    assert [row["config"] for row in found] == [noise[0], few[1]]
-    assert found[0] is saved[1]
-    assert found[1]["figures"] == figures
+    assert [row["config"] for row in found] == [few[0], noise[0], few[1], paired, paired]
+    assert found[0] is saved[0]
+    assert found[2]["figures"] == figures
 
 
 def _run(data: Path, work: Path, *options: str) -> subprocess.CompletedProcess[str]:

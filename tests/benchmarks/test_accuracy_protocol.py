@@ -222,11 +222,17 @@ def test_paired_rows_compare_with_the_best_linear_method(tmp_path: Path) -> None
         config = {"table": "sets", "kind": "method", **task, "model": model, "seed": 0}
         told = paired.Told(cells, truth, types, np.empty((0, 0)), np.array([], str))
         told.write(tmp_path / f"{rows.digest(config)}.npz")
-        saved.append({"config": config, "figures": {}})
+        saved.append(
+            {"config": config, "figures": {"pooled": {"macro_f1": f1_score(truth, types, average="macro")}}}
+        )
     made = derive.derived(saved, tmp_path)
     against = {row["config"]["model"]: row["figures"] for row in made if row["config"]["kind"] == "paired"}
     assert {figures["against"] for figures in against.values()} == {plans.LR}
+    assert all(figures["is_bar"] for figures in against.values())
     assert against[plans.MODEL]["difference"] == paired.f1_difference(truth, ours, theirs)["difference"]
+    # The bar stays what it is though its predictions are gone: nothing is compared with a lesser one.
+    (tmp_path / f"{rows.digest(saved[1]['config'])}.npz").unlink()
+    assert not [row for row in derive.derived(saved, tmp_path) if row["config"]["kind"] == "paired"]
 
 
 def test_calibration_is_judged_by_temperature_and_limits_of_the_other_cells() -> None:
