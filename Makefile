@@ -24,7 +24,7 @@ demo-full: $(READY)
 	$(BIN)/annatac demo --full --out $(OUT)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Needs Debian's packages slurm-wlm and munge; skips without them.
 test-slurm: $(READY)

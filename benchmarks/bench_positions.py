@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import commands
+import forked
 from bench_stream import cpu_model
 from measure import measured
 from store_writer import Spec, make_store
@@ -37,7 +38,10 @@ WIDE = Spec(cells=20_000, islands=600_000, order="shuffled")
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and what is measured. n_iter: of scikit-learn, its default and the reference's"""
+    """Where and what is measured.
+
+    n_iter: of scikit-learn, its default and the reference's; fork: runs of a process that has imported all
+    """
 
     data: Path
     scratch: Path
@@ -47,11 +51,13 @@ class Bench:
     fewer: int = 20_000
     wide: Spec = WIDE
     n_iter: tuple[int, int] = (5, 20)
+    fork: bool = False
 
     @classmethod
     def quick(cls, data: Path, scratch: Path) -> "Bench":
         small = replace(Spec.quick(), samples=1)
-        return cls(data, scratch, 1, 16, small, 1_000, replace(small, islands=20_000, cells=1_000), (5, 12))
+        wide = replace(small, islands=20_000, cells=1_000)
+        return cls(data, scratch, 1, 16, small, 1_000, wide, (5, 12), fork=True)
 
     def store(self, spec: Spec) -> Path:
         path = make_store(self.data / spec.folder(), spec)
@@ -62,9 +68,11 @@ class Bench:
         """Figures of a process."""
         path, out = self.scratch / f"{name}.json", self.out(name)
         path.write_text(json.dumps({"rank": self.rank, "workers": 1, "out": str(out), **task}))
-        figures = measured(
-            [sys.executable, str(WORK), str(path)], commands.ROOT, commands.ENVIRONMENT, LIMIT_S
-        )
+        if self.fork:
+            figures = forked.measured(WORK, path, {})
+        else:
+            command = [sys.executable, str(WORK), str(path)]
+            figures = measured(command, commands.ROOT, commands.ENVIRONMENT, LIMIT_S)
         printed = figures.pop("printed")
         if "failed" in figures:
             print(f"{name:20} {figures['failed']}", flush=True)

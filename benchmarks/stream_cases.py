@@ -66,11 +66,11 @@ class Bench:
     def ours(self, name: str, store: str, encoded: bool = False, **more: Any) -> Run:
         task = {"work": "stream", "store": store, "encoded": encoded, **self.options}
         space_kb, env = more.pop("space_kb", None), more.pop("env", {})
-        return Run(name, {**task, **more}, env=env, space_kb=space_kb)
+        return Run(name, {**task, **more}, env=env, space_kb=space_kb, fork=self.quick)
 
     def work(self, name: str, work: str, store: str, **more: Any) -> Run:
         env = more.pop("env", {})
-        return Run(name, {"work": work, "store": store, **self.options, **more}, env=env)
+        return Run(name, {"work": work, "store": store, **self.options, **more}, env=env, fork=self.quick)
 
     def turns(self, runs: Sequence[Run], rounds: int | None = None) -> Rounds:
         return take_turns(runs, rounds or self.rounds, self.scratch)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import commands
+import forked
 from measure import measured
 from peers import Peer
 
@@ -18,7 +19,11 @@ LIMIT_S = 3_600
 
 @dataclass(frozen=True)
 class Run:
-    """A process of a case. space_kb: its ``ulimit -v``, None for none; script: what it runs, if no peer"""
+    """A process of a case.
+
+    space_kb: its ``ulimit -v``, None for none; script: what it runs, if no peer
+    fork: of a process that has imported the script, in quick benchmarks; with neither peer nor ``space_kb``
+    """
 
     name: str
     task: Mapping[str, Any]
@@ -26,23 +31,32 @@ class Run:
     env: Mapping[str, str] = field(default_factory=dict)
     space_kb: int | None = None
     script: str = "stream_work.py"
+    fork: bool = False
 
     def measured(self, scratch: Path) -> dict[str, Any]:
         """Figures of the process, and those that it printed."""
         task = scratch / f"{self.name}.json"
         task.write_text(json.dumps(self.task))
+        figures = self._forked(task) if self.fork else self._started(task)
+        printed = figures.pop("printed")
+        if "failed" not in figures:
+            figures.update(_per_cell(json.loads(printed)))
+        print(_line(self.name, figures), flush=True)
+        return figures
+
+    def _forked(self, task: Path) -> dict[str, Any]:
+        assert self.peer is None
+        assert self.space_kb is None
+        return forked.measured(HERE / self.script, task, self.env)
+
+    def _started(self, task: Path) -> dict[str, Any]:
         script = HERE / ("peer_stream.py" if self.peer else self.script)
         command = [str(self.peer.python if self.peer else sys.executable), str(script), str(task)]
         if self.space_kb is not None:
             command = ["bash", "-c", 'ulimit -v "$0" && exec "$@"', str(self.space_kb), *command]
         path = self.peer.path if self.peer else str(commands.ROOT)
         env = {**commands.ENVIRONMENT, "PYTHONPATH": path, **self.env}
-        figures = measured(command, commands.ROOT, env, LIMIT_S)
-        printed = figures.pop("printed")
-        if "failed" not in figures:
-            figures.update(_per_cell(json.loads(printed)))
-        print(_line(self.name, figures), flush=True)
-        return figures
+        return measured(command, commands.ROOT, env, LIMIT_S)
 
 
 def _per_cell(printed: dict[str, Any]) -> dict[str, Any]:

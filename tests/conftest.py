@@ -5,6 +5,7 @@ because pytest-xdist runs several tests side by side.
 """
 
 import gc
+import multiprocessing
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -18,8 +19,20 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from object_storage import ObjectStorage
 
+# Processes that tests start by forkserver come from one that has imported these; the last is found from the root of the
+# project, and left out elsewhere.
+multiprocessing.set_forkserver_preload(
+    ["pytest", "annatac_scale.train.pretrain", "annatac_scale.annotate.predict", "tests.warm_kernels"]
+)
+
 settings.register_profile("project", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("project")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: at the end of a run no process has to wait for one of them in another."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], dict
     return folder, progress.lines, figures
 
 
+@pytest.mark.slow
 def test_real_cells_held_out_are_labelled(run: tuple[Path, list[str], dict[str, Any]]) -> None:
     _, _, figures = run
     assert figures["held_out_cells"] == 30

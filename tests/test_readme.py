@@ -44,6 +44,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@pytest.mark.slow
 def test_the_six_commands_run_and_label_held_out_cells(folder: Path) -> None:
     (commands,) = blocks("bash")
     lines = commands.strip().splitlines()
@@ -168,6 +169,7 @@ def test_the_figures_of_the_guide_are_those_that_were_saved() -> None:
     assert said("export") == exported + tenths
 
 
+@pytest.mark.slow
 def test_the_lines_for_fragments_run_on_the_shipped_blood_cells(tmp_path: Path) -> None:
     with as_file(files("annatac_scale") / "data" / "archr_PBSmall.tsv.gz") as shipped:
         (tmp_path / "fragments.tsv.gz").write_bytes(shipped.read_bytes())
@@ -184,6 +186,7 @@ def test_the_lines_for_fragments_run_on_the_shipped_blood_cells(tmp_path: Path) 
     assert anndata.read_h5ad(tmp_path / "blood.h5ad").n_obs == 150
 
 
+@pytest.mark.slow
 def test_the_python_lines_run(folder: Path) -> None:
     own = folder / "python"
     own.mkdir()
@@ -194,6 +197,7 @@ def test_the_python_lines_run(folder: Path) -> None:
     assert "macro F1" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_guide_stream_and_encode_the_store_of_the_readme(folder: Path) -> None:
     encoding, streaming = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.S)
     own = folder / "stream"
@@ -239,6 +243,7 @@ def test_the_figures_of_the_readme_are_those_that_were_measured() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_road_runs_quickly_and_ends_with_json(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "bench_road.py"), "--quick"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -256,6 +261,7 @@ def test_the_targets_that_the_readme_names_are_in_the_makefile() -> None:
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
+@pytest.mark.slow
 def test_the_local_job_goes_from_a_sheet_to_evaluated_labels(folder: Path) -> None:
     (folder / "samples.tsv").write_text("sample\tpath\ttissue\none\tcells.h5ad\tcerebellum\n")
     job = ROOT / "jobs" / "local" / "road.sh"

@@ -60,7 +60,7 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_table(tmp_path: Path) 
     small_model(tmp_path / "model")
     predict(store, tmp_path / "model", tmp_path / "undisturbed")
     out = tmp_path / "labels"
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     reached = context.Event()
     process = context.Process(target=predict_and_hang, args=(store.path, tmp_path / "model", out, 1, reached))
     process.start()

@@ -4,12 +4,12 @@ import importlib
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -252,8 +252,9 @@ def _run(data: Path, work: Path, *options: str) -> subprocess.CompletedProcess[s
 def test_a_quick_run_gives_figures_of_every_row_and_runs_none_twice(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    shipped = ROOT / "annatac_scale" / "data" / "cerebellum.h5ad"
-    shutil.copyfile(shipped, data / sets.SETS["cerebellum"].file)
+    shipped = anndata.read_h5ad(ROOT / "annatac_scale" / "data" / "cerebellum.h5ad")
+    cut = shipped[::2, shipped.var_names.str.match("chr[1-6]:")]
+    cut.copy().write_h5ad(data / sets.SETS["cerebellum"].file)
     done = _run(data, tmp_path / "work", "--quick", "--jobs", "2")  # the first two want the same store
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout.splitlines()[-1])

@@ -27,6 +27,7 @@ def run(name: str, *options: str, code: int = 0) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_converter_runs_quickly_and_ends_with_json(tmp_path: Path) -> None:
     printed = run("bench_convert.py", "--quick", "--data", str(tmp_path), "--peer-python", "/no/such/python")
     assert "peers: skipped, /no/such/python is not there" in printed
@@ -41,6 +42,7 @@ def test_the_benchmark_of_the_converter_runs_quickly_and_ends_with_json(tmp_path
     assert set(report["cases"]["sheet"]["overhead_per_100_samples"]) == {"cpu_s", "wall_s"}
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_ends_with_the_digest_of_an_undisturbed_one() -> None:
     report = json.loads(run("kill_convert.py", "--quick", "--kills", "1")[-1])
     assert report["equal"] == report["runs"] == 1

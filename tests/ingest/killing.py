@@ -51,7 +51,6 @@ def _convert_apart(
 
 def _end(target: Callable[..., None], *arguments: Any) -> int:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["annatac_scale.ingest.convert"])
     process = context.Process(target=target, args=arguments)
     process.start()
     process.join(60)

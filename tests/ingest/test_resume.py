@@ -54,6 +54,7 @@ def counted_already(store: Path, size: int, kind: str) -> int:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", INPUTS)
 def test_a_conversion_killed_at_any_moment_goes_on(tmp_path: Path, chrom_sizes: Path, kind: str) -> None:
     """Case 11."""

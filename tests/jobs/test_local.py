@@ -6,6 +6,7 @@ import sys
 from importlib.resources import as_file, files
 from pathlib import Path
 
+import anndata
 import pytest
 from waiting import wait_until
 
@@ -18,8 +19,11 @@ JOB = Path(__file__).parents[2] / "jobs" / "local" / "pretrain.sh"
 @pytest.mark.timeout(600)
 def test_a_local_run_that_is_asked_to_leave_resumes_with_the_same_line(tmp_path: Path) -> None:
     store, out = tmp_path / "atlas.zarr", tmp_path / "run"
-    with as_file(files("annatac_scale") / "data" / "cerebellum.h5ad") as cells:
-        api.convert([cells], assembly="mm9", select="all", out=store)
+    with as_file(files("annatac_scale") / "data" / "cerebellum.h5ad") as shipped:
+        cells = anndata.read_h5ad(shipped)
+    # Fast steps: what is looked at are the starts and the end.
+    cells[:, cells.var_names.str.startswith("chr1:")].copy().write_h5ad(tmp_path / "cells.h5ad")
+    api.convert([tmp_path / "cells.h5ad"], assembly="mm9", select="all", out=store)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "MORE": "--epochs 12 --checkpoint-steps 5"}
     command = ["bash", str(JOB), str(store), str(out)]

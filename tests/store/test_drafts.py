@@ -158,7 +158,7 @@ def _write(draft: drafts.Draft, shard: int) -> Any:
 def test_shards_are_written_by_other_processes(path: Path, undisturbed: str) -> None:
     write_sample(path, "before", random_cells(300, 1))
     with open_draft(path, "s", PLAN) as draft:
-        with multiprocessing.get_context("spawn").Pool(2) as pool:
+        with multiprocessing.get_context("forkserver").Pool(2) as pool:
             records = pool.starmap(_write, [(draft, shard) for shard in reversed(range(N_SHARDS))])
         draft.commit(records, random_obs(9000, 3), MEASURED, {})
     assert IslandStore.open(path).digest == undisturbed

@@ -161,7 +161,7 @@ def _write_and_hang(path: Path, started: multiprocessing.synchronize.Event) -> N
 
 
 def test_a_writer_killed_in_the_middle_leaves_nothing_visible_and_no_lock(path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     started = context.Event()
     process = context.Process(target=_write_and_hang, args=(path, started))
     process.start()
@@ -303,7 +303,7 @@ def test_threads_that_enter_and_leave_quickly_are_alone_inside_and_never_fail(pa
 
 
 def test_processes_that_enter_and_leave_quickly_never_fail(path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with multiprocessing.get_context("forkserver").Pool(2) as pool:
         arguments = [(path, "a", 25), (path, "a", 25), (path, "b", 25)]
         pool.starmap_async(enter_and_leave, arguments, chunksize=1).get(60)
     assert not (path / ".incoming").exists()

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from planted import files_of, small_pretraining
-from together import CPU, Attempt, join, pretrain_together
-from torch import multiprocessing
+from together import CPU, Attempt, join, pretrain_together, started
 
 from annatac_scale.progress import Silent
 from annatac_scale.store.store import IslandStore
@@ -59,7 +58,7 @@ def first_batches(rank, world_size, folder, store_path):
 
 
 def test_gradients_on_two_ranks_are_those_of_one_process(atlas, tmp_path):
-    multiprocessing.spawn(first_batches, (2, tmp_path, atlas.path), nprocs=2)
+    started(first_batches, (2, tmp_path, atlas.path), 2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     expected = gradients_of_first_batches(atlas, Ranks(device=CPU))
     assert [(a["cells"], b["cells"]) for a, b in zip(first, second, strict=True)] == [(179, 180), (0, 1)]
@@ -99,6 +98,7 @@ def long_alone(atlas, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_two_three_and_four_ranks_have_the_loss_curve_of_one_process(atlas, long_alone, tmp_path, world_size):
     pretrain_together(world_size, tmp_path, atlas, [Attempt(tmp_path / "run", LONG, EVERY_STEP)])
@@ -107,6 +107,7 @@ def test_two_three_and_four_ranks_have_the_loss_curve_of_one_process(atlas, long
     np.testing.assert_allclose(loss_curve(tmp_path / "run"), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_asked_to_end_and_started_again_ranks_end_with_the_same_bits(atlas, tmp_path, world_size):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -158,6 +159,7 @@ def seen_by_epoch(run):
     return seen
 
 
+@pytest.mark.slow
 def test_each_cell_comes_once_an_epoch_however_many_ranks_there_are_in_each_attempt(atlas, tmp_path, alone):
     run, options = tmp_path / "run", RunOptions(log_cells=True, checkpoint_steps=4, log_steps=1)
     for number, (world_size, steps) in enumerate([(2, 5), (3, 14), (1, 20), (4, 0)]):

@@ -1,9 +1,11 @@
 """Runs of several ranks on this machine, each a process, joined by gloo."""
 
 import signal
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,4 +69,9 @@ def _make(attempt: Attempt, store: IslandStore, ranks: Ranks) -> None:
 def pretrain_together(world_size: int, scratch: Path, store: IslandStore, attempts: list[Attempt]) -> None:
     """Make some attempts one after the other, on ``world_size`` ranks. scratch: an empty folder"""
     arguments = (world_size, scratch / "meet", store.path, attempts)
-    multiprocessing.spawn(_process, arguments, nprocs=world_size)
+    started(_process, arguments, world_size)
+
+
+def started(function: Callable[..., None], arguments: tuple[Any, ...], world_size: int) -> None:
+    """Call a function with a rank and ``arguments`` in ``world_size`` processes, and wait for all."""
+    multiprocessing.start_processes(function, arguments, world_size, start_method="forkserver")
