@@ -15,7 +15,7 @@ from small_atlas import small_model
 
 from annatac_scale import api
 from annatac_scale.annotate import temporary_store as temporary_module
-from annatac_scale.errors import AnnatacError, ConfigError, ModelError
+from annatac_scale.errors import AnnatacError, ConfigError, InputError, ModelError
 from annatac_scale.genome.assembly import Assembly
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.ingest.convert import convert
@@ -169,6 +169,24 @@ def test_what_was_left_of_other_options_is_made_anew(folder: Path, tmp_path: Pat
     write_h5ad(tmp_path / "cells.h5ad", 7)
     convert(tmp_path / "cells.h5ad", assembly=TOY, out=left, select="all")
     assert api.predict(folder / "cells.h5ad", out=tmp_path / "labels", **options(folder)).n_cells == 30
+
+
+def test_a_second_prediction_of_files_into_one_place_is_refused_and_changes_nothing(
+    folder: Path, tmp_path: Path
+) -> None:
+    write_h5ad(tmp_path / "cells.h5ad", 7)
+
+    class Meanwhile(Silent):
+        def task(self, name: str, *arguments: Any, **more: Any) -> Any:
+            if name == "predict":
+                with pytest.raises(InputError, match="another process is predicting files into it"):
+                    api.predict(tmp_path / "cells.h5ad", out=tmp_path / "labels", **options(folder))
+            return super().task(name, *arguments, **more)
+
+    api.predict(folder / "cells.h5ad", out=tmp_path / "labels", progress=Meanwhile(), **options(folder))
+    api.predict(folder / "cells.zarr", model=folder / "model", out=tmp_path / "store")
+    assert_same_bytes(tmp_path / "store", tmp_path / "labels")
+    assert not list((tmp_path / "labels").glob(".*"))
 
 
 def test_what_needs_a_store_that_stays_is_refused_of_files(folder: Path, tmp_path: Path) -> None:

@@ -19,14 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from object_storage import ObjectStorage
 from predicted import assert_same_bytes
-from small_atlas import draw_sample, small_known, small_model, small_store
+from small_atlas import add_sample, draw_sample, small_known, small_model, small_store
 
 from annatac_scale import api
 from annatac_scale.annotate.labels import MANIFEST, LabelsFolder, Part, read_manifest
 from annatac_scale.annotate.labels_writer import Share
 from annatac_scale.annotate.predict import PredictReport, Workers, predict
 from annatac_scale.annotate.processes import MOST_DEATHS
-from annatac_scale.errors import AnnatacError, ConfigError, InputError, ModelError
+from annatac_scale.errors import AnnatacError, ConfigError, InputError, ModelError, RunInterruptedError
 from annatac_scale.model.folder import read_model
 from annatac_scale.progress import Advance, Silent
 from annatac_scale.store.store import IslandStore
@@ -271,6 +271,73 @@ def test_embeddings_are_what_the_logits_stand_on_and_zarr_reads_them(folder: Pat
     assert len(pd.read_parquet(tmp_path / "labels")) == sum(SIZES.values())
     with pytest.raises(InputError, match="made with embeddings True, now asked for False"):
         predict(folder / "atlas.zarr", folder / "model", tmp_path / "labels")
+
+
+def test_embeddings_that_were_lost_are_made_again(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "labels"
+    predict(folder / "atlas.zarr", folder / "model", out, embeddings=True)
+    chunks = [out / "_embeddings.zarr/a/c.1.0", out / "_embeddings.zarr/d/c.3.0"]
+    before = [chunk.read_bytes() for chunk in chunks]
+    chunks[0].unlink()
+    chunks[1].write_bytes(b"")
+    report = predict(folder / "atlas.zarr", folder / "model", out, embeddings=True)
+    assert report.n_parts - report.n_skipped == 2
+    assert [chunk.read_bytes() for chunk in chunks] == before
+
+
+def test_a_model_that_was_left_in_training_predicts_without_dropout(folder: Path, tmp_path: Path) -> None:
+    model = read_model(folder / "model")
+    assert model.typer is not None
+    model.typer.train()
+    predict(folder / "atlas.zarr", model, tmp_path / "labels", **ADAPTED)
+    assert_undisturbed(folder, tmp_path / "labels")
+
+
+def test_samples_that_came_while_shares_ran_are_completed_by_whoever_ends_last(
+    folder: Path, tmp_path: Path
+) -> None:
+    before = small_store(tmp_path / "a.zarr", {"x": draw_sample(8_010, 3)})
+    out = tmp_path / "labels"
+
+    class Meanwhile(Silent):
+        def task(self, *arguments: Any) -> Any:
+            add_sample(before.path, "y", draw_sample(20, 4))
+            later = predict(before.path, folder / "model", out, workers=Workers(share=Share(2, 2)))
+            assert not later.complete
+            return super().task(*arguments)
+
+    # It opened the store without sample y, whose part the other share wrote, and ends last.
+    first = predict(before, folder / "model", out, workers=Workers(share=Share(1, 2)), progress=Meanwhile())
+    assert first.complete == (not LabelsFolder.open(out).missing(LabelsFolder.open(out).manifest.parts))
+    predict(before.path, folder / "model", out)
+    assert list(read_manifest(out).samples) == ["x", "y"]
+    assert read_manifest(out).complete
+    assert len(pd.read_parquet(out)) == 8_030
+
+
+def test_what_a_worker_prints_disturbs_nobody(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "noisy").mkdir()
+    (tmp_path / "noisy/sitecustomize.py").write_text("print('good morning')\n")
+    path = os.pathsep.join([str(tmp_path / "noisy"), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)
+    run(folder, tmp_path / "labels", workers=Workers(1))
+    assert_undisturbed(folder, tmp_path / "labels")
+
+
+def test_asked_to_end_it_leaves_no_lock_and_goes_on(folder: Path, tmp_path: Path) -> None:
+    class Asking(Silent):
+        def task(self, *arguments: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().task(*arguments)
+
+    with pytest.raises(RunInterruptedError) as raised:
+        run(folder, tmp_path / "labels", progress=Asking())
+    assert raised.value.number == signal.SIGTERM
+    assert not list((tmp_path / "labels").glob(".*"))
+    run(folder, tmp_path / "labels")
+    assert_undisturbed(folder, tmp_path / "labels")
 
 
 def test_labels_go_into_the_obs_of_a_store_and_again(folder: Path, tmp_path: Path) -> None:
