@@ -12,10 +12,12 @@ Memory: 4 bytes a cell for the code of its cluster (a column of obs takes up to 
 part's embeddings, and what does not grow with the atlas: the landmarks and their graph, some hundred MB.
 """
 
+import builtins
 import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +30,8 @@ from annatac_scale.model.labels import label_texts
 from annatac_scale.progress import Progress
 from annatac_scale.store.columns import obs_columns
 from annatac_scale.store.store import IslandStore
+
+_PRINT = builtins.print
 
 LEIDEN = "leiden"
 OPTION = "--consensus"
@@ -155,7 +159,7 @@ def leiden_clusters(
         return Clusters(np.empty(0, np.int32), ())
     n_landmarks = min(LANDMARKS, n_cells)
     chosen = np.arange(n_landmarks) * n_cells // n_landmarks
-    with progress.task("find clusters", n_cells, "cells") as advance:
+    with _built_in_print(), progress.task("find clusters", n_cells, "cells") as advance:
         landmarks = _landmarks(folder, parts, chosen)
         clusters, of_nearest = _clusters_of(landmarks, seed, resolution)
         codes = np.full(n_cells, -1, np.int32)
@@ -166,6 +170,16 @@ def leiden_clusters(
                 own[others] = of_nearest(folder.read_embeddings(part)[others].astype(np.float32))
             advance(part.n_cells)
     return _largest_first(codes)
+
+
+@contextmanager
+def _built_in_print() -> Iterator[None]:
+    """Ray puts a print of its own in the place of Python's, of which numba can compile no call, as pynndescent has."""
+    replaced, builtins.print = builtins.print, _PRINT
+    try:
+        yield
+    finally:
+        builtins.print = replaced
 
 
 def _check_libraries() -> None:
