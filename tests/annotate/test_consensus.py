@@ -433,7 +433,6 @@ def test_communities_are_those_of_the_graph_and_leave_the_random_numbers_of_othe
 def test_leiden_finds_planted_clusters_of_landmarks_and_of_all_other_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("builtins.print", lambda *_: None)  # as Ray does in the process that starts it
     pytest.importorskip("igraph")
     pytest.importorskip("pynndescent")
     rng = np.random.default_rng(0)
@@ -448,6 +447,7 @@ def test_leiden_finds_planted_clusters_of_landmarks_and_of_all_other_cells(
     labels = {name: np.where(right[name], names[of], "T cell").tolist() for name, of in planted.items()}
     folder = labels_folder(tmp_path / "labels", labels, vectors)
     monkeypatch.setattr(clusters_module, "LANDMARKS", 1500)
+    monkeypatch.setattr("builtins.print", lambda *_: None)  # as Ray does in the process that starts it
     found = add_consensus(folder, "leiden", seed=7)
     table = table_of(folder)
     truth = np.concatenate(list(planted.values()))
