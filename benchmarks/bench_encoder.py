@@ -74,7 +74,9 @@ class Bench:
             given |= {**small, "preset": "tiny", "least_s": 0.05}
         per_cell = given["n_open"] if given["attend"] == "open" else given["n_islands"]
         given["cells"] = max(TOKENS[self.device] // per_cell, 1)
-        return Run(name, {**given, "device": self.device}, script="encoder_work.py", fork=self.quick)
+        return Run(
+            name, {**given, "device": self.device}, script="encoder_work.py", fork=[] if self.quick else None
+        )
 
     def turns(self, *runs: Run, rounds: int | None = None) -> Rounds:
         return take_turns(runs, rounds or self.rounds, self.scratch)

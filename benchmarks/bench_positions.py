@@ -69,7 +69,7 @@ class Bench:
         path, out = self.scratch / f"{name}.json", self.out(name)
         path.write_text(json.dumps({"rank": self.rank, "workers": 1, "out": str(out), **task}))
         if self.fork:
-            figures = forked.measured(WORK, path, {})
+            figures = forked.measured(WORK, path, {}, ["warm_kernels"])
         else:
             command = [sys.executable, str(WORK), str(path)]
             figures = measured(command, commands.ROOT, commands.ENVIRONMENT, LIMIT_S)

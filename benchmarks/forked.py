@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,10 +20,13 @@ from typing import Any
 import commands
 
 
-def measured(script: Path, task: Path, env: Mapping[str, str]) -> dict[str, Any]:
-    """Figures of ``python script task`` as those of measure.py; ``failed``: the last lines of its error."""
+def measured(script: Path, task: Path, env: Mapping[str, str], more: Sequence[str]) -> dict[str, Any]:
+    """Figures of ``python script task`` as those of measure.py; ``failed``: the last lines of its error.
+
+    more: modules that are imported before the fork, as the script is
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", script.stem])
+    context.set_forkserver_preload(["__main__", script.stem, *more])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(script.stem, str(task), dict(env), sender))
     # The first of them starts the server, which looks for modules where its environment says.

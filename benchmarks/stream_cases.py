@@ -63,14 +63,18 @@ class Bench:
         small = {"lanes": 8, "window": 1} if self.quick else {}
         return {"batch": BATCH, "seed": 7, "warm_up": 2 if self.quick else WARM_UP, **small}
 
+    @property
+    def fork(self) -> list[str] | None:
+        return ["warm_kernels"] if self.quick else None
+
     def ours(self, name: str, store: str, encoded: bool = False, **more: Any) -> Run:
         task = {"work": "stream", "store": store, "encoded": encoded, **self.options}
         space_kb, env = more.pop("space_kb", None), more.pop("env", {})
-        return Run(name, {**task, **more}, env=env, space_kb=space_kb, fork=self.quick)
+        return Run(name, {**task, **more}, env=env, space_kb=space_kb, fork=self.fork)
 
     def work(self, name: str, work: str, store: str, **more: Any) -> Run:
         env = more.pop("env", {})
-        return Run(name, {"work": work, "store": store, **self.options, **more}, env=env, fork=self.quick)
+        return Run(name, {"work": work, "store": store, **self.options, **more}, env=env, fork=self.fork)
 
     def turns(self, runs: Sequence[Run], rounds: int | None = None) -> Rounds:
         return take_turns(runs, rounds or self.rounds, self.scratch)

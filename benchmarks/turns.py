@@ -22,7 +22,8 @@ class Run:
     """A process of a case.
 
     space_kb: its ``ulimit -v``, None for none; script: what it runs, if no peer
-    fork: of a process that has imported the script, in quick benchmarks; with neither peer nor ``space_kb``
+    fork: the run is a fork of a process that has imported the script, and these modules; None: it is a process from
+        its start. Quick benchmarks fork; neither a peer nor with ``space_kb``
     """
 
     name: str
@@ -31,23 +32,23 @@ class Run:
     env: Mapping[str, str] = field(default_factory=dict)
     space_kb: int | None = None
     script: str = "stream_work.py"
-    fork: bool = False
+    fork: Sequence[str] | None = None
 
     def measured(self, scratch: Path) -> dict[str, Any]:
         """Figures of the process, and those that it printed."""
         task = scratch / f"{self.name}.json"
         task.write_text(json.dumps(self.task))
-        figures = self._forked(task) if self.fork else self._started(task)
+        figures = self._started(task) if self.fork is None else self._forked(task, self.fork)
         printed = figures.pop("printed")
         if "failed" not in figures:
             figures.update(_per_cell(json.loads(printed)))
         print(_line(self.name, figures), flush=True)
         return figures
 
-    def _forked(self, task: Path) -> dict[str, Any]:
+    def _forked(self, task: Path, modules: Sequence[str]) -> dict[str, Any]:
         assert self.peer is None
         assert self.space_kb is None
-        return forked.measured(HERE / self.script, task, self.env)
+        return forked.measured(HERE / self.script, task, self.env, modules)
 
     def _started(self, task: Path) -> dict[str, Any]:
         script = HERE / ("peer_stream.py" if self.peer else self.script)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Processes that tests start by forkserver come from one that has imported these; the last is found from the root of the
 # project, and left out elsewhere.
 multiprocessing.set_forkserver_preload(
-    ["pytest", "annatac_scale.train.pretrain", "annatac_scale.annotate.predict", "tests.warm_kernels"]
+    ["pytest", "annatac_scale.train.pretrain", "annatac_scale.annotate.predict", "benchmarks.warm_kernels"]
 )
 
 settings.register_profile("project", deadline=None, derandomize=True, print_blob=True)

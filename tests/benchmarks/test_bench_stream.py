@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,18 @@ def test_a_run_that_failed_is_reported_and_not_repeated(tmp_path: Path) -> None:
     assert len(found["broken"]) == 1
     assert "KeyError" in found["broken"][0]["failed"]
     assert bench.commands.failures({"case": {"runs": turns.summaries(found)}}) == ["case/broken"]
+
+
+def test_a_run_in_a_fork_says_how_it_failed(tmp_path: Path) -> None:
+    run_and_print = (
+        "import turns\nfrom pathlib import Path\n"
+        "run = turns.Run('broken', {'work': 'nothing'}, fork=[])\n"
+        f"print(run.measured(Path({str(tmp_path)!r})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", run_and_print], cwd=BENCHMARKS, capture_output=True, text=True, check=True
+    )
+    assert re.search(r"{'failed': \"exit 1: .*KeyError: 'nothing'\"}", done.stdout)
 
 
 def test_bars_compare_as_they_say() -> None:

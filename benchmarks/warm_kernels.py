@@ -1,6 +1,7 @@
 """Imported for what it does: small conversions and an epoch, so that compiled kernels are loaded.
 
-The server that tests fork processes from does so (conftest.py): else each process takes a second to load them.
+Servers that processes are forked from import it (forked.py; for the tests, their conftest.py): else each process takes
+a second to load them.
 """
 
 import gzip
