@@ -253,7 +253,8 @@ def test_a_quick_run_gives_figures_of_every_row_and_runs_none_twice(tmp_path: Pa
     data = tmp_path / "data"
     data.mkdir()
     shipped = anndata.read_h5ad(ROOT / "annatac_scale" / "data" / "cerebellum.h5ad")
-    cut = shipped[::2, shipped.var_names.str.match("chr[1-6]:")]
+    # All cells, as the protocol fixed the splits by digest; fewer islands.
+    cut = shipped[:, shipped.var_names.str.match("chr[1-6]:")]
     cut.copy().write_h5ad(data / sets.SETS["cerebellum"].file)
     done = _run(data, tmp_path / "work", "--quick", "--jobs", "2")  # the first two want the same store
     assert done.returncode == 0, done.stdout + done.stderr
