@@ -289,7 +289,8 @@ def main() -> None:
             options.quick,
         )
         bench.data.mkdir(parents=True, exist_ok=True)
-        run_once(bench.ours("warm_up", bench.made(Spec.quick())))
+        if not bench.quick:
+            run_once(bench.ours("warm_up", bench.made(Spec.quick())))
         cases = {name: CASES[name](bench) for name in options.cases}
         peers = {}
         if bench.peer_python is not None:

@@ -1,9 +1,8 @@
-"""Processes that write a sample and are killed at a given moment; run as ``python killed.py WHEN STORE``."""
+"""Processes that write a sample and are killed at a given moment."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +64,20 @@ def write_sample_until(when: str, store: str) -> None:
 
 
 def run_until_killed(when: str, store: Path | str) -> None:
-    """Run this file in a process of its own, and see it killed."""
-    done = subprocess.run(
-        [sys.executable, __file__, when, str(store)], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    """Write the sample in a process of its own, and see it killed."""
+    variables = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_write, args=(variables, when, str(store)))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _write(variables: dict[str, str], when: str, store: str) -> None:
+    os.environ.update(variables)  # whoever forked this process may have been started before they were set
+    write_sample_until(when, store)
 
 
 def damage(path: Path) -> None:
     """What a power cut may leave of a file: zeros."""
     path.write_bytes(np.zeros(path.stat().st_size, np.uint8).tobytes())
-
-
-if __name__ == "__main__":
-    write_sample_until(*sys.argv[1:])
