@@ -103,7 +103,7 @@ def sample_labels(store: IslandStore, sample: str, columns: Sequence[str]) -> li
     if sample not in store.samples:
         nothing = np.empty(0, object)
         return [CellLabels(str(store.path), nothing, nothing, nothing) for _ in columns]
-    found = sample_columns(store.samples[sample], ["barcode", *columns])
+    found = sample_columns(store, store.samples[sample], ["barcode", *columns])
     barcode = found["barcode"]
     assert barcode is not None
     barcodes, samples = barcode.in_arrow(), np.full(len(barcode.values), sample, object)

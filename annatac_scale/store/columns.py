@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -108,12 +109,33 @@ def obs_frame(store: "IslandStore", names: Sequence[str] | None) -> "pd.DataFram
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=wanted)
 
 
-def sample_columns(sample: "Sample", names: Sequence[str]) -> dict[str, ObsColumn | None]:
-    """Columns of obs of one sample, also "barcode", None for one that it lacks; no other sample's obs is read.
+def sample_columns(
+    store: "IslandStore", sample: "Sample", names: Sequence[str]
+) -> dict[str, ObsColumn | None]:
+    """Columns of obs of one sample, also "barcode", None for one that it lacks; of other samples no values are read.
 
+    Truth values are 0 and 1 where another sample has numbers in the column and none has text, as in ``obs_columns``.
     ``check_columns`` tells whether any sample has it. Raises StoreError for one that is damaged.
     """
-    return {name: _read(sample, name) for name in dict.fromkeys(names)}
+    columns = {name: _read(sample, name) for name in dict.fromkeys(names)}
+    for name, column in columns.items():
+        if column is not None and column.texts is None and column.values.dtype.kind == "b":
+            kinds = set(_in_threads(partial(_kind, name), list(store.samples.values())))
+            if "number" in kinds and "text" not in kinds:
+                columns[name] = ObsColumn(column.values.astype(np.int8))
+    return columns
+
+
+def _kind(name: str, sample: "Sample") -> str:
+    """What a sample has in a column, by its metadata: "truth", "number", "text", or "" for no such column."""
+    try:
+        metadata = json.loads(place_of(sample.path).below("obs").read(f"{name}/zarr.json"))
+        found = metadata["data_type"] if metadata["node_type"] == "array" else "text"
+    except FileNotFoundError:
+        return ""
+    except _DAMAGED as error:
+        raise _damaged(sample, name, error) from error
+    return {"bool": "truth", "string": "text", "text": "text"}.get(str(found), "number")
 
 
 def check_columns(store: "IslandStore", names: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ def test_cells_that_did_not_train_are_there_as_predict_labels_them(atlas, pretra
     }
     both = heldout.merge(split, on=["sample", "barcode"], validate="1:1")
     assert (both["split_x"] == both["split_y"]).all()
-    predict(atlas, report.model, tmp_path / "labels", novel_threshold=0)
+    predict(atlas, report.model, tmp_path / "labels", novel_threshold=0, probabilities=True)
     rows = heldout.merge(pd.read_parquet(tmp_path / "labels"), on=["sample", "barcode"], suffixes=("", "_p"))
     assert len(rows) == len(heldout)
     assert (rows["best"] == rows["best_p"]).all()
