@@ -149,17 +149,15 @@ class _Crew:
                 raise _given_up(
                     f"sample {part.sample}, cells from {part.first:,}: {MOST_DEATHS} workers", reason
                 )
-        others = [one for one in self._actors if one is not actor]
-        if len(others) == len(self._actors):  # another part of it said so already
-            return
-        self._actors = others
-        self._deaths += part is None  # while it opened store and model
-        if self._deaths >= MOST_DEATHS:
-            raise _given_up(f"{self._deaths} workers in a row, each when it began,", reason)
-        self._progress.say(f"a worker was lost ({reason}); its parts are done again")
-        self._start()
-        for one in others:
-            if all(one is not starting for starting in self._starting.values()):
+        if actor in self._actors:  # else another part of it said so already
+            self._actors.remove(actor)
+            self._deaths += part is None  # while it opened store and model
+            if self._deaths >= MOST_DEATHS:
+                raise _given_up(f"{self._deaths} workers in a row, each when it began,", reason)
+            self._progress.say(f"a worker was lost ({reason}); its parts are done again")
+            self._start()
+        for one in self._actors:
+            if one not in self._starting.values():
                 self._give(one)
 
     def _give(self, actor: Any) -> None:
