@@ -7,6 +7,7 @@ because pytest-xdist runs several tests side by side.
 import gc
 import multiprocessing
 import os
+import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -33,6 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first: at the end of a run no process has to wait for one of them in another."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """No test leaves torch more threads: the bits of those that follow would be others."""
+    yield
+    torch = sys.modules.get("torch")  # seconds to import, for tests that have no need of it
+    assert torch is None or torch.get_num_threads() == 1
 
 
 @pytest.fixture(scope="session")

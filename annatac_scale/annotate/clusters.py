@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
 from annatac_scale.annotate.labels import LabelsFolder, Part, SampleRecord
@@ -159,7 +160,7 @@ def leiden_clusters(
         return Clusters(np.empty(0, np.int32), ())
     n_landmarks = min(LANDMARKS, n_cells)
     chosen = np.arange(n_landmarks) * n_cells // n_landmarks
-    with _built_in_print(), progress.task("find clusters", n_cells, "cells") as advance:
+    with _fit_for_numba(), progress.task("find clusters", n_cells, "cells") as advance:
         landmarks = _landmarks(folder, parts, chosen)
         clusters, of_nearest = _clusters_of(landmarks, seed, resolution)
         codes = np.full(n_cells, -1, np.int32)
@@ -173,12 +174,18 @@ def leiden_clusters(
 
 
 @contextmanager
-def _built_in_print() -> Iterator[None]:
-    """Ray puts a print of its own in the place of Python's, of which numba can compile no call, as pynndescent has."""
+def _fit_for_numba() -> Iterator[None]:
+    """What pynndescent's numba needs of the process, and leaves as it was.
+
+    Ray puts a print of its own in the place of Python's, of which numba can compile no call. And where numba begins its
+    threads it sets how many there are for all that shares its OpenMP, torch too, whose bits follow from that.
+    """
     replaced, builtins.print = builtins.print, _PRINT
+    n_threads = torch.get_num_threads()
     try:
         yield
     finally:
+        torch.set_num_threads(n_threads)
         builtins.print = replaced
 
 

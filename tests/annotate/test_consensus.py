@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 from predicted import assert_same_bytes
 from small_atlas import add_sample, draw_sample, small_model, small_store
 
@@ -448,7 +449,9 @@ def test_leiden_finds_planted_clusters_of_landmarks_and_of_all_other_cells(
     folder = labels_folder(tmp_path / "labels", labels, vectors)
     monkeypatch.setattr(clusters_module, "LANDMARKS", 1500)
     monkeypatch.setattr("builtins.print", lambda *_: None)  # as Ray does in the process that starts it
+    n_threads = torch.get_num_threads()
     found = add_consensus(folder, "leiden", seed=7)
+    assert torch.get_num_threads() == n_threads  # though numba began its own, of the same OpenMP
     table = table_of(folder)
     truth = np.concatenate(list(planted.values()))
     of_truth = {group: set(table["cluster"][truth == group]) for group in range(4)}
