@@ -11,18 +11,21 @@ BATCH_TOKENS = 16_384
 BATCH_CELLS = 256
 """Most cells of a batch: each has some tensors of its own, however few its tokens."""
 
+SUMMED_BATCH_TOKENS = 131_072
+"""As BATCH_TOKENS, for heads that are sums over islands: nothing but what is decoded is as long as the tokens."""
 
-def cut_batches(n_tokens: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+
+def cut_batches(n_tokens: NDArray[np.int64], most_tokens: int = BATCH_TOKENS) -> Iterator[NDArray[np.int64]]:
     """Cut cells into batches: positions int64 [B], every cell once.
 
     n_tokens: int64 [n]. Cells of like length come together, in order of their tokens; a batch has BATCH_CELLS cells
-    and BATCH_TOKENS tokens at most, or one cell.
+    and ``most_tokens`` tokens at most, or one cell.
     """
     order = np.argsort(n_tokens, kind="stable")
     before = np.concatenate([np.zeros(1, np.int64), np.cumsum(n_tokens[order])])
     start = 0
     while start < len(order):
-        within = int(np.searchsorted(before, before[start] + BATCH_TOKENS, side="right")) - 1
+        within = int(np.searchsorted(before, before[start] + most_tokens, side="right")) - 1
         stop = max(start + 1, min(within, start + BATCH_CELLS))
         yield order[start:stop]
         start = stop

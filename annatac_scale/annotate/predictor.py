@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from annatac_scale.annotate.batches import cut_batches, evenly_spaced
+from annatac_scale.annotate.batches import BATCH_TOKENS, SUMMED_BATCH_TOKENS, cut_batches, evenly_spaced
 from annatac_scale.annotate.confidence import ConfidenceOptions, ConfidenceRule
 from annatac_scale.annotate.labels import PART_CELLS, LabelsFolder, Manifest, Part, SampleRecord, Written
 from annatac_scale.annotate.splits import Splits
@@ -27,9 +27,11 @@ from annatac_scale.memory import give_back_freed_memory
 from annatac_scale.model.cell_typer import CellTyper
 from annatac_scale.model.folder import Model, read_model
 from annatac_scale.model.hierarchy import DEFAULT_THRESHOLD
+from annatac_scale.model.island_sums import SummedHead
 from annatac_scale.model.novelty import PROFILED, Outputs
 from annatac_scale.progress import Progress
 from annatac_scale.store.encoded_rows import EncodedRows
+from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.schema import BLOCK_CELLS, SHARD_BLOCKS
 from annatac_scale.store.store import IslandStore, Sample
 from annatac_scale.stream.batch import Batch, RowsOrigin
@@ -135,6 +137,7 @@ class Predictor:
             info.labels, info.scaling, rule, model.known, info.hierarchy, lineage, asked.written.probabilities
         )
         self._profiles = model.known.profiles if model.known and rule.novelty in PROFILED else None
+        self._summed = SummedHead(self._typer.head) if SummedHead.can_be(self._typer.head) else None
         self._attend = model.attend
         self._lister = model.lister(store, self.projection)
         self._n_listed = {one.sample: one.n_covered for one in self.projection.coverage}
@@ -243,18 +246,26 @@ class Predictor:
             if self.projection.projected:
                 opened = self.projection.rows(opened, sample)
             n_open[chosen] = opened.n_open
-            batch = self._lister(Batch.from_open(ids, opened))
-            logits[chosen], embedding[chosen] = self._typer.predict_with_embedding(batch)
+            logits[chosen], embedding[chosen] = self._logits_and_embedding(ids, opened)
             if profiles is not None and fit is not None:
                 fit[chosen] = profiles.fit(opened)
 
         # At most as many tokens as there are: an open island takes a byte or more.
-        n_tokens = rows.sizes
-        if self._attend == "all":
-            n_tokens = np.full(len(rows), self._n_listed[sample.name], np.int64)
-        for _ in self._threads.map(compute, cut_batches(n_tokens)):
+        n_tokens, most = rows.sizes, SUMMED_BATCH_TOKENS
+        if self._summed is None:
+            most = BATCH_TOKENS
+            if self._attend == "all":
+                n_tokens = np.full(len(rows), self._n_listed[sample.name], np.int64)
+        for _ in self._threads.map(compute, cut_batches(n_tokens, most)):
             pass
         return Outputs(logits, embedding, n_open, fit)
+
+    def _logits_and_embedding(
+        self, ids: NDArray[np.int64], opened: OpenIslands
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        if self._summed is not None:
+            return self._summed(opened)
+        return self._typer.predict_with_embedding(self._lister(Batch.from_open(ids, opened)))
 
 
 def _encoded(sample: Sample, cells: NDArray[np.int64]) -> EncodedRows:

@@ -296,8 +296,23 @@ class PooledHead(CellTypeHead):
 
     def embed(self, hidden: Tensor | None, tokens: Tensor, islands: Tensor, offsets: Tensor) -> Tensor:
         """z, [B, pooled]. ``hidden`` None leaves the encoder out; MASK tokens are left out too."""
-        z: Tensor = self.pool(hidden, tokens, islands, offsets)
+        return self.of_pooled(self.pool(hidden, tokens, islands, offsets))
+
+    def of_pooled(self, z: Tensor) -> Tensor:
+        """The embedding, from z [B, pooled]."""
         return z
+
+    @property
+    def beside_table(self) -> Tensor | None:
+        """B, [N, Y], whose rows at a cell's islands, weighted as the pooled layer weighs them, add to the logits."""
+        return None
+
+    def beside(self, tokens: Tensor, islands: Tensor, offsets: Tensor) -> Tensor | None:
+        """What B adds."""
+        if self.beside_table is None:
+            return None
+        weights, open_islands, open_offsets = self.pool.unit_rows(tokens, islands, offsets)
+        return sum_rows(self.beside_table, weights, open_islands, open_offsets)
 
     def table_parameters(self) -> list[nn.Parameter]:
         """W, a row for each island."""
@@ -332,17 +347,14 @@ class LinearHead(PooledHead):
         self.register_buffer("centre", torch.zeros(pooled))
         self.per_island = nn.Parameter(torch.zeros(n_islands, n_types)) if per_island else None
 
-    def embed(self, hidden: Tensor | None, tokens: Tensor, islands: Tensor, offsets: Tensor) -> Tensor:
-        """Directions, [B, pooled]; zero for a cell that is the mean cell. ``hidden`` as in ``PooledHead``."""
-        z = super().embed(hidden, tokens, islands, offsets)
+    def of_pooled(self, z: Tensor) -> Tensor:
+        """Directions, [B, pooled]; zero for a cell that is the mean cell."""
         return functional.normalize(z - self.centre, dim=1)
 
-    def beside(self, tokens: Tensor, islands: Tensor, offsets: Tensor) -> Tensor | None:
-        """What B adds."""
-        if self.per_island is None:
-            return None
-        weights, open_islands, open_offsets = self.pool.unit_rows(tokens, islands, offsets)
-        return sum_rows(self.per_island, weights, open_islands, open_offsets)
+    @property
+    def beside_table(self) -> Tensor | None:
+        """B."""
+        return self.per_island
 
     @torch.no_grad()
     def take_over(self, centre: Tensor, weight: Tensor, bias: Tensor, per_island: Tensor | None) -> None:

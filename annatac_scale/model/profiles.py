@@ -9,9 +9,10 @@ type has, as islands that are seldom open in all of them.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from scipy import sparse
 
+from annatac_scale.model.island_sums import sum_over_islands
 from annatac_scale.store.open_islands import OpenIslands
 
 LENT = 200.0
@@ -40,12 +41,7 @@ class Profiles:
 
     def fit(self, cells: OpenIslands) -> Floats:
         """How well n cells fit the profile that they fit best, float32 [n]; NaN for a cell without open islands."""
-        n_open = cells.n_open
-        ones = np.ones(len(cells.islands), np.float32)
-        opened = sparse.csr_array(
-            (ones, cells.islands, cells.offsets), shape=(len(cells), len(self.log_shares))
-        )
-        sums = opened @ self.log_shares
+        sums = sum_over_islands(torch.from_numpy(self.log_shares), cells).numpy()
         with np.errstate(invalid="ignore"):
-            fits: Floats = (sums.max(axis=1) / n_open).astype(np.float32)
+            fits: Floats = (sums.max(axis=1) / cells.n_open).astype(np.float32)
         return fits
