@@ -15,7 +15,7 @@ SUMMED_BATCH_TOKENS = 131_072
 """As BATCH_TOKENS, for heads that are sums over islands: nothing but what is decoded is as long as the tokens."""
 
 
-def cut_batches(n_tokens: NDArray[np.int64], most_tokens: int = BATCH_TOKENS) -> Iterator[NDArray[np.int64]]:
+def cut_batches(n_tokens: NDArray[np.int64], most_tokens: int) -> Iterator[NDArray[np.int64]]:
     """Cut cells into batches: positions int64 [B], every cell once.
 
     n_tokens: int64 [n]. Cells of like length come together, in order of their tokens; a batch has BATCH_CELLS cells

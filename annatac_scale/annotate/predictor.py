@@ -23,7 +23,7 @@ from annatac_scale.annotate.labels import PART_CELLS, LabelsFolder, Manifest, Pa
 from annatac_scale.annotate.splits import Splits
 from annatac_scale.annotate.table import LabelRule
 from annatac_scale.errors import AnnatacError, ConfigError, ModelError
-from annatac_scale.memory import give_back_freed_memory
+from annatac_scale.memory import give_back_freed_memory, keep_freed_memory
 from annatac_scale.model.cell_typer import CellTyper
 from annatac_scale.model.folder import Model, read_model
 from annatac_scale.model.hierarchy import DEFAULT_THRESHOLD
@@ -146,6 +146,7 @@ class Predictor:
         self._splits = Splits.beside(model.path)
         self._cells: dict[str, _SampleCells] = {}
         self._cells_lock, self._at_work = threading.Lock(), threading.Lock()
+        keep_freed_memory()
         on_cpu = next(self._typer.parameters()).device.type == "cpu"
         self._threads = ThreadPoolExecutor(max(1, threads) if on_cpu else 1, "batches")
         self._stopped = threading.Event()

@@ -140,12 +140,14 @@ class _Asked:
 def _rounded_up(tokens: Tensor, islands: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The batch with one more cell, of closed tokens that nobody looks at, up to a round number of tokens.
 
-    Where gradients are kept, a step holds hundreds of arrays with a row a token. Of ever other lengths they leave
-    glibc's heap in pieces, and a process grew to twice the memory that this leaves it with. Round is a multiple of an
-    eighth of the power of two below: few lengths are left, and at most an eighth is added.
+    Arrays with a row a token leave glibc's heap in pieces where they are of ever other lengths, and a process grew to
+    more than twice the memory that this leaves it with. Round is a multiple of a sixteenth of the power of two below,
+    of an eighth where gradients are kept, and hundreds of arrays with them: few lengths are left, and at most as much
+    is added.
     """
     n_tokens = len(tokens)
-    added = -n_tokens % (1 << max(n_tokens.bit_length() - 4, 0))
+    digits = 4 if torch.is_grad_enabled() else 5
+    added = -n_tokens % (1 << max(n_tokens.bit_length() - digits, 0))
     if not added:
         return tokens, islands, offsets
     unseen = tokens.new_zeros(added)
@@ -271,7 +273,7 @@ class Linformer(nn.Module):
         Returns [T, width] or [Q, width].
         """
         n_tokens = len(tokens)
-        if self.config.attend == "open" and torch.is_grad_enabled():
+        if self.config.attend == "open":
             tokens, islands, offsets = _rounded_up(tokens, islands, offsets)
         cells = Cells(offsets, self.projection.device)
         attended = _Attended(cells, table_rows(self.projection, islands), self.projection_bias, None)

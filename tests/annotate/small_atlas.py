@@ -108,6 +108,7 @@ def small_model(
     space: IslandSpace | None = None,
     vocabulary: np.ndarray = VOCABULARY,
     known: KnownCells | None = None,
+    reads: str = "gate",
 ) -> Model:
     """A written model of some islands, width 8, one layer, random weights; returns it as it was in memory."""
     space = small_space() if space is None else space
@@ -118,7 +119,7 @@ def small_model(
     typing: dict[str, Any] = {}
     typer = None
     if head is not None:
-        chosen = HeadConfig(head, hidden=(9, 7) if head != "pooled" else (), pooled=6)
+        chosen = HeadConfig(head, hidden=(9, 7) if head != "pooled" else (), pooled=6, reads=reads)
         typer = CellTyper(encoder, build_head(chosen, config, len(islands), len(types)))
         with torch.no_grad():
             for parameter in typer.head.parameters():

@@ -27,7 +27,7 @@ from small_atlas import (
     write_split,
 )
 
-from annatac_scale.annotate import batches as batches_module
+from annatac_scale.annotate import predictor as predictor_module
 from annatac_scale.annotate.batches import BATCH_CELLS, BATCH_TOKENS, cut_batches
 from annatac_scale.annotate.labels import MANIFEST
 from annatac_scale.annotate.predict import predict
@@ -68,11 +68,17 @@ def expected_rows(logits: np.ndarray, threshold: float) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("attend", ["open", "all"])
-@pytest.mark.parametrize("head", ["pooled", "cnn", "subtype"])
+@pytest.mark.parametrize(
+    ("head", "reads"),
+    [
+        *(("pooled", "gate"), ("linear", "gate"), ("cnn", "gate"), ("subtype", "gate")),
+        *(("pooled", "none"), ("linear", "none")),  # which need no encoder and list no token
+    ],
+)
 def test_every_cell_gets_what_the_model_says_of_it_alone(
-    tmp_path: Path, store: IslandStore, samples: dict[str, SmallSample], head: str, attend: str
+    tmp_path: Path, store: IslandStore, samples: dict[str, SmallSample], head: str, reads: str, attend: str
 ) -> None:
-    model = small_model(tmp_path / "model", head, attend=attend)
+    model = small_model(tmp_path / "model", head, attend=attend, reads=reads)
     predict(store.path, tmp_path / "model", tmp_path / "labels")
     for name, sample in samples.items():
         found = pd.read_parquet(tmp_path / "labels" / f"{name}-00000.parquet")
@@ -165,7 +171,7 @@ def test_what_a_cell_gets_does_not_depend_on_the_other_samples(
 @given(st.lists(st.one_of(st.integers(0, 3000), st.integers(0, 10**6)), max_size=700))
 def test_batches_hold_every_cell_once_within_their_limits(counts: list[int]) -> None:
     n_tokens = np.array(counts, np.int64)
-    batches = list(cut_batches(n_tokens))
+    batches = list(cut_batches(n_tokens, BATCH_TOKENS))
     whole = np.concatenate([np.empty(0, np.int64), *batches])
     assert sorted(whole) == list(range(len(counts)))
     assert (np.diff(n_tokens[whole]) >= 0).all()
@@ -190,7 +196,7 @@ def test_no_batch_crosses_a_part_and_its_tokens_are_counted_before(
         return listed
 
     monkeypatch.setattr(TokenLister, "__call__", spy)
-    monkeypatch.setattr(batches_module, "BATCH_TOKENS", 100)
+    monkeypatch.setattr(predictor_module, "BATCH_TOKENS", 100)
     predict(store, tmp_path / "model", tmp_path / "labels")
     borders = np.cumsum([0, *SIZES.values()])
     for cells, n_tokens in seen:

@@ -8,6 +8,7 @@ from ragged_cells import LargestTensor, draw_islands, offsets_of, relative_error
 from torch import Tensor
 
 from annatac_scale.errors import ConfigError, ModelError
+from annatac_scale.model import linformer
 from annatac_scale.model.linformer import N_TOKENS, EncoderConfig, Linformer
 
 N = 23
@@ -116,19 +117,24 @@ def test_seeing_closed_islands_in_one_layer_is_attending_to_all_of_them():
 
 
 @pytest.mark.parametrize("n_tokens", [*range(70), 1000, 11_265, 12_288])
-def test_in_training_layers_see_few_numbers_of_tokens_and_at_most_an_eighth_more(n_tokens):
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_see_few_numbers_of_tokens_and_at_most_an_eighth_or_sixteenth_more(
+    n_tokens, training, monkeypatch
+):
     encoder = encoder_of(n_islands=12_288)
     seen: list[int] = []
     encoder.layers[1].feed_forward.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
     cells = (torch.ones(n_tokens, dtype=torch.int64), torch.arange(n_tokens), torch.tensor([0, n_tokens]))
-    found = encoder(*cells)
-    with torch.no_grad():
+    with torch.set_grad_enabled(training):
+        found = encoder(*cells)
+        monkeypatch.setattr(linformer, "_rounded_up", lambda *cells: cells)
         expected = encoder(*cells)
     assert relative_error(found, expected) < 1e-6
-    trained, alone = seen
+    rounded, alone = seen
     assert alone == n_tokens
-    assert n_tokens <= trained <= n_tokens * 9 / 8
-    assert trained % 2 ** max(trained.bit_length() - 4, 0) == 0
+    share, digits = (8, 4) if training else (16, 5)
+    assert n_tokens <= rounded <= n_tokens * (share + 1) / share
+    assert rounded % 2 ** max(rounded.bit_length() - digits, 0) == 0
 
 
 class SavedEntries(torch.autograd.graph.saved_tensors_hooks):
