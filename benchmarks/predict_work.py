@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from plain_encoder import PlainTyper
 
-from annatac_scale.annotate.batches import cut_batches
+from annatac_scale.annotate.batches import BATCH_TOKENS, SUMMED_BATCH_TOKENS, cut_batches
 from annatac_scale.annotate.predict import predict
 from annatac_scale.annotate.predictor import one_thread_an_operation
+from annatac_scale.memory import keep_freed_memory
 from annatac_scale.model.cell_typer import CellTyper, HeadConfig, build_head
 from annatac_scale.model.encoder import Encoder
 from annatac_scale.model.folder import Model, ModelInfo, read_model, vocabulary_islands, write_model
+from annatac_scale.model.island_sums import SummedHead
 from annatac_scale.model.linformer import Linformer
 from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.schema import SHARD_BLOCKS
@@ -37,7 +39,7 @@ N_TYPES = 30
 
 @dataclass(frozen=True)
 class Task:
-    """work: model, predict, forward or loop; cells: of the loop and of the bare model; threads: of torch
+    """work: model, predict, tokens, sums or loop; cells: of the loop and of the bare model; threads: of torch
 
     preset, head: of the model; reads: what its pooled layer reads of the encoder
     """
@@ -51,7 +53,7 @@ class Task:
     reads: str = "none"
     cells: int = 0
     threads: int = 1
-    least_s: float = 5.0
+    least_s: float = 20.0
 
 
 def make_model(task: Task) -> dict[str, Any]:
@@ -103,16 +105,34 @@ def run_predict(task: Task) -> dict[str, Any]:
     return timed(lambda: predict(task.store, task.model, task.out).n_cells)
 
 
-def run_forward(task: Task) -> dict[str, Any]:
-    """The model alone, over and over, on the batches of a few parts that lie in memory; as many threads as predict."""
-    store, model = IslandStore.open(task.store), read_model(task.model)
-    assert model.typer is not None
-    typer = model.typer
-    batches = [batch for part in _parts(store, task.cells) for batch in _batches(part)]
-    n_cells = sum(map(len, batches))
+def run_tokens(task: Task) -> dict[str, Any]:
+    """The model alone, on batches of tokens: the encoder where the head reads it."""
+    typer = read_model(task.model).typer
+    assert typer is not None
 
-    def once(batch: Batch) -> None:
-        typer.predict_with_embedding(batch)
+    def once(cells: OpenIslands) -> None:
+        typer.predict_with_embedding(Batch.from_open(np.arange(len(cells)), cells))
+
+    return _bare(task, once, BATCH_TOKENS)
+
+
+def run_sums(task: Task) -> dict[str, Any]:
+    """The model alone, as sums over open islands: what ``predict`` does where the head reads no encoder."""
+    typer = read_model(task.model).typer
+    assert typer is not None
+    return _bare(task, SummedHead(typer.head), SUMMED_BATCH_TOKENS)
+
+
+def _bare(task: Task, once: Callable[[OpenIslands], object], most_tokens: int) -> dict[str, Any]:
+    """Over and over on the batches of a few parts that lie in memory; as many threads as predict."""
+    store = IslandStore.open(task.store)
+    batches = [
+        part.take(chosen)
+        for part in _parts(store, task.cells)
+        for chosen in cut_batches(part.n_open, most_tokens)
+    ]
+    n_cells = sum(map(len, batches))
+    keep_freed_memory()  # as predict does
 
     def work() -> int:
         begin, done = time.perf_counter(), 0
@@ -133,10 +153,6 @@ def _parts(store: IslandStore, n_cells: int) -> list[OpenIslands]:
     return [OpenIslands.concatenate(rows[cut : cut + SHARD_BLOCKS]) for cut in cuts]
 
 
-def _batches(rows: OpenIslands) -> list[Batch]:
-    return [Batch.from_open(chosen, rows.take(chosen)) for chosen in cut_batches(rows.n_open)]
-
-
 def run_loop(task: Task) -> dict[str, Any]:
     """The published way: one cell after the other, all its islands as tokens."""
     store, model = IslandStore.open(task.store), read_model(task.model)
@@ -154,7 +170,13 @@ def run_loop(task: Task) -> dict[str, Any]:
         return timed(work)
 
 
-WORKS = {"model": make_model, "predict": run_predict, "forward": run_forward, "loop": run_loop}
+WORKS = {
+    "model": make_model,
+    "predict": run_predict,
+    "tokens": run_tokens,
+    "sums": run_sums,
+    "loop": run_loop,
+}
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ store_writer: Any = importlib.import_module("store_writer")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_benchmark_of_prediction_runs_quickly_and_ends_with_json(tmp_path: Path) -> None:
-    asked = ["speed", "published", "workers", "kills"]
+    asked = ["encoder", "speed", "published", "workers", "kills"]
     command = [sys.executable, str(BENCHMARKS / "bench_predict.py"), "--quick", "--data", str(tmp_path)]
     done = subprocess.run([*command, "--cases", ",".join(asked)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -28,16 +28,15 @@ def test_the_benchmark_of_prediction_runs_quickly_and_ends_with_json(tmp_path: P
     cases = report["cases"]
     assert list(cases) == asked
     for name, run in (
-        ("speed", "predict"),
-        ("speed", "bare"),
-        ("published", "predict"),
-        ("published", "loop"),
+        *(("encoder", "predict"), ("encoder", "tokens")),
+        *(("speed", "predict"), ("speed", "sums"), ("speed", "tokens")),
+        *(("published", "predict"), ("published", "loop")),
     ):
         assert cases[name]["runs"][run]["cells_per_s"]["median"] > 0
     assert cases["workers"]["same"]
     assert cases["kills"]["equal"]
     assert cases["kills"]["runs"]["kills"]["kills"] == 2
-    assert report["bars"]["over_bare_model"]["bar"] == ">= 0.9"
+    assert report["bars"]["over_bare_encoder"]["bar"] == ">= 0.9"
 
 
 @pytest.mark.slow
