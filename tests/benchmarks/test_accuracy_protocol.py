@@ -256,6 +256,17 @@ def test_calibration_is_judged_by_temperature_and_limits_of_the_other_cells() ->
         assert found[f"sets_{round(100 * share)}"] == pytest.approx(inside.sum(axis=1).mean(), abs=0.01)
 
 
+def test_vector_scaling_mends_what_no_temperature_does_where_each_type_has_cells_for_it() -> None:
+    rng = np.random.default_rng(0)
+    chances = rng.dirichlet([1, 1, 1, 1], 4000)
+    codes = np.array([rng.choice(4, p=row) for row in chances])
+    logits = np.log(chances) + np.array([2.0, 0, 0, -2.0])  # for one type and against another
+    found = calibrated.judged((logits[:2000], codes[:2000]), (logits[2000:], codes[2000:]))
+    assert found["ece_vector"] < found["ece_band"] < found["ece"]
+    rare = (logits[:60], np.where(codes[:60] == 0, 1, codes[:60]))
+    assert "ece_vector" not in calibrated.judged(rare, (logits[2000:], codes[2000:]))
+
+
 def test_novel_cells_are_told_apart_as_plain_loops_tell() -> None:
     rng = np.random.default_rng(0)
     held_out, like = rng.normal(0, 1, 199), rng.normal(0, 1, 80)
