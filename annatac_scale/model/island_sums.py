@@ -32,7 +32,7 @@ def sum_over_islands(table_NC: Tensor, cells: OpenIslands) -> Tensor:
 class SummedHead:
     """A head in evaluation, on its device. It keeps a copy of the weights as they are now: 4 bytes x N x (M + Y + 1).
 
-    Raises ValueError for a head that cannot be had ``of`` sums.
+    Raises ValueError for a head that reads the encoder.
     """
 
     def __init__(self, head: CellTypeHead) -> None:
