@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -137,7 +138,6 @@ class Predictor:
             info.labels, info.scaling, rule, model.known, info.hierarchy, lineage, asked.written.probabilities
         )
         self._profiles = model.known.profiles if model.known and rule.novelty in PROFILED else None
-        self._summed = SummedHead(self._typer.head) if SummedHead.can_be(self._typer.head) else None
         self._attend = model.attend
         self._lister = model.lister(store, self.projection)
         self._n_listed = {one.sample: one.n_covered for one in self.projection.coverage}
@@ -253,13 +253,19 @@ class Predictor:
 
         # At most as many tokens as there are: an open island takes a byte or more.
         n_tokens, most = rows.sizes, SUMMED_BATCH_TOKENS
-        if self._summed is None:
+        if self._summed is None:  # made here, by one thread
             most = BATCH_TOKENS
             if self._attend == "all":
                 n_tokens = np.full(len(rows), self._n_listed[sample.name], np.int64)
         for _ in self._threads.map(compute, cut_batches(n_tokens, most)):
             pass
         return Outputs(logits, embedding, n_open, fit)
+
+    @cached_property
+    def _summed(self) -> SummedHead | None:
+        """The head as sums over islands, if it is that; with tables of its own, which not everybody needs to hold."""
+        head = self._typer.head
+        return SummedHead(head) if SummedHead.can_be(head) else None
 
     def _logits_and_embedding(
         self, ids: NDArray[np.int64], opened: OpenIslands

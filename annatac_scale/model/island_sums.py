@@ -15,22 +15,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from annatac_scale.model.heads import CellTypeHead, PooledHead
+from annatac_scale.model.heads import CellTypeHead, LinearHead, PooledHead
 from annatac_scale.model.pool import SMALLEST_NORM, at_least_fp32
 from annatac_scale.store.open_islands import OpenIslands
 
 
 def sum_over_islands(table_NC: Tensor, cells: OpenIslands) -> Tensor:
     """The sum of the table's rows at the open islands of each cell, [B, C]; zero for a cell that has none."""
+    # Both have to be of one kind; that of the islands, where the offsets fit it, spares a copy of them.
+    kind = np.int32 if len(cells.islands) <= np.iinfo(np.int32).max else np.int64
     islands, offsets = (
-        torch.from_numpy(values).to(table_NC.device)
-        for values in (cells.islands, cells.offsets.astype(np.int32))
+        torch.from_numpy(values.astype(kind, copy=False)).to(table_NC.device)
+        for values in (cells.islands, cells.offsets)
     )
     return functional.embedding_bag(islands, table_NC, offsets, mode="sum", include_last_offset=True)
 
 
 class SummedHead:
-    """A head in evaluation, on its device. It keeps a copy of the weights as they are now: 4 bytes x N x (M + Y + 1).
+    """A head in evaluation, on its device, whose weights must not change: what has a row for each island is copied, all
+    else is read from the head. The copy takes 4 bytes x N x (M + Y + 1).
 
     Raises ValueError for a head that reads the encoder.
     """
@@ -41,16 +44,16 @@ class SummedHead:
         assert isinstance(head, PooledHead)
         self._head = head
         with torch.no_grad():
-            tables = [head.pool.table] if head.beside_table is None else [head.pool.table, head.beside_table]
             idf_N1 = at_least_fp32(head.pool.idf)[:, None]
-            self._table = torch.cat(
-                [at_least_fp32(table) * idf_N1 for table in tables] + [idf_N1.square()], 1
-            )
+            tables = [table for table in (head.pool.table, head.beside_table, idf_N1) if table is not None]
+            self._table = idf_N1.new_empty(len(idf_N1), sum(table.shape[1] for table in tables))
+            for table, own in zip(tables, self._table.split([t.shape[1] for t in tables], 1), strict=True):
+                torch.mul(table, idf_N1, out=own)
 
     @staticmethod
     def can_be(head: CellTypeHead) -> bool:
         """Whether a head is a sum over islands."""
-        return isinstance(head, PooledHead) and not head.reads_encoder
+        return type(head) in (PooledHead, LinearHead) and not head.reads_encoder
 
     @torch.inference_mode()
     def __call__(self, cells: OpenIslands) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -59,7 +62,8 @@ class SummedHead:
         sums_BC = sum_over_islands(self._table, cells)
         sums_BC /= sums_BC[:, -1:].clamp_min(SMALLEST_NORM).sqrt()
         n_channels = head.pool.table.shape[1]
-        embedding = head.of_pooled(head.pool.norm(sums_BC[:, :n_channels]))
+        z_BM = sums_BC[:, :n_channels].to(head.pool.norm.weight.dtype)
+        embedding = head.of_pooled(head.pool.norm(z_BM))
         logits = head.classifier(embedding)
         if head.beside_table is not None:
             logits = logits + sums_BC[:, n_channels:-1]

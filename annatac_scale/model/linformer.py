@@ -273,7 +273,7 @@ class Linformer(nn.Module):
         Returns [T, width] or [Q, width].
         """
         n_tokens = len(tokens)
-        if self.config.attend == "open":
+        if self.config.attend == "open" and (tokens.device.type == "cpu" or torch.is_grad_enabled()):
             tokens, islands, offsets = _rounded_up(tokens, islands, offsets)
         cells = Cells(offsets, self.projection.device)
         attended = _Attended(cells, table_rows(self.projection, islands), self.projection_bias, None)
