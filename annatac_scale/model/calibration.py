@@ -3,7 +3,8 @@
 The probabilities are softmax(logits / T). T is one number, fitted on labelled cells that training did not
 see, so that of the cells whose best type has probability p a share of about p is right (Guo et al., ICML
 2017). It never changes which type is best. Vector scaling, from the same paper, gives each type a factor and a bias
-of its own: softmax(a x logits + b). It has 2 numbers a type to fit, wants many cells, and may change the best type.
+of its own: softmax(a x logits + b). It has 2 numbers a type to fit, for each type that has cells enough for them, and
+may change the best type.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ BINS = 15
 """Bins of confidence, of equal width, that a calibration error is taken over."""
 
 VECTOR_CELLS = 20
-"""Cells that each type must have for vector scaling: 10 for each of its two numbers."""
+"""Cells that a type must have for numbers of its own in vector scaling: 10 for each of the two."""
 
 
 @dataclass(frozen=True)
@@ -97,21 +98,23 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     return float(np.exp(found.x)) if found.fun < loss(0.0) - 1e-12 else 1.0
 
 
-def fits_vector(labels: ArrayLike, n_types: int) -> bool:
-    """Whether the cells are enough for vector scaling: VECTOR_CELLS of each of the types 0 to ``n_types`` - 1."""
-    counts = np.bincount(np.asarray(labels, np.int64), minlength=n_types)
-    return bool(counts.min(initial=VECTOR_CELLS) >= VECTOR_CELLS)
+def vector_types(labels: ArrayLike, n_types: int) -> NDArray[np.bool_]:
+    """Which of the types have cells enough for numbers of their own, bool [n_types]. labels: int [n]"""
+    enough: NDArray[np.bool_] = np.bincount(np.asarray(labels, np.int64), minlength=n_types) >= VECTOR_CELLS
+    return enough
 
 
 def fit_vector(logits: ArrayLike, labels: ArrayLike) -> Scaling:
     """Vector scaling that minimises the cross-entropy with the smoothed labels of ``fit_temperature``.
 
-    It starts from the fitted temperature, which the result keeps; scales lie within the same bounds; the biases, of
-    which the softmax knows the differences alone, sum to 0. Arguments and errors as for ``fit_temperature``.
+    It starts from the fitted temperature, which the result keeps, and stays there for types that are not among
+    ``vector_types``; scales lie within the same bounds; the biases, of which the softmax knows the differences alone,
+    sum to 0. Arguments and errors as for ``fit_temperature``.
     """
     temperature = fit_temperature(logits, labels)
     scores, targets = _targets(logits, labels)
     n_types = scores.shape[1]
+    fitted = np.tile(vector_types(labels, n_types), 2)
 
     def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         scales, biases = np.exp(parameters[:n_types]), parameters[n_types:]
@@ -119,7 +122,7 @@ def fit_vector(logits: ArrayLike, labels: ArrayLike) -> Scaling:
         totals = logsumexp(scaled, axis=1)
         surplus = np.exp(scaled - totals[:, None]) - targets
         slope = np.concatenate([(surplus * scores).mean(axis=0) * scales, surplus.mean(axis=0)])
-        return float(np.mean(totals - (targets * scaled).sum(axis=1))), slope
+        return float(np.mean(totals - (targets * scaled).sum(axis=1))), slope * fitted
 
     start = np.concatenate([np.full(n_types, -np.log(temperature)), np.zeros(n_types)])
     low, high = np.log(TEMPERATURE_BOUNDS)

@@ -22,7 +22,7 @@ from annatac_scale.model.calibration import (
     expected_calibration_error,
     fit_temperature,
     fit_vector,
-    fits_vector,
+    vector_types,
 )
 from annatac_scale.model.conformal import fewest_calib
 from annatac_scale.model.novelty import SCORES, SPREADING, TRENDED, DepthTrend, KnownCells, Outputs
@@ -136,14 +136,14 @@ def fit_confidence(
     """Fit all of it.
 
     task: says what the model makes of labelled cells, and which of its islands are open in them
-    config: its calibration "vector" is taken only with VECTOR_CELLS judged cells of each type, else the temperature,
-        and its novel_rate only with enough calib cells to tell what is so rare, else the paper's rule
+    config: its calibration "vector" is taken for types with VECTOR_CELLS judged cells, for others the temperature, and
+        its novel_rate only with enough calib cells to tell what is so rare, else the paper's rule
     said: what the model says of the val, calib and test cells; nothing of profiles yet
     """
     truth = labelled.codes_of(judged.cells)
     scaling = fit_scaling(judged.logits, truth, config.calibration)
     notes = []
-    if scaling.kind != config.calibration:
+    if config.calibration == "vector" and not vector_types(truth, len(labelled.types)).all():
         notes.append(_no_vector(judged.on, truth, labelled.types))
     training = _training(task, store, labelled, config.train.seed)
     everyone = np.full(len(training.cells), True)
@@ -181,9 +181,10 @@ def fit_confidence(
 
 def _no_vector(judged_on: str, codes: Codes, types: tuple[str, ...]) -> str:
     counts = np.bincount(codes, minlength=len(types))
+    n_few = int((counts < VECTOR_CELLS).sum())
     return (
         f"calibration=vector: found {counts.min():,} {judged_on} cells of {types[int(counts.argmin())]!r}, "
-        f"expected {VECTOR_CELLS} of each type; one temperature is fitted instead"
+        f"expected {VECTOR_CELLS} of each type; the temperature alone scales {n_few:,} of {len(types):,} types"
     )
 
 
@@ -198,7 +199,7 @@ def fit_scaling(logits: NDArray[np.floating], codes: Codes, calibration: str) ->
     """The scaling fitted on some cells: see ``fit_confidence``. Raises ConfigError for another calibration."""
     if calibration not in CALIBRATIONS:
         raise ConfigError(f"calibration: found {calibration!r}, expected {' or '.join(CALIBRATIONS)}")
-    if calibration == "vector" and fits_vector(codes, logits.shape[1]):
+    if calibration == "vector" and vector_types(codes, logits.shape[1]).any():
         return fit_vector(logits, codes)
     return Scaling(fit_temperature(logits, codes))
 

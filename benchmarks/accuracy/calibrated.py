@@ -2,9 +2,10 @@
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.metrics import accuracy_score, f1_score
 
 from annatac_scale.annotate.reliability import Calibration, calibration, set_coverage
-from annatac_scale.model.calibration import fit_temperature, fit_vector, fits_vector, probabilities
+from annatac_scale.model.calibration import fit_temperature, fit_vector, probabilities
 from annatac_scale.model.conformal import set_thresholds
 
 COVERAGES = (0.9, 0.95)
@@ -19,7 +20,8 @@ def judged(calib: tuple[Floats, Ints], test: tuple[Floats, Ints]) -> dict[str, f
 
     calib, test: logits [n, types] and codes [n] of known types
     ece, ece_raw: with and without the temperature; ece_band: below which a perfectly calibrated model's ECE stays
-    ece_vector: with vector scaling, where each type has calibration cells enough
+    ece_vector, ece_vector_band, accuracy, accuracy_vector, macro_f1, macro_f1_vector: the same with vector scaling, and
+    what either calls right, as vector scaling changes the best type
     coverage_90, sets_90 and so on: share of cells whose set holds their type, types in a mean set; the limit is that of
     all cells together
     """
@@ -34,8 +36,14 @@ def judged(calib: tuple[Floats, Ints], test: tuple[Floats, Ints]) -> dict[str, f
         "ece_raw": _calibration(probabilities(test[0], 1.0), test[1]).error,
         "ece_band": after.band.high,
     }
-    if fits_vector(calib[1], known.shape[1]):
-        figures["ece_vector"] = _calibration(fit_vector(*calib).probabilities(test[0]), test[1]).error
+    by_vector = fit_vector(*calib).probabilities(test[0])
+    vector = _calibration(by_vector, test[1])
+    figures |= {"ece_vector": vector.error, "ece_vector_band": vector.band.high}
+    for end, said in (("", chances), ("_vector", by_vector)):
+        figures[f"accuracy{end}"] = accuracy_score(test[1], said.argmax(axis=1))
+        figures[f"macro_f1{end}"] = f1_score(
+            test[1], said.argmax(axis=1), average="macro", labels=np.unique(test[1])
+        )
     own = known[np.arange(len(known)), calib[1]]
     for coverage in COVERAGES:
         limits = set_thresholds(own, calib[1], known.shape[1], coverage, per_class=False)

@@ -355,13 +355,17 @@ def _few_draws(rows: Sequence[Row], task: Task, model: str, labels: int) -> dict
     }
 
 
+VECTOR_KEYS = ("accuracy", "macro_f1", "ece")
+"""Figures that are given by temperature and by vector scaling."""
+
+
 def _calibration(rows: Sequence[Row]) -> Iterator[str]:
     """ECE and coverage, of out-of-fold predictions and of unseen donors or libraries."""
     yield (
         "Temperature and thresholds from half of the pooled out-of-fold predictions of the training cells, judged on "
         "the other half, then from all of them on the unseen donor or libraries. By vector: vector scaling in the "
-        "temperature's place, where each type has 20 cells for it. As it comes: by the temperature that fine-tuning "
-        "itself fitted. Band: the upper end of what holds 95% of perfectly calibrated models of as many cells."
+        "temperature's place, for types with 20 cells and more; it may change the best type. As it comes: by the "
+        "temperature that fine-tuning itself fitted. Band: the upper end of what holds 95% of perfectly calibrated models of as many cells."
     )
     body = []
     for row in rows_of(rows, "calibration"):
@@ -369,17 +373,13 @@ def _calibration(rows: Sequence[Row]) -> Iterator[str]:
             numbers = [str(int(found[key])) for key in ("n_calib", "n_test")]
             keys = ("ece", "ece_band", "ece_raw", "coverage_90", "sets_90", "coverage_95", "sets_95")
             cells = [f"{found[key]:.3f}" for key in keys]
-            cells.insert(2, f"{found['ece_vector']:.3f}" if "ece_vector" in found else "-")
             body.append([SETS[_task(row)], row["config"]["model"], where, *numbers, *cells])
-    head = (
-        "set",
-        "method",
-        "cells",
-        "calibrate",
-        "test",
-        "ECE",
-        "its band",
-        "ECE by vector",
-        "ECE as it comes",
-    )
+    head = ("set", "method", "cells", "calibrate", "test", "ECE", "its band", "ECE as it comes")
     yield table((*head, "coverage of 90%", "types a set", "coverage of 95%", "types a set"), body)
+    body = []
+    for row in rows_of(rows, "calibration"):
+        for where, found in row["figures"].items():
+            cells = [f"{found[f'{key}{end}']:.3f}" for key in VECTOR_KEYS for end in ("", "_vector")]
+            body.append([SETS[_task(row)], where, *cells, f"{found['ece_vector_band']:.3f}"])
+    head = ("set", "cells", "accuracy", "by vector", "macro F1", "by vector", "ECE", "by vector", "its band")
+    yield table(head, body)
