@@ -5,7 +5,7 @@
 Cases: memory (peak of one process at 100,000 and 1,000,000 cells of 1,501 open islands, preset tiny, and what a cell
 takes there), encoder (``predict`` through an encoder that the head reads, over that model alone on batches in memory,
 in cells a second on as many threads), speed (the same for tiny as it is, whose head reads no encoder: ``predict`` of
-1,000,000 cells over the sums that it forms of them, and over the same head on tokens, as training runs it), published
+1,000,000 cells over the sums that it forms of them, and over the same head on tokens), published
 (``predict`` at the paper's size on open islands beside one cell at a time through the published dense model), workers
 (one process, several, Ray actors and shares make the same files), kills (the same after SIGKILLs of processes, workers
 and actors at random moments), real (with --labelled: granja and snareseq straight from their h5ad files, by models
@@ -41,9 +41,10 @@ BARS: dict[str, tuple[str, float]] = {
     "rss_mb_many": ("<=", 1500),
     "rss_mb_encoder": ("<=", 1500),
     "over_bare_encoder": (">=", 0.9),
+    "over_bare_sums": (">=", 0.9),
     "over_published_loop": (">=", 20),
 }
-"""What issue 8 asks for."""
+"""Speed beside the bare model is asked for of an encoder; held against the sums of a head without one it is missed."""
 
 WORKER, ACTOR = "annatac_scale.annotate.worker", "_PartActor"
 """In the command lines of the processes that are killed."""
@@ -131,13 +132,12 @@ def speed(bench: Bench) -> Case:
     """``predict`` through a head that reads no encoder, over its sums alone and over itself on tokens alone."""
     store = bench.store(bench.spec(1_000_000))
     found = _beside_bare(bench, store, bench.model(store, "tiny"), ["sums", "tokens"])
+    over = ratio(found, "predict", "sums", "cells_per_s")
     return {
         "runs": summaries(found),
-        **{
-            f"predict_over_{bare}": ratio(found, "predict", bare, "cells_per_s")
-            for bare in ("sums", "tokens")
-        },
-        "bars": {},
+        "predict_over_sums": over,
+        "predict_over_tokens": ratio(found, "predict", "tokens", "cells_per_s"),
+        "bars": {"over_bare_sums": over["median"] if over else None},
     }
 
 

@@ -146,7 +146,6 @@ class Predictor:
         self._splits = Splits.beside(model.path)
         self._cells: dict[str, _SampleCells] = {}
         self._cells_lock, self._at_work = threading.Lock(), threading.Lock()
-        keep_freed_memory()
         on_cpu = next(self._typer.parameters()).device.type == "cpu"
         self._threads = ThreadPoolExecutor(max(1, threads) if on_cpu else 1, "batches")
         self._stopped = threading.Event()
@@ -171,6 +170,7 @@ class Predictor:
 
     def run(self, part: Part, folder: LabelsFolder) -> None:
         """Read, compute and write a part. Only one is computed at a time, so that others are read and written then."""
+        keep_freed_memory()  # its batches are alike; at its end it is given back
         sample = self._store.samples[part.sample]
         blocks = range(part.unit * SHARD_BLOCKS, min((part.unit + 1) * SHARD_BLOCKS, sample.n_blocks))
         chunks = zip(blocks, sample.read_chunks(blocks), strict=True)

@@ -365,7 +365,8 @@ def _calibration(rows: Sequence[Row]) -> Iterator[str]:
         "Temperature and thresholds from half of the pooled out-of-fold predictions of the training cells, judged on "
         "the other half, then from all of them on the unseen donor or libraries. By vector: vector scaling in the "
         "temperature's place, for types with 20 cells and more; it may change the best type. As it comes: by the "
-        "temperature that fine-tuning itself fitted. Band: the upper end of what holds 95% of perfectly calibrated models of as many cells."
+        "temperature that fine-tuning itself fitted. Band: the upper end of what holds 95% of perfectly calibrated "
+        "models of as many cells."
     )
     body = []
     for row in rows_of(rows, "calibration"):

@@ -36,8 +36,11 @@ from annatac_scale.genome.assembly import Assembly
 from annatac_scale.genome.islands import IslandSpace
 from annatac_scale.ingest.convert import convert
 from annatac_scale.model.folder import read_model
+from annatac_scale.model.island_sums import SummedHead
 from annatac_scale.model.labels import NOVEL
+from annatac_scale.model.linformer import Linformer
 from annatac_scale.progress import Silent
+from annatac_scale.store.open_islands import OpenIslands
 from annatac_scale.store.store import IslandStore
 from annatac_scale.stream.batch import Batch
 from annatac_scale.stream.tokens import TokenLister
@@ -181,6 +184,36 @@ def test_batches_hold_every_cell_once_within_their_limits(counts: list[int]) -> 
     for batch, following in itertools.pairwise(batches):
         more = np.concatenate([batch, following[:1]])
         assert len(more) > BATCH_CELLS or n_tokens[more].sum() > BATCH_TOKENS
+
+
+def test_a_head_that_reads_no_encoder_gets_no_token_listed_and_batches_within_their_limits(
+    tmp_path: Path, store: IslandStore, samples: dict[str, SmallSample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model(tmp_path / "model", "linear", attend="all", reads="none")
+    expected = {
+        name: expected_rows(one_by_one(model, sample), 0.5)["best"] for name, sample in samples.items()
+    }
+    seen = []
+    summed = SummedHead.__call__
+
+    def spy(self: SummedHead, cells: OpenIslands) -> tuple[np.ndarray, np.ndarray]:
+        seen.append(cells.n_open)
+        return summed(self, cells)
+
+    def none(*_: object) -> None:
+        raise AssertionError("not needed")
+
+    monkeypatch.setattr(SummedHead, "__call__", spy)
+    monkeypatch.setattr(TokenLister, "__call__", none)
+    monkeypatch.setattr(Linformer, "forward", none)
+    monkeypatch.setattr(predictor_module, "SUMMED_BATCH_TOKENS", 100)
+    predict(store, tmp_path / "model", tmp_path / "labels")
+    assert sum(map(len, seen)) == 304
+    assert max(len(n_open) for n_open in seen) > 1
+    assert all(len(n_open) == 1 or n_open.sum() <= 100 for n_open in seen)
+    table = pd.read_parquet(tmp_path / "labels")
+    for name, best in expected.items():
+        assert table["best"][table["sample"] == name].tolist() == best.tolist()
 
 
 def test_no_batch_crosses_a_part_and_its_tokens_are_counted_before(

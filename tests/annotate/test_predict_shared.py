@@ -22,6 +22,7 @@ from predicted import assert_same_bytes
 from small_atlas import add_sample, draw_sample, small_known, small_model, small_store
 
 from annatac_scale import api
+from annatac_scale.annotate import predictor
 from annatac_scale.annotate.labels import MANIFEST, LabelsFolder, Part, read_manifest
 from annatac_scale.annotate.labels_writer import Share
 from annatac_scale.annotate.predict import PredictReport, Workers, predict
@@ -33,7 +34,7 @@ from annatac_scale.store.store import IslandStore
 
 SIZES = {"a": 9_000, "b": 0, "c": 5, "d": 12_300}
 """3 + 1 + 1 + 4 parts."""
-ADAPTED: dict[str, Any] = {"novelty": "knn", "novel_rate": 0.1, "novel_adapt": True}
+ADAPTED: dict[str, Any] = {"novelty": "joint", "novel_rate": 0.1, "novel_adapt": True}
 """What is said of a cell hangs on the whole sample then."""
 
 
@@ -44,7 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small_store(
         path / "atlas.zarr", {name: draw_sample(n, seed) for seed, (name, n) in enumerate(SIZES.items())}
     )
-    small_model(path / "model", known=small_known(80))
+    # As `tiny` makes it: the head reads no encoder, and is a sum over islands.
+    small_model(path / "model", "linear", known=small_known(80), reads="none")
     predict(path / "atlas.zarr", path / "model", path / "labels", **ADAPTED)
     return path
 
@@ -104,15 +106,22 @@ def test_the_same_share_is_not_written_by_two_and_others_may_be(folder: Path, tm
     assert_undisturbed(folder, tmp_path / "labels")
 
 
-def test_bits_do_not_depend_on_the_number_of_threads(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reads", ["none", "gate"])
+def test_bits_do_not_depend_on_the_number_of_threads(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: str
+) -> None:
+    limit = "SUMMED_BATCH_TOKENS" if reads == "none" else "BATCH_TOKENS"
+    monkeypatch.setattr(predictor, limit, 2_000)  # below it the cells here would be cut by their number alone
+    small_model(tmp_path / "model", "linear", known=small_known(80), reads=reads)
     before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        run(folder, tmp_path / "labels")
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
-    assert_undisturbed(folder, tmp_path / "labels")
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            predict(folder / "atlas.zarr", tmp_path / "model", tmp_path / str(threads), **ADAPTED)
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+    assert_same_bytes(tmp_path / "1", tmp_path / "3")
 
 
 def test_processes_make_the_table_of_one(folder: Path, tmp_path: Path) -> None:
@@ -243,7 +252,7 @@ def test_labels_in_object_storage_are_those_on_a_disk(
         np.testing.assert_array_equal(theirs.read_embeddings(part), ours.read_embeddings(part))
     again = predict(folder / "atlas.zarr", folder / "model", out, **options)
     assert (again.n_skipped, again.complete) == (9, True)
-    small_model(tmp_path / "other", known=small_known(80), seed=9)
+    small_model(tmp_path / "other", "linear", known=small_known(80), seed=9, reads="none")
     with pytest.raises(ModelError, match="holds labels of model"):
         predict(folder / "atlas.zarr", tmp_path / "other", out, **options)
 
@@ -286,11 +295,13 @@ def test_embeddings_that_were_lost_are_made_again(folder: Path, tmp_path: Path) 
 
 
 def test_a_model_that_was_left_in_training_predicts_without_dropout(folder: Path, tmp_path: Path) -> None:
-    model = read_model(folder / "model")
+    small_model(tmp_path / "model", known=small_known(80))  # whose pooled layer drops islands in training
+    predict(folder / "atlas.zarr", tmp_path / "model", tmp_path / "expected", **ADAPTED)
+    model = read_model(tmp_path / "model")
     assert model.typer is not None
     model.typer.train()
     predict(folder / "atlas.zarr", model, tmp_path / "labels", **ADAPTED)
-    assert_undisturbed(folder, tmp_path / "labels")
+    assert_same_bytes(tmp_path / "expected", tmp_path / "labels")
 
 
 def test_samples_that_came_while_shares_ran_are_completed_by_whoever_ends_last(

@@ -14,8 +14,8 @@ from annatac_scale.model.calibration import (
     expected_calibration_error,
     fit_temperature,
     fit_vector,
-    fits_vector,
     probabilities,
+    vector_types,
 )
 
 
@@ -215,10 +215,18 @@ def test_separable_cells_leave_the_vector_within_its_bounds() -> None:
     assert (found.probabilities(logits).argmax(axis=1) == np.repeat([0, 1], 30)).all()
 
 
-def test_vector_scaling_wants_enough_cells_of_each_type() -> None:
-    assert fits_vector(np.repeat([0, 1], VECTOR_CELLS), 2)
-    assert not fits_vector(np.repeat([0, 1], [VECTOR_CELLS, VECTOR_CELLS - 1]), 2)
-    assert not fits_vector(np.repeat([0, 1], VECTOR_CELLS), 3)
+def test_types_with_few_cells_or_none_keep_the_temperature_and_others_have_numbers_of_their_own() -> None:
+    counts = [VECTOR_CELLS, VECTOR_CELLS - 1, 5 * VECTOR_CELLS, 0]
+    labels = np.repeat(np.arange(4), counts)
+    assert vector_types(labels, 4).tolist() == [True, False, True, False]
+    rng = np.random.default_rng(8)
+    logits = rng.normal(0, 1, (len(labels), 4)) + 2 * np.eye(4)[labels] + [0, 0, 0, 1]
+    found = fit_vector(logits, labels)
+    scales, biases = np.array(found.scales), np.array(found.biases)
+    assert scales[[1, 3]] == pytest.approx(1 / found.temperature)
+    assert biases[1] == pytest.approx(biases[3])
+    assert (np.abs(scales[[0, 2]] - 1 / found.temperature) > 1e-3).all()
+    assert (np.abs(biases[[0, 2]] - biases[1]) > 1e-3).all()
 
 
 @pytest.mark.parametrize(

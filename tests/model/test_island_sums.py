@@ -96,6 +96,16 @@ def test_closed_cells_and_none_at_all_have_logits(config: HeadConfig) -> None:
     assert (logits.shape, embedding.shape) == ((0, len(LABELS)), (0, 5))
 
 
+@ONE_OF_EACH
+def test_a_head_of_half_precision_is_summed_in_full(config: HeadConfig) -> None:
+    head = drawn_head(config)
+    for found, expected in zip(
+        SummedHead(head.bfloat16())(cells()), SummedHead(head.float())(cells()), strict=True
+    ):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize("config", [HeadConfig("linear", reads="gate"), HeadConfig("cnn")])
 def test_a_head_that_reads_the_encoder_is_refused(config: HeadConfig) -> None:
     head = toy_model(config).typer.head

@@ -168,7 +168,9 @@ def test_without_calib_cells_a_model_keeps_no_scores_but_its_measures(atlas, pre
     assert model.info.calibration_errors == {}
 
 
-def test_vector_scaling_is_fitted_where_val_is_large_and_else_says_why_not(atlas, pretrained, tmp_path):
+def test_vector_scaling_is_fitted_where_val_is_large_and_else_says_for_which_types_not(
+    atlas, pretrained, tmp_path
+):
     lines = Lines()
     config = small_finetuning("pooled", 1, calibration="vector", validation_share=0.4)
     model = read_model(finetune(atlas, pretrained, "cell_type", tmp_path / "a", config, progress=lines).model)
@@ -178,7 +180,7 @@ def test_vector_scaling_is_fitted_where_val_is_large_and_else_says_why_not(atlas
     model = read_model(finetune(atlas, pretrained, "cell_type", tmp_path / "b", config, progress=lines).model)
     assert model.info.scales == ()
     (line,) = [line for line in lines.lines if "calibration=vector" in line]
-    assert f"expected {VECTOR_CELLS} of each type; one temperature is fitted instead" in line
+    assert f"expected {VECTOR_CELLS} of each type; the temperature alone scales" in line
 
 
 def test_a_models_own_novelty_rule_comes_from_the_settings(atlas, pretrained, tmp_path):
