@@ -123,7 +123,9 @@ def encoder(bench: Bench) -> Case:
         "predict_over_bare_cpu": ratio(found, "predict", "tokens", "cells_per_cpu_s"),
         "bars": {
             "over_bare_encoder": over["median"] if over else None,
-            "rss_mb_encoder": max((figures.get("rss_mb", 0.0) for figures in found["predict"]), default=None),
+            "rss_mb_encoder": max(
+                (figures["rss_mb"] for figures in found["predict"] if "rss_mb" in figures), default=None
+            ),
         },
     }
 

@@ -216,6 +216,21 @@ def test_a_head_that_reads_no_encoder_gets_no_token_listed_and_batches_within_th
         assert table["best"][table["sample"] == name].tolist() == best.tolist()
 
 
+def test_tables_of_sums_are_made_only_where_a_part_is_computed(
+    tmp_path: Path, store: IslandStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise AssertionError("not needed")
+
+    small_model(tmp_path / "model", "linear", reads="none")
+    predict(store, tmp_path / "model", tmp_path / "labels")
+    monkeypatch.setattr(SummedHead, "__init__", none)
+    assert predict(store, tmp_path / "model", tmp_path / "labels").n_skipped == 4
+    (tmp_path / "labels" / "many-00000.parquet").unlink()
+    with pytest.raises(AssertionError, match="not needed"):
+        predict(store, tmp_path / "model", tmp_path / "labels")
+
+
 def test_no_batch_crosses_a_part_and_its_tokens_are_counted_before(
     tmp_path: Path, store: IslandStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

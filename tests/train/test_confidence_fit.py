@@ -180,7 +180,7 @@ def test_vector_scaling_is_fitted_where_val_is_large_and_else_says_for_which_typ
     model = read_model(finetune(atlas, pretrained, "cell_type", tmp_path / "b", config, progress=lines).model)
     assert model.info.scales == ()
     (line,) = [line for line in lines.lines if "calibration=vector" in line]
-    assert f"expected {VECTOR_CELLS} of each type; the temperature alone scales" in line
+    assert f"expected {VECTOR_CELLS} of each type; the temperature alone scales 2 of 2 types" in line
 
 
 def test_a_models_own_novelty_rule_comes_from_the_settings(atlas, pretrained, tmp_path):
