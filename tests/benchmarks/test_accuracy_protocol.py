@@ -271,6 +271,46 @@ def test_vector_scaling_mends_what_no_temperature_does() -> None:
     assert found["macro_f1_vector"] > found["macro_f1"]
 
 
+def test_the_page_has_each_figure_of_calibration_below_its_name() -> None:
+    keys = [
+        *(
+            "n_calib",
+            "n_test",
+            "ece",
+            "ece_band",
+            "ece_raw",
+            "coverage_90",
+            "sets_90",
+            "coverage_95",
+            "sets_95",
+        ),
+        *("accuracy", "accuracy_vector", "macro_f1", "macro_f1_vector", "ece_vector", "ece_vector_band"),
+    ]
+    figures = {key: number / 100 for number, key in enumerate(keys, 11)} | {"n_calib": 400.0, "n_test": 399.0}
+    config = {"table": "calibration", "set": "snareseq", "labels": "cell_type", "model": plans.MODEL}
+    _, first, second = sections._calibration([{"config": config, "figures": {"out of fold": figures}}])
+
+    def read(table: str) -> list[tuple[str, str]]:
+        head, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+        return list(zip(head, row, strict=True))
+
+    assert read(first)[3:] == [
+        *(("calibrate", "400"), ("test", "399"), ("ECE", "0.130"), ("its band", "0.140")),
+        *(("ECE as it comes", "0.150"), ("coverage of 90%", "0.160"), ("types a set", "0.170")),
+        *(("coverage of 95%", "0.180"), ("types a set", "0.190")),
+    ]
+    assert read(second) == [
+        *(
+            ("set", "snareseq, 15 types"),
+            ("cells", "out of fold"),
+            ("accuracy", "0.200"),
+            ("by vector", "0.210"),
+        ),
+        *(("macro F1", "0.220"), ("by vector", "0.230"), ("ECE", "0.130"), ("by vector", "0.240")),
+        ("its band", "0.250"),
+    ]
+
+
 def test_novel_cells_are_told_apart_as_plain_loops_tell() -> None:
     rng = np.random.default_rng(0)
     held_out, like = rng.normal(0, 1, 199), rng.normal(0, 1, 80)
